@@ -1,0 +1,374 @@
+"""One frozen language model as an agent. It reads, then thinks in latents or writes in words.
+
+    past = agent.read(embeds, mask)       a prompt goes in: KV cache, mask, last hidden state
+    H    = agent.think(past, m)           (B, m, d) latent thoughts: h_1 = past.last, x_i = R_in(h_i),
+                                          h_(i+1) = body(x_i | cache); no word is ever chosen
+    said = agent.write(past, 100)         the same loop with words: token_i = argmax head(h_i)
+
+h is the last layer's hidden state after the final norm (paper, section 3). Between steps only the
+cache grows: m thoughts cost one reading of the prompt and m-1 single positions, and the
+vocabulary head, which at 150k words doubles a step's cost, is never run while thinking.
+
+Shapes: B questions, T tokens, m latent steps, d hidden width, V words. Prompts are padded on the
+left. Three things go into every call of the library, single steps included: the whole 2-D mask
+(without it padded rows come out wrong and nothing says so), position ids counted from that mask
+(so that padding changes nothing), and the cache.
+"""
+import copy
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+import torch
+import torch.nn.functional as F
+import transformers
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache,
+                          PreTrainedTokenizerFast)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(device="auto", dtype="auto"):
+    """(torch.device, torch.dtype) for the frozen models, decided here and nowhere else.
+
+    auto: the first GPU if there is one; bfloat16 there, float16 where the card has no bfloat16;
+    float32 on a CPU (half precision is four times slower there). Prints what it chose and why."""
+    why = "asked for"
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        why = "a GPU is there" if device == "cuda" else "no GPU found"
+    try:
+        device = torch.device(device)
+    except RuntimeError as problem:
+        raise ValueError(f"unknown device '{device}': use auto, cpu, cuda or cuda:N") from problem
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda was asked for, but this torch sees no GPU: use --device cpu")
+    if dtype == "auto":
+        half = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float16"
+        dtype = "float32" if device.type == "cpu" else half
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype '{dtype}': choose auto, {', '.join(DTYPES)}")
+    print(f"device {device} ({why}), frozen models in {dtype}, links in float32", flush=True)
+    return device, DTYPES[dtype]
+
+
+def apply_link(link, states, dtype):
+    """link(states) in `dtype`, the reading model's. Links stay float32 and run under autocast."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    with torch.autocast(states.device.type, dtype=dtype if half else None, enabled=half):
+        return link(states).to(dtype)
+
+
+@dataclass
+class Past:
+    """What an agent has read. It is never changed in place: whoever goes on from it copies it."""
+    cache: DynamicCache
+    mask: torch.Tensor       # (B, T) 1 = token, 0 = padding
+    last: torch.Tensor       # (B, 1, d) hidden state at the last position
+
+    def copy_cache(self):
+        """A cache that can grow without this one noticing; no tensor is copied, since the
+        library's dynamic layers put a new tensor in place when they grow."""
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        return cache
+
+    def right_aligned(self, mask):
+        """The first mask[b].sum() positions of each row b, moved to the row's right edge.
+
+        mask: (B, T') left-padded. Keys are rotated by position id, not by place in memory, so
+        moving them changes nothing. Used to put the part of a prompt that is read already
+        directly before the part that is new."""
+        cache = self.copy_cache()
+        kept, had = mask.sum(1), self.mask.sum(1)                                    # (B,)
+        shift = (kept - mask.shape[1]) - (had - self.mask.shape[1])
+        columns = torch.arange(mask.shape[1], device=mask.device)
+        source = (columns + shift[:, None]).clamp(0, self.mask.shape[1] - 1)         # (B, T')
+        if mask.shape != self.mask.shape or bool(shift.any()):
+            for layer in cache.layers:
+                heads, width = layer.keys.shape[1], layer.keys.shape[3]
+                index = source[:, None, :, None].expand(-1, heads, -1, width)
+                layer.keys, layer.values = layer.keys.gather(2, index), layer.values.gather(2, index)
+        return Past(cache, mask, self.last)
+
+
+@dataclass
+class Said:
+    """What an agent wrote: B texts, and the token ids of each (its end token included)."""
+    texts: list
+    ids: list
+
+
+class Agent:
+    """A frozen causal language model with its tokenizer and its inner link."""
+
+    def __init__(self, model, tokenizer, inner=None, thinking=False):
+        self.model, self.tokenizer, self.inner = model.eval().requires_grad_(False), tokenizer, inner
+        self.body, self.head = model.base_model, model.get_output_embeddings()
+        self.embedding = model.get_input_embeddings()    # called, never indexed: Gemma scales inside
+        self.device, self.dtype = self.embedding.weight.device, self.embedding.weight.dtype
+        self.width = self.embedding.weight.shape[1]
+        self.thinking = thinking                         # the chat template's own switch
+        if tokenizer.chat_template is None:
+            raise ValueError(f"{tokenizer.name_or_path or 'this model'} has no chat template: take "
+                             "the instruct model, or set tokenizer.chat_template")
+        ends = [tokenizer.eos_token_id, model.generation_config.eos_token_id]
+        self.end_tokens = {token for end in ends if end is not None
+                           for token in (end if isinstance(end, list) else [end])}
+
+    @property
+    def embedding_rms(self):
+        """Root mean square of the token embeddings, over up to 4096 evenly spaced tokens."""
+        size = self.embedding.weight.shape[0]
+        tokens = torch.arange(0, size, max(1, size // 4096), device=self.device)
+        return self.embedding(tokens).float().pow(2).mean().sqrt().item()
+
+    # ---- prompts ----------------------------------------------------------------------------
+
+    def tokenize(self, texts):
+        """Token ids of each text on its own, without special tokens: [[int]]."""
+        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+
+    def render(self, system, user, marked):
+        """The chat around `user` as pieces: strings, and between them the names out of `marked`.
+
+        Rendered once with placeholders from Unicode's private range in place of `{name}`, then
+        cut there. Questions go in only afterwards, so nothing inside one can be taken for a slot."""
+        pattern = "|".join(re.escape(name) for name in sorted(marked, key=len, reverse=True))
+        user = re.sub("{(" + pattern + ")}", "\ue000\\1\ue001", user)
+
+        def chat(messages):
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, enable_thinking=self.thinking)
+
+        text = ""
+        if system:
+            try:
+                text = chat([{"role": "system", "content": system},
+                             {"role": "user", "content": user}])
+            except jinja2.TemplateError:
+                pass                                       # this template knows no system role
+        if system not in text or not text:
+            text = chat([{"role": "user", "content": f"{system}\n\n{user}".strip()}])
+        return re.split("\ue000([^\ue001]*)\ue001", text)  # text, name, text, name, .., text
+
+    def prompt(self, system, user, slots, questions, answer_format=""):
+        """B prompts as segments: a list of B token lists, or the name of a slot, in order.
+
+        Each run of text between two slots is tokenised on its own, question included."""
+        pieces = self.render(system, user, [*slots, "question", "answer_format"])
+        segments, texts = [], [""] * len(questions)
+        for i, piece in enumerate(pieces + [None]):
+            if piece is None or (i % 2 and piece in slots):
+                if any(texts):
+                    segments.append(self.tokenize(texts))
+                segments += [piece] if piece else []
+                texts = [""] * len(questions)
+            elif i % 2:
+                values = questions if piece == "question" else [answer_format] * len(questions)
+                texts = [text + value for text, value in zip(texts, values)]
+            else:
+                texts = [text + piece for text in texts]
+        return segments
+
+    def embed(self, segments, heard):
+        """Prompts with their slots filled: embeds (B, T, d) and mask (B, T), padded on the left.
+
+        heard: {slot: latents (B, m, d), or B of them with their own m, or B texts}."""
+        parts = []
+        for segment in segments:
+            said = heard[segment] if isinstance(segment, str) else segment
+            if isinstance(said[0], str):
+                said = self.tokenize(said)
+            if not torch.is_tensor(said[0]):
+                lengths = [len(tokens) for tokens in said]
+                flat = torch.tensor([t for tokens in said for t in tokens], device=self.device)
+                said = self.embedding(flat.long()).split(lengths)           # B x (length, d)
+            parts.append(said)
+        rows = [torch.cat(row) for row in zip(*parts)]
+        ones = [torch.ones(len(row), dtype=torch.long, device=self.device) for row in rows]
+        return (pad_sequence(rows, batch_first=True, padding_side="left"),
+                pad_sequence(ones, batch_first=True, padding_side="left"))
+
+    # ---- read, think, follow, write ---------------------------------------------------------
+
+    def _forward(self, embeds, cache, mask):
+        """Hidden states (B, T_new, d) of new positions; the cache grows. mask: (B, T_past + T_new)"""
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -embeds.shape[1]:]
+        return self.body(inputs_embeds=embeds, attention_mask=mask, position_ids=positions,
+                         past_key_values=cache, use_cache=True).last_hidden_state
+
+    def read(self, embeds, mask, past=None):
+        """Read embeds (B, T, d) with mask (B, T), after `past` if given: a new Past."""
+        cache = DynamicCache() if past is None else past.copy_cache()
+        mask = mask if past is None else torch.cat([past.mask, mask], 1)
+        states = self._forward(embeds, cache, mask)
+        return Past(cache, mask, states[:, -1:])
+
+    @torch.no_grad()
+    def read_prefix(self, segments):
+        """Everything before the first slot, read once, to be shared by all rounds: (tokens, Past)."""
+        return segments[0], self.read(*self.embed(segments[:1], {}))
+
+    def read_prompt(self, segments, heard, prefix=None):
+        """A Past of the filled prompts; what they share with `prefix` is not read again.
+
+        Rows differ in how much is new (texts have different lengths), yet a hole in the middle
+        of the cache is best avoided: the last `new` positions of *every* row are read, `new`
+        being the longest new part, after a cache of all that comes before them."""
+        embeds, mask = self.embed(segments, heard)
+        if prefix is None:
+            return self.read(embeds, mask)
+        tokens, past = prefix
+        shared = torch.tensor([common_length(row, known) for row, known in zip(segments[0], tokens)])
+        new = int((mask.sum(1).cpu() - shared).clamp(min=1).max())
+        if new >= mask.shape[1]:
+            return self.read(embeds, mask)
+        return self.read(embeds[:, -new:], mask[:, -new:], past.right_aligned(mask[:, :-new]))
+
+    def think(self, past, m):
+        """m latent thoughts H = [h_1 .. h_m], (B, m, d): the hidden state that reading ended on,
+        then m-1 cached steps through the inner link (paper, section 3.1). Differentiable."""
+        cache, mask, h = past.copy_cache(), past.mask, past.last
+        thoughts = [h]
+        for _ in range(m - 1):
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            x = apply_link(self.inner, h, self.dtype)      # x = R_in(h)              (B, 1, d)
+            h = self._forward(x, cache, mask)              # h = body(x | cache)      (B, 1, d)
+            thoughts.append(h)
+        return torch.cat(thoughts, 1)
+
+    def follow(self, past, tokens):
+        """Teacher forcing: hidden states along given tokens, (B, 1 + n, d), n the longest row.
+
+        State i has seen the prompt and i tokens: it predicts token i+1. tokens: B lists;
+        states behind a shorter row's end are meaningless."""
+        rows = [torch.tensor(row, dtype=torch.long, device=self.device) for row in tokens]
+        padded = pad_sequence(rows, batch_first=True)                              # (B, n)
+        if padded.shape[1] == 0:
+            return past.last
+        told = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        states = self._forward(self.embedding(padded), past.copy_cache(),
+                               torch.cat([past.mask, told], 1))
+        return torch.cat([past.last, states], 1)
+
+    def answer_loss(self, past, targets):
+        """(sum of cross-entropies, number of target tokens) of B target token lists after `past`.
+
+        The vocabulary head runs at the positions that predict a target, nowhere else."""
+        states = self.follow(past, [row[:-1] for row in targets])                  # (B, n, d)
+        lengths = torch.tensor([len(row) for row in targets], device=self.device)
+        told = torch.arange(states.shape[1], device=self.device) < lengths[:, None]
+        labels = torch.tensor([token for row in targets for token in row], device=self.device)
+        logits = self.head(states[told]).float()                                   # (N, V)
+        return F.cross_entropy(logits, labels, reduction="sum"), len(labels)
+
+    @torch.no_grad()
+    def write(self, past, max_new_tokens, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0,
+              repetition_penalty=1.0, seeds=None, stop=()):
+        """Decode up to max_new_tokens words a row: Said. Rows that are finished leave the batch.
+
+        temperature 0 is greedy. Otherwise row b draws from its own generator, seeded seeds[b], so
+        that a sample does not depend on who shares its batch. A row also ends behind the first
+        string of `stop` it has written.
+
+        Our own loop, because the library's generate cannot start from a full cache, refuses
+        embeddings for some families and would read the prompt once per sample."""
+        cache, mask, h = past.copy_cache(), past.mask, past.last
+        rows = list(range(len(mask)))                        # the rows still in the batch
+        written = [[] for _ in rows]
+        pick = self._sampler(temperature, top_p, top_k, min_p, repetition_penalty,
+                             seeds or [0] * len(rows), max_new_tokens)
+        for step in range(max_new_tokens):
+            token = pick(self.head(h[:, -1]).float(), rows, written, step)         # (b,)
+            going = []
+            for place, (row, word) in enumerate(zip(rows, token.tolist())):
+                written[row].append(word)
+                if word not in self.end_tokens and not self._stopped(written[row], stop):
+                    going.append(place)
+            if not going or step == max_new_tokens - 1:
+                break
+            if len(going) < len(rows):
+                kept = torch.tensor(going, device=self.device)
+                cache.batch_select_indices(kept)
+                mask, token, rows = mask[kept], token[kept], [rows[place] for place in going]
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            h = self._forward(self.embedding(token)[:, None], cache, mask)         # (b, 1, d)
+        texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
+        return Said([text.strip() for text in texts], written)
+
+    def _stopped(self, tokens, stop):
+        """Whether one of the stop strings has just been written (the last tokens are enough)."""
+        if not stop:
+            return False
+        tail = self.tokenizer.decode(tokens[-max(len(text) for text in stop) - 1:])
+        return any(text in tail for text in stop)
+
+    def _sampler(self, temperature, top_p, top_k, min_p, repetition_penalty, seeds, steps):
+        """pick(logits (b, V), rows, written, step) -> tokens (b,)."""
+        warpers = transformers.LogitsProcessorList()
+        if repetition_penalty != 1.0:
+            warpers.append(transformers.RepetitionPenaltyLogitsProcessor(repetition_penalty))
+        if temperature > 0:
+            if temperature != 1.0:
+                warpers.append(transformers.TemperatureLogitsWarper(temperature))
+            if top_k > 0:
+                warpers.append(transformers.TopKLogitsWarper(top_k))
+            if top_p < 1.0:
+                warpers.append(transformers.TopPLogitsWarper(top_p))
+            if min_p > 0:
+                warpers.append(transformers.MinPLogitsWarper(min_p))
+            draws = torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(seed))
+                                 for seed in seeds]).to(self.device)               # (B, steps)
+
+        def pick(logits, rows, written, step):
+            if warpers:
+                so_far = torch.tensor([written[row] for row in rows], dtype=torch.long)
+                logits = warpers(so_far.to(self.device), logits)
+            if temperature == 0:
+                return logits.argmax(-1)
+            # Inverse transform: the first word whose cumulated probability exceeds u ~ U(0, 1).
+            cumulated = logits.softmax(-1).cumsum(-1)
+            u = draws[rows, step][:, None] * cumulated[:, -1:]
+            return torch.searchsorted(cumulated, u, right=True).clamp(max=logits.shape[-1] - 1)[:, 0]
+
+        return pick
+
+
+def common_length(a, b):
+    """How many leading elements two lists share."""
+    length = 0
+    for x, y in zip(a, b):
+        if x != y:
+            break
+        length += 1
+    return length
+
+
+def load_agent(folder, device, dtype, trust_remote_code=False):
+    """The Agent (without an inner link) of a local folder that holds a whole causal LM.
+
+    A released folder has an adapter_config.json beside the model, which makes transformers take
+    it for a PEFT adapter: so the folder is loaded through a view of links without that file.
+    Raises OSError or ValueError if files or weights are missing."""
+    with tempfile.TemporaryDirectory() as view:
+        for file in Path(folder).resolve().iterdir():
+            if file.name != "adapter_config.json":
+                (Path(view) / file.name).symlink_to(file)
+        settings = {"trust_remote_code": trust_remote_code}
+        config = AutoConfig.from_pretrained(view, **settings)
+        # AutoTokenizer goes by the model's family and may put that family's way of splitting
+        # words in place of the folder's own: tokenizer.json, where there is one, is the truth.
+        whole = (Path(view) / "tokenizer.json").is_file()
+        kind = PreTrainedTokenizerFast if whole else AutoTokenizer
+        tokenizer = kind.from_pretrained(view, **({} if whole else settings))
+        model, report = AutoModelForCausalLM.from_pretrained(
+            view, config=config, dtype=dtype, output_loading_info=True, **settings)
+    if report["missing_keys"]:
+        raise ValueError(f"{folder} lacks the weights {', '.join(sorted(report['missing_keys'])[:3])}"
+                         " ..: it is not a whole model of the class its config.json names")
+    tokenizer.name_or_path = str(folder)
+    return Agent(model.to(device), tokenizer)

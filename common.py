@@ -1,0 +1,369 @@
+"""What the scripts share: flags, one-line errors, training rows, and the optimizer's step.
+
+Nothing here is about latents; a reader who wants to see the method can leave this file closed.
+"""
+import argparse
+import functools
+import json
+import os
+import pickle
+import random
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from link import read_json, write_json, write_whole
+from styles import ANSWER_FORMAT, get_style
+from tasks import get_task
+
+MAX_SKIPPED = 10       # steps with a NaN or infinite loss, in a row, before training gives up
+
+
+# ---- flags and errors ---------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are one line, and whose --help shows choices and defaults."""
+
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (--help lists all flags)\n")
+
+
+def at_least(low, kind=int, hint=""):
+    """An argparse type: a finite number of at least `low`."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError as problem:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a number") from problem
+        if not low <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be at least {low}, not {text}{hint}")
+        return value
+    return parse
+
+
+LATENT_LENGTH = at_least(1, hint=" (for an answer without latents: evaluate.py --method single)")
+
+
+def add_system_flags(parser):
+    """Flags by which every script chooses its system and where to run it."""
+    parser.add_argument("--style", default="tiny", help="a style of styles/")
+    parser.add_argument("--mas_task", default="math", choices=["math", "code", "choice", "search"],
+                        help="kind of the questions: which prompts and links are used")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", default="auto", help="of the frozen models",
+                        choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument("--enable_thinking", type=int, default=0, choices=[0, 1],
+                        help="the chat template's thinking switch")
+    parser.add_argument("--trust_remote_code", nargs="?", type=int, const=1, default=0,
+                        choices=[0, 1], help="let a model repo run its own code")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--resume", action="store_true", help="go on where this run was stopped")
+
+
+def add_training_flags(parser, learning_rate_flag, link_dtype_flag):
+    """Flags of both trainers; the defaults are the published ones."""
+    parser.add_argument("--dataset_name", default="", help="hub id, .json/.jsonl file or tiny")
+    parser.add_argument("--dataset_split", default="train")
+    parser.add_argument("--dataset_json_field", default="data", help="where a .json has its rows")
+    parser.add_argument("--num_samples", type=int, default=-1, help="rows used, -1 for all")
+    parser.add_argument("--save_format", default="safetensors", choices=["safetensors", "pt"],
+                        help="pt is the released layout (bf16)")
+    parser.add_argument("--batch_size", type=at_least(1), default=2)
+    parser.add_argument("--grad_accum_steps", type=at_least(1), default=1)
+    parser.add_argument("--num_train_epochs", type=at_least(1), default=1,
+                        help="used where max_steps is 0")
+    parser.add_argument("--max_steps", type=at_least(0), default=20000)
+    parser.add_argument(learning_rate_flag, type=at_least(0, float), default=5e-4)
+    parser.add_argument("--lr_scheduler_type", default="cosine", choices=["cosine", "constant"])
+    parser.add_argument("--warmup_steps", type=at_least(0), default=10)
+    parser.add_argument("--weight_decay", type=at_least(0, float), default=0.0)
+    parser.add_argument("--max_grad_norm", type=at_least(0, float), default=1.0)
+    parser.add_argument("--latent_length", type=LATENT_LENGTH, default=32, help="m")
+    parser.add_argument("--scale_match", type=int, default=1, choices=[0, 1],
+                        help="start the last LayerNorm's gain at the target's embedding RMS")
+    parser.add_argument("--log_every", type=at_least(1), default=10)
+    parser.add_argument("--save_steps", type=at_least(0), default=100,
+                        help="write state.pt every so many steps, 0 for the end only")
+    parser.add_argument(link_dtype_flag, default="auto", choices=["auto", "float32"],
+                        help="links are always trained in float32")
+    parser.add_argument("--solver_pre_question", type=int, default=1, choices=[0, 1],
+                        help="1: the question stands before what a role hears, as in all our styles "
+                             "(0, the other order, is a matter of the style's prompts)")
+
+
+def early_flags():
+    """--style, --mas_design and --dataset ahead of the others: defaults depend on them."""
+    early = Parser("")
+    early.add_argument("--style", default="tiny")
+    early.add_argument("--mas_design", default="")
+    early.add_argument("--dataset", default="tiny")
+    known, _ = early.parse_known_args([arg for arg in sys.argv[1:] if arg not in ("-h", "--help")])
+    return known
+
+
+def parse_flags(parser, settings):
+    """The flags, with a style's settings as defaults; those that took effect are printed."""
+    settings = {name: value for name, value in settings.items()
+                if parser.get_default(name) is not None}
+    parser.set_defaults(**settings)
+    args = parser.parse_args()
+    used = [f"{name}={value}" for name, value in settings.items() if getattr(args, name) == value]
+    if used:
+        print("the style sets " + " ".join(used), flush=True)
+    if getattr(args, "solver_pre_question", 1) == 0:
+        print("note: --solver_pre_question 0 changes nothing, the order is the style's", flush=True)
+    return args
+
+
+def run(main):
+    """Run a script: what a user can mend is one line and exit code 2, a bug is a traceback.
+
+    ValueError and OSError are what the modules raise for the former; TRACEBACK=1 shows where."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        main()
+    except (ValueError, OSError) as problem:
+        if os.environ.get("TRACEBACK"):
+            raise
+        print("error: " + " ".join(str(problem).split()), file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("stopped; --resume goes on from the last saved state", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+# ---- training rows ------------------------------------------------------------------------------
+
+def load_rows(name, split="train", field="data", limit=-1, seed=42):
+    """Training rows [dict]: a generated task, a local .json or .jsonl, or a hub data set.
+
+    Raises ValueError or OSError, naming the file, where there are none."""
+    if not name:
+        raise ValueError("no training data: give --dataset_name")
+    path = Path(name)
+    if name == "tiny":
+        return get_task(name).train_rows(limit if limit > 0 else 12800, seed)
+    if path.suffix in (".json", ".jsonl"):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist: check --dataset_name")
+        if path.suffix == ".json":
+            content = read_json(path)
+            rows = content.get(field) if isinstance(content, dict) else content
+        else:
+            rows = read_json_lines(path)
+        if not isinstance(rows, list):
+            raise ValueError(f"{path} has no list under '{field}': check --dataset_json_field")
+    else:
+        import datasets
+        rows = datasets.load_dataset(name, split=split).to_list()
+    rows = rows[:limit] if limit > 0 else rows
+    if not rows:
+        raise ValueError(f"{name} holds no rows")
+    return rows
+
+
+def read_json_lines(path):
+    """The objects of a .jsonl file. Raises ValueError naming file and line."""
+    rows = []
+    for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as problem:
+                raise ValueError(f"{path} line {number} is not JSON ({problem})") from problem
+    return rows
+
+
+def role_text(role, row, round=1):
+    """The role's gold text in a round, or "" if the row has none of its target columns."""
+    for column in role.target:
+        cell = row.get(column)
+        if cell:
+            return cell if isinstance(cell, str) else cell[min(round, len(cell)) - 1]
+    return ""
+
+
+def keep_usable(rows, roles):
+    """The rows with a question and a text for each of `roles`; the others are counted and named.
+
+    Raises ValueError if no row is left."""
+    missing = {}
+    usable = []
+    for row in rows:
+        lacks = [] if row.get("question") else ["question"]
+        lacks += [" or ".join(role.target) for role in roles if not role_text(role, row)]
+        for column in lacks:
+            missing[column] = missing.get(column, 0) + 1
+        if not lacks:
+            usable.append(row)
+    if missing:
+        print(f"left out {len(rows) - len(usable)} of {len(rows)} rows, which lack a column: "
+              + ", ".join(f"{column} ({count})" for column, count in missing.items()), flush=True)
+    if not usable:
+        raise ValueError(f"no usable row: every one lacks {', '.join(missing)}")
+    return usable
+
+
+def role_examples(style, role, rows):
+    """What a role is asked and says, in words: [(question, {role heard: its text}, gold text)].
+
+    A row whose texts are lists gives an example a round. Roles that speak before this one are
+    heard in the same round, the others in the round before."""
+    names, examples = [r.name for r in style.roles], []
+    for row in rows:
+        cells = [row.get(column) for column in role.target if row.get(column)]
+        for round in range(1, (len(cells[0]) if isinstance(cells[0], list) else 1) + 1):
+            heard = {}
+            for name in style.heard_by(role.name):
+                said_in = round if names.index(name) < names.index(role.name) else round - 1
+                if said_in and role_text(style.role(name), row, said_in):
+                    heard[name] = role_text(style.role(name), row, said_in)
+            examples.append((row["question"], heard, role_text(role, row, round)))
+    return examples
+
+
+@torch.no_grad()
+def gold_states(agent, style, role, examples, kind, max_length):
+    """States and tokens of a role's gold texts, one pair per example: [(h (n, d), tokens (n,))].
+
+    h[i] has read the prompt (slots filled with the heard texts) and i tokens: it predicts
+    tokens[i]. The base is frozen, so these never change."""
+    results = [None] * len(examples)
+    for heard in {tuple(example[1]) for example in examples}:        # one prompt per set heard
+        group = [i for i, example in enumerate(examples) if tuple(example[1]) == heard]
+        questions = [examples[i][0] for i in group]
+        segments = agent.prompt(role.system, style.prompt(role, kind, heard), heard, questions,
+                                ANSWER_FORMAT[kind])
+        slots = {name: [examples[i][1][name] for i in group] for name in heard}
+        tokens = [row[:max_length] for row in agent.tokenize([examples[i][2] for i in group])]
+        past = agent.read(*agent.embed(segments, slots))
+        states = agent.follow(past, [row[:-1] for row in tokens])                  # (b, n, d)
+        for place, i in enumerate(group):
+            row = torch.tensor(tokens[place], device=agent.device)
+            results[i] = (states[place, :len(row)], row)
+    return results
+
+
+def batch_of(items, step, size, seed):
+    """The batch of step 0, 1, ..: epochs of a seeded shuffle. It depends on nothing but its
+    arguments, so a resumed run sees the same data."""
+    places = [divmod(place, len(items)) for place in range(step * size, (step + 1) * size)]
+    return [items[shuffled(len(items), seed, epoch)[index]] for epoch, index in places]
+
+
+@functools.lru_cache(maxsize=2)
+def shuffled(length, seed, epoch):
+    """The order of one epoch."""
+    order = list(range(length))
+    random.Random(f"epoch {seed} {epoch}").shuffle(order)
+    return order
+
+
+# ---- the optimizer's step -----------------------------------------------------------------------
+
+class Training:
+    """AdamW over links, with warm-up and cosine, clipping, fp16 scaling, NaN guard and resume.
+
+        training = Training(link, args, learning_rate, folder, total_steps, half=...)
+        for step in training.steps("inner link"):
+            training.backward(loss)                # once per accumulated micro-batch
+            training.step(loss=.., cosine=..)      # the update, and what to log
+    """
+
+    def __init__(self, links, args, learning_rate, folder, total_steps, fp16=False):
+        self.links, self.args, self.folder = links, args, Path(folder)
+        self.total_steps, self.done, self.skipped, self.skipped_in_a_row = total_steps, 0, 0, 0
+        self.finite = True
+        links.requires_grad_(True)
+        self.optimizer = torch.optim.AdamW(links.parameters(), lr=learning_rate, betas=(0.9, 0.95),
+                                           weight_decay=args.weight_decay)
+        self.schedule = transformers.get_scheduler(
+            "constant_with_warmup" if args.lr_scheduler_type == "constant" else "cosine",
+            self.optimizer, min(args.warmup_steps, total_steps), total_steps)
+        self.scaler = torch.amp.GradScaler(enabled=fp16)
+        self.settings = {key: value for key, value in vars(args).items()
+                         if key not in ("resume", "save_dir", "log_every", "save_steps", "device",
+                                      "seeds", "eval_samples")}
+        if args.resume:
+            self._load_state()
+        else:
+            write_json(self.folder / "train_args.json", vars(args))
+            write_whole(self.folder / "log.jsonl", lambda part: part.write_text(""))
+
+    def steps(self, name):
+        """Step numbers still to do, 0-based, with a progress bar; then the links are frozen."""
+        yield from tqdm(range(self.done, self.total_steps), initial=self.done,
+                        total=self.total_steps, desc=name, mininterval=1)
+        self.links.requires_grad_(False)
+
+    def backward(self, loss):
+        """Accumulate the gradient of one micro-batch's loss; a loss that is not finite spoils the
+        whole step, which step() then leaves out."""
+        self.finite = self.finite and bool(torch.isfinite(loss))
+        if self.finite and loss.requires_grad:
+            self.scaler.scale(loss / self.args.grad_accum_steps).backward()
+
+    def step(self, **values):
+        """Clip, update, and log `values` every args.log_every steps."""
+        self.scaler.unscale_(self.optimizer)
+        limit = self.args.max_grad_norm or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.links.parameters(), limit)
+        # In fp16 an infinite gradient is the scaler's business: it skips and lowers its scale.
+        if self.finite and (torch.isfinite(norm) or self.scaler.is_enabled()):
+            self.scaler.step(self.optimizer)
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        self.finite, self.done = True, self.done + 1
+        last, every = self.done == self.total_steps, self.args.save_steps
+        if last or self.skipped_in_a_row == MAX_SKIPPED or (every and self.done % every == 0):
+            self.save_state()
+        if self.skipped_in_a_row == MAX_SKIPPED:
+            raise ValueError(f"the loss was NaN or infinite {MAX_SKIPPED} steps in a row; the last "
+                             f"good state is in {self.folder / 'state.pt'}: lower the learning rate")
+        if self.done % self.args.log_every == 0 or last:
+            line = {"step": self.done, **values, "grad_norm": norm.item(),
+                    "lr": self.schedule.get_last_lr()[0], "skipped": self.skipped}
+            with open(self.folder / "log.jsonl", "a") as log:
+                log.write(json.dumps(line) + "\n")
+
+    def save_state(self):
+        """Everything a resumed run needs; the data's order follows from seed and step."""
+        state = {"settings": self.settings, "done": self.done, "skipped": self.skipped,
+                 "links": self.links.state_dict(), "optimizer": self.optimizer.state_dict(),
+                 "schedule": self.schedule.state_dict(), "scaler": self.scaler.state_dict()}
+        write_whole(self.folder / "state.pt", lambda part: torch.save(state, part))
+
+    def _load_state(self):
+        path = self.folder / "state.pt"
+        if not path.is_file():
+            raise FileNotFoundError(f"nothing to resume: {path} is missing; leave --resume away")
+        try:
+            state = torch.load(path, weights_only=True)
+            theirs = state["settings"]
+        except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as problem:
+            raise ValueError(f"{path} is not a state of this script, or damaged") from problem
+        odd = [key for key in self.settings if theirs.get(key) != self.settings[key]]
+        if odd:
+            raise ValueError(f"{path} is of another run ({', '.join(odd)} differ): use the same "
+                             "flags, or another --save_dir")
+        self.done, self.skipped = state["done"], state["skipped"]
+        self.links.load_state_dict(state["links"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        kept = [line for line in read_json_lines(self.folder / "log.jsonl")
+                if line["step"] <= self.done]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        write_whole(self.folder / "log.jsonl", lambda part: part.write_text(text))

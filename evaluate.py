@@ -1,0 +1,363 @@
+"""Ask a system questions by several methods and numbers of rounds, and score them side by side.
+
+    python evaluate.py                                  # the shipped tiny links, all methods
+    python evaluate.py --show 2                         # what the latents say, agent by agent
+    python evaluate.py --method latent text --num_recursive_rounds 1 2 3 4 --out out/four
+
+Methods: `latent` is the system. Baselines in words: `text` (agents exchange texts), `text_brief`
+(texts cut to their essence), `single` (the last agent alone), `single_loop` (it hears its own text
+for as many turns). Controls: `untrained` (fresh outer links), `zero` (zeros are sent), `shuffle`
+(another question's latents). All share prompts, loop, decoding and scoring.
+
+OUT/results.jsonl has a line a question and method, OUT/summary.json and OUT/summary.png the table.
+"""
+import dataclasses
+import importlib.util
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import common
+from link import read_json, write_json, write_whole
+from recurse import WORDS, chunks, load_mas_system, recurse, write
+from styles import get_style
+from tasks import get_task
+
+ALL_METHODS = ("text", "text_brief", "single", "single_loop", "untrained", "zero", "shuffle",
+               "latent")
+GREEDY = {"batch_size": 125, "max_new_tokens": 32, "temperature": 0.0}     # for `compare`
+ROUNDLESS = ("single",)           # methods for which the number of rounds means nothing
+
+
+def flags():
+    """(the published flags and ours, the style)."""
+    parser = common.Parser(__doc__.split("\n")[0])
+    common.add_system_flags(parser)
+    add = parser.add_argument
+    add("--dataset", default="tiny", help="a data set of tasks/")
+    add("--method", nargs="+", default=list(ALL_METHODS), choices=ALL_METHODS)
+    add("--num_recursive_rounds", nargs="+", type=common.at_least(1), default=[1, 2, 3])
+    add("--num_samples", type=int, default=-1, help="questions, -1 for all")
+    add("--batch_size", type=common.at_least(1), default=32)
+    add("--latent_length", type=common.LATENT_LENGTH, default=32, help="m")
+    add("--max_new_tokens", type=common.at_least(1), default=2000)
+    add("--temperature", type=common.at_least(0, float), default=0.6, help="0 is greedy")
+    add("--top_p", type=common.at_least(0, float), default=0.95)
+    add("--top_k", type=common.at_least(0), default=0)
+    add("--min_p", type=common.at_least(0, float), default=0.0)
+    add("--repetition_penalty", type=common.at_least(0, float), default=1.0)
+    add("--ckpt_override", nargs="*", default=[], metavar="KEY=PATH",
+        help="a role's folder, or outer=FOLDER for the outer links")
+    add("--prompts", default="", help="JSON {role: {prompt|first|system: text or {kind: text}}}")
+    add("--out", default="out/evaluate")
+    add("--show", type=common.at_least(0), default=0, metavar="N",
+        help="instead of scoring, print N problems with the latents in words")
+    early = common.early_flags()
+    style = get_style(early.style)
+    settings = {**style.settings.get("evaluate", {}), **style.settings.get(early.dataset, {})}
+    return common.parse_flags(parser, settings), style
+
+
+def parse_override(pairs):
+    """{key: path} from KEY=PATH arguments. Raises ValueError for anything else."""
+    for pair in pairs:
+        if "=" not in pair:
+            raise ValueError(f"--ckpt_override takes KEY=PATH, not '{pair}'")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+def with_prompts(style, path):
+    """The style with other words: a JSON file {role: {prompt | first | system: ..}}."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--prompts {path} does not exist")
+    roles = {role.name: role for role in style.roles}
+    for name, words in read_json(path).items():
+        odd = set(words) - {"prompt", "first", "system"}
+        if odd:
+            raise ValueError(f"{path}: role {name} has '{sorted(odd)[0]}': only prompt, first and "
+                             "system can be replaced")
+        roles[name] = dataclasses.replace(style.role(name), **words)
+    return dataclasses.replace(style, roles=tuple(roles.values()))
+
+
+# ---- one method -------------------------------------------------------------------------------
+
+def evaluate_method(mas, task, examples, method, rounds, options, done=(), keep=None):
+    """Answer and score all examples by one method: result lines, one per question.
+
+    options: batch_size, latent_length and the arguments of Agent.write. `done` are lines of an
+    interrupted run, of whole batches; keep(lines) is called after each new batch."""
+    writing = {key: value for key, value in options.items()
+               if key not in ("batch_size", "latent_length")}
+    if method == "untrained":
+        mas = mas.with_fresh_outer(seed=options["seed"])
+    lines, finished = list(done), {line["id"] for line in done}
+    todo = [chunk for chunk in chunks(examples, options["batch_size"])
+            if not {example.id for example in chunk} <= finished]
+    for chunk in tqdm(todo, desc=f"{method}, {rounds} rounds", mininterval=1, leave=False):
+        on_gpu = torch.cuda.is_available()
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        texts, run = mas.respond([example.question for example in chunk], rounds,
+                                 options["latent_length"], chunk[0].kind,
+                                 "latent" if method == "untrained" else method,
+                                 brief=task.brief, **writing)
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds = (time.perf_counter() - started) / len(chunk)
+        new = []
+        for example, text, tokens in zip(chunk, texts, run.decoded_tokens):
+            score = task.score(example, text)
+            new.append({
+                "style": mas.style.name, "dataset": task.name, "method": method, "rounds": rounds,
+                "id": example.id, "question": example.question, "gold": example.gold,
+                "outputs": [text], "parsed": [score.parsed], "correct": [score.correct],
+                "decoded_tokens": tokens, "latent_steps": run.latent_steps, "seconds": seconds,
+                "peak_memory_mb": peak_memory_mb()})
+        lines += new
+        if keep:
+            keep(new)
+    return lines
+
+
+def peak_memory_mb():
+    """Peak memory: of the GPU since the last reset, without one of the whole process so far."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    import resource                    # not on Windows, where there is no such figure to be had
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin"
+                                                                 else 2**10)
+
+
+def wilson(right, n, z=1.96):
+    """95 % interval [low, high] of a share right / n (Wilson score interval)."""
+    share = right / n
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return [max(0.0, middle - half), min(1.0, middle + half)]
+
+
+def summarise(lines):
+    """The summary row of one method's lines: counts, shares, and means per question."""
+    n, right = len(lines), sum(line["correct"][0] for line in lines)
+    row = {key: lines[0][key] for key in ("style", "dataset", "method", "rounds")}
+    row.update(n=n, accuracy=right / n, ci95=wilson(right, n),
+               unparsed=sum(line["parsed"][0] is None for line in lines) / n)
+    for key in ("decoded_tokens", "latent_steps", "seconds"):
+        row[key] = sum(line[key] for line in lines) / n
+    row["peak_memory_mb"] = max(line["peak_memory_mb"] for line in lines)
+    return row
+
+
+# ---- tables and pictures ------------------------------------------------------------------------
+
+def print_table(rows, interval="95 % interval"):
+    """The rows as a table on the screen; `interval` says what row["ci95"] holds."""
+    print(f"\n{'method':12s} {'rounds':>6s} {'accuracy':>8s}  {interval:16s} "
+          f"{'unparsed':>8s} {'tokens':>7s} {'latent':>6s} {'ms':>7s}   (means per question)")
+    for row in rows:
+        low, high = row["ci95"]
+        print(f"{row['method']:12s} {row['rounds']:6d} {row['accuracy']:8.3f}  "
+              f"{low:.3f} - {high:.3f}    {row['unparsed']:8.3f} {row['decoded_tokens']:7.1f} "
+              f"{row['latent_steps']:6.0f} {1000 * row['seconds']:7.2f}")
+
+
+def print_comparison(rows, task, examples):
+    """What the latents save against text, and the best any method could reach."""
+    by = {(row["method"], row["rounds"]): row for row in rows}
+    deepest = max(row["rounds"] for row in rows)
+    for other in ("text", "text_brief"):
+        if (other, deepest) in by and ("latent", deepest) in by:
+            theirs, ours = by[other, deepest], by["latent", deepest]
+            fewer = 1 - ours["decoded_tokens"] / theirs["decoded_tokens"]
+            print(f"latent against {other} at {deepest} rounds: "
+                  f"{100 * (ours['accuracy'] - theirs['accuracy']):+.1f} points, "
+                  f"{100 * fewer:.1f} % fewer decoded tokens, "
+                  f"{theirs['seconds'] / ours['seconds']:.2f} x as fast")
+    if task.ceiling:
+        depths = sorted({row["rounds"] for row in rows})
+        print("best possible by rounds (the task's own ceiling, unfinished chains guessed): "
+              + ", ".join(f"{depth}: {task.ceiling(examples, depth):.3f}" for depth in depths))
+
+
+def plot(rows, path):
+    """Accuracy and decoded tokens by rounds, a line a method."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    strong = {"latent": "tab:red", "text": "tab:blue", "text_brief": "tab:cyan"}
+    for method in dict.fromkeys(row["method"] for row in rows):
+        points = sorted((row["rounds"], row["accuracy"], row["decoded_tokens"], *row["ci95"])
+                        for row in rows if row["method"] == method)
+        depths, accuracy, tokens, low, high = zip(*points)
+        style = {"color": strong.get(method), "marker": "o", "label": method,
+                 "linestyle": "-" if method in strong else ":"}
+        below = [max(0.0, share - end) for share, end in zip(accuracy, low)]
+        above = [max(0.0, end - share) for share, end in zip(accuracy, high)]
+        left.errorbar(depths, accuracy, [below, above], capsize=2, **style)
+        right.plot(depths, tokens, **style)
+    left.set(xlabel="rounds", ylabel="accuracy", ylim=(0, 1.02), title="accuracy (95 % intervals)")
+    right.set(xlabel="rounds", ylabel="tokens per question", title="decoded tokens")
+    depths = sorted({row["rounds"] for row in rows})
+    for axes in (left, right):
+        axes.set_xticks(depths)
+        axes.grid(alpha=0.3)
+    right.legend(fontsize=8)
+    write_whole(path, lambda part: figure.savefig(part, format="png", dpi=120))
+    pyplot.close(figure)
+
+
+def need_matplotlib():
+    """Raise ValueError now, rather than after an hour, if the picture cannot be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("matplotlib is missing, which draws summary.png: pip install matplotlib")
+
+
+@torch.no_grad()
+def show(mas, examples, options, rounds):
+    """Print problems with the latents of every turn, read through the vocabulary head."""
+    writing = {key: value for key, value in options.items()
+               if key not in ("batch_size", "latent_length")}
+    for example in examples:
+        run = recurse(mas, [example.question], rounds, options["latent_length"], example.kind,
+                      trace=True)
+        print(f"\n{example.question}    (gold: {example.gold})")
+        for (round, role), H in run.thoughts.items():
+            agent = mas.agents[role]
+            words = agent.tokenizer.convert_ids_to_tokens(agent.head(H[0]).argmax(-1).tolist())
+            print(f"  round {round}  {role:10s} thinks  {' '.join(words)}")
+        texts = write(run, run.last_turn, [example.question], writing)
+        print(f"  round {rounds}  {mas.style.roles[-1].name:10s} writes  {texts[0]}")
+
+
+# ---- the comparison at the end of train_outer ---------------------------------------------------
+
+def compare(trained, args, folder):
+    """Score trained = {seed: system} on the task that made the training rows: before and after.
+
+    Baselines in words know no outer link and run once; fresh links (`untrained`: before), trained
+    ones (`latent`: after) and the controls run for each seed. Writes folder/summary.json and .png;
+    returns the rows."""
+    task, systems = get_task(args.dataset_name), list(trained.items())
+    examples = task.load(args.eval_samples)
+    options = {**GREEDY, "latent_length": args.latent_length}
+    rows = []
+    for method in ALL_METHODS:
+        if method == "text_brief" and not task.brief:
+            continue
+        for rounds in [1] if method in ROUNDLESS else range(1, args.num_recursive_rounds + 1):
+            for seed, mas in systems[:1] if method in WORDS else systems:
+                row = summarise(evaluate_method(mas, task, examples, method, rounds,
+                                                {**options, "seed": seed}))
+                rows.append({**row, "seed": seed})
+    write_json(folder / "summary.json", {"settings": vars(args), "rows": rows})
+    pooled = pool(rows)
+    print_table(pooled, "lowest - highest" if len(systems) > 1 else "95 % interval")
+    print_comparison(pooled, task, examples)
+    plot(pooled, folder / "summary.png")
+    return rows
+
+
+def pool(rows):
+    """Rows that differ in their seed alone, as one: means, and in place of the interval the
+    lowest and the highest accuracy. A row that stands alone stays as it is."""
+    groups = {}
+    for row in rows:
+        groups.setdefault((row["method"], row["rounds"]), []).append(row)
+    pooled = []
+    for group in groups.values():
+        row = dict(group[0])
+        if len(group) > 1:
+            for key in ("accuracy", "unparsed", "decoded_tokens", "latent_steps", "seconds"):
+                row[key] = sum(other[key] for other in group) / len(group)
+            accuracies = [other["accuracy"] for other in group]
+            row["ci95"] = [min(accuracies), max(accuracies)]
+        pooled.append(row)
+    return pooled
+
+
+# ---- main ---------------------------------------------------------------------------------------
+
+def open_results(out, settings, resume, batches):
+    """Lines already there, of a run with the same settings; without resume, older results are
+    moved aside. batches: the sizes of all batches in the order they are answered; a batch that
+    was broken off is answered again as a whole, so that a resumed run equals an unbroken one."""
+    out.mkdir(parents=True, exist_ok=True)
+    results, summary = out / "results.jsonl", out / "summary.json"
+    if not resume:
+        if results.exists():
+            os.replace(results, out / "results.previous.jsonl")
+        write_json(summary, {"settings": settings, "rows": []})
+        results.write_text("")
+        return []
+    if not results.is_file() or not summary.is_file():
+        raise FileNotFoundError(f"nothing to resume: {results} is missing; leave --resume away")
+    earlier = read_json(summary)["settings"]
+    odd = [key for key in settings if earlier.get(key) != settings[key]]
+    if odd:
+        raise ValueError(f"{out} holds another run ({', '.join(odd)} differ): use the same flags, "
+                         "or another --out")
+    lines = [line for line in results.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    whole = [end for end in itertools.accumulate(batches) if end <= len(lines)]
+    lines = lines[:whole[-1] if whole else 0]
+    write_whole(results, lambda part: part.write_text("".join(lines)))
+    return [json.loads(line) for line in lines]
+
+
+def main():
+    args, style = flags()
+    need_matplotlib()
+    if args.prompts:
+        style = with_prompts(style, args.prompts)
+    task = get_task(args.dataset)
+    examples = task.load(args.num_samples if args.num_samples > 0 else None)
+    if "text_brief" in args.method and not task.brief:
+        raise ValueError(f"method text_brief: {task.name} has no brief message length; leave it away")
+    if "shuffle" in args.method and min(map(len, chunks(examples, args.batch_size))) < 2:
+        raise ValueError("method shuffle needs at least two questions in a batch: raise "
+                         "--batch_size or --num_samples, or leave it away")
+    options = {key: getattr(args, key) for key in (
+        "batch_size", "latent_length", "max_new_tokens", "temperature", "top_p", "top_k", "min_p",
+        "repetition_penalty", "seed")}
+    mas = load_mas_system(style, args.device, args.dtype, args.mas_task,
+                          bool(args.trust_remote_code), parse_override(args.ckpt_override))
+    for agent in mas.agents.values():
+        agent.thinking = bool(args.enable_thinking)
+    if args.show:
+        show(mas, examples[:args.show], options, max(args.num_recursive_rounds))
+        return
+
+    out, started = Path(args.out), time.time()
+    settings = {key: value for key, value in vars(args).items() if key not in ("out", "resume")}
+    plan = [(method, rounds) for method in args.method
+            for rounds in ([1] if method in ROUNDLESS else args.num_recursive_rounds)]
+    sizes = [len(batch) for batch in chunks(examples, args.batch_size)]
+    lines, rows = open_results(out, settings, args.resume, sizes * len(plan)), []
+
+    def keep(new):
+        with open(out / "results.jsonl", "a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in new)
+
+    for method, rounds in plan:
+        done = [x for x in lines if (x["method"], x["rounds"]) == (method, rounds)]
+        rows.append(summarise(evaluate_method(mas, task, examples, method, rounds, options, done,
+                                              keep)))
+        write_json(out / "summary.json", {"settings": settings, "rows": rows})
+    print_table(rows)
+    print_comparison(rows, task, examples)
+    plot(rows, out / "summary.png")
+    print(f"{len(examples)} questions, {time.time() - started:.0f} s; results.jsonl, summary.json "
+          f"and summary.png are in {out}")
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,263 @@
+"""A system of agents from a style, and the recursion, which exists once: here.
+
+Two rounds of a planner, a critic and a solver (m latent thoughts a turn):
+
+    round 1                                          round 2
+    planner   --H-->  critic   --H-->  solver  --H--> planner   --H-->  critic  --H-->  solver
+    has heard         reads,           reads,         reads,            reads,          reads,
+    nothing yet,      thinks           thinks         thinks            thinks          WRITES
+    reads, thinks
+
+Each arrow carries R_out(R_in(H)), m vectors that take the place of words in the next agent's
+prompt. Only the last agent, in the last round, writes. Training takes its answer's loss in that
+place; evaluation, benchmarks and the text baselines go through the same loop.
+"""
+import dataclasses
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+
+from agents import Agent, apply_link, load_agent, pick_device
+from link import OuterLink, load_inner, load_outer
+from styles import ANSWER_FORMAT, get_style
+
+PROJECT = Path(__file__).resolve().parent
+METHODS = ("latent", "zero", "shuffle", "text", "text_brief", "single", "single_loop")
+WORDS = ("text", "text_brief", "single", "single_loop")     # methods whose messages are texts
+
+
+# ---- the recursion ------------------------------------------------------------------------------
+
+@dataclass
+class Run:
+    """What happened. Rounds count from 1; B questions, m latent steps, d widths."""
+    thoughts: dict = field(default_factory=dict)    # (round, role): (B, m, d) before any link
+    sent: dict = field(default_factory=dict)        # (round, edge key): (B, m, d_dst)
+    texts: dict = field(default_factory=dict)       # (round, role): B texts, methods in words
+    decoded_tokens: list = field(default_factory=list)    # per question, all roles
+    latent_steps: int = 0                           # per question
+    last_turn: tuple = ()                           # (agent, role, round, read): not taken yet
+
+
+def recurse(mas, questions, rounds, latent_length, kind="math", method="latent", trace=False,
+            turn=None, writing=None):
+    """Run the rounds up to the last role's last turn, which is left to the caller: a Run.
+
+    method: latent, or a control (zero: zeros are sent; shuffle: another question's latents), or
+    in words (text; text_brief; single: the last role alone; single_loop: hearing itself). turn(
+    agent, role, round, read) -> H replaces thinking, and is how the trainers look in. writing:
+    arguments of Agent.write, with `seed` and `brief`. trace keeps thoughts and messages."""
+    check_request(questions, rounds, latent_length, method)
+    style, rounds = mas.style, rounds
+    if method in ("single", "single_loop"):
+        style, rounds = style.alone(), rounds * len(style.roles) if method == "single_loop" else 1
+    turn = turn or (lambda agent, role, round, read: agent.think(read(), latent_length))
+    run, prompts = Run(decoded_tokens=[0] * len(questions)), Prompts(mas, style, questions, kind)
+    heard = {role.name: {} for role in style.roles}
+
+    for round in range(1, rounds + 1):
+        for role in style.roles:
+            agent, name = mas.agents[role.name], role.name
+            read = prompts.reader(role, dict(heard[name]), reuse=rounds > 1)
+            if round == rounds and role is style.roles[-1]:
+                run.last_turn = (agent, name, round, read)
+                return run
+            if method in WORDS:
+                said = write(run, (agent, name, round, read), questions, writing, brief=method)
+            else:
+                H = turn(agent, name, round, read)                            # (B, m, d)
+                run.latent_steps += len(H[0])
+                if trace:
+                    run.thoughts[round, name] = H
+            for edge in style.edges:
+                if edge.src == name:
+                    # R_out(R_in(H)), (B, m, d_dst). In training gradients flow back from here
+                    # through both links, the thinking and whatever was heard before it; they
+                    # stop at the prompts (read without gradient) and at the frozen weights.
+                    message = said if method in WORDS else mas.send(edge, H, method)
+                    heard[edge.dst][name] = message
+                    if trace and method not in WORDS:
+                        run.sent[round, edge.key] = message
+
+
+def write(run, last_turn, questions, writing, brief=""):
+    """Let the agent of a turn write: B texts; counts and texts go into the run."""
+    agent, role, round, read = last_turn
+    options = dict(writing or {"max_new_tokens": 1000})
+    seed, brief_length = options.pop("seed", 42), options.pop("brief", None)
+    if brief == "text_brief":
+        if not brief_length:
+            raise ValueError("method text_brief needs a task that has a brief message length")
+        options["max_new_tokens"] = min(brief_length, options["max_new_tokens"])
+    said = agent.write(read(), seeds=[text_seed(seed, role, round, q) for q in questions], **options)
+    run.decoded_tokens = [count + len(ids) for count, ids in zip(run.decoded_tokens, said.ids)]
+    run.texts[round, role] = said.texts
+    return said.texts
+
+
+def text_seed(*parts):
+    """A seed for one text, from what it is about: the same in any batch, order or resumed run."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+def check_request(questions, rounds, latent_length, method):
+    """Raise ValueError for a request that cannot be served."""
+    if method not in METHODS:
+        raise ValueError(f"unknown method '{method}': choose one of {', '.join(METHODS)}")
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, not {rounds}")
+    if latent_length < 1:
+        raise ValueError(f"latent length must be at least 1, not {latent_length}: for an answer "
+                         "without latents use method single")
+    if not questions:
+        raise ValueError("there are no questions")
+    if method == "shuffle" and len(questions) < 2:
+        raise ValueError("method shuffle needs at least two questions in a batch")
+
+
+class Prompts:
+    """The prompts of one batch of questions; what does not change over the rounds is read once."""
+
+    def __init__(self, mas, style, questions, kind):
+        self.mas, self.style, self.questions, self.kind = mas, style, questions, kind
+        self.segments, self.prefixes = {}, {}
+
+    def _segments(self, role, heard):
+        """The role's B prompts given whom it has heard (see Agent.prompt)."""
+        text = self.style.prompt(role, self.kind, heard)
+        if (role.name, text) not in self.segments:
+            self.segments[role.name, text] = self.mas.agents[role.name].prompt(
+                role.system, text, heard, self.questions, ANSWER_FORMAT[self.kind])
+        return self.segments[role.name, text]
+
+    def reader(self, role, heard, reuse):
+        """read() -> Past of the role's prompts with `heard` in their slots.
+
+        The part before the first slot never changes: it is read once, without gradient, and
+        reused over rounds; reuse=False (a single round outside training) spares that detour."""
+        agent, segments = self.mas.agents[role.name], self._segments(role, list(heard))
+        if (reuse or torch.is_grad_enabled()) and role.name not in self.prefixes:
+            full = self._segments(role, self.style.heard_by(role.name))
+            self.prefixes[role.name] = agent.read_prefix(full)
+        prefix = self.prefixes.get(role.name)
+        return lambda: agent.read_prompt(segments, heard, prefix)
+
+
+# ---- the system ---------------------------------------------------------------------------------
+
+@dataclass
+class MAS:
+    """A loaded system: agents by role, outer links by edge key (missing while untrained)."""
+    style: object
+    agents: dict
+    outer: torch.nn.ModuleDict
+    task: str = "math"
+
+    def send(self, edge, H, method="latent"):
+        """R_out(R_in(H)) along an edge: (B, m, d_src) -> (B, m, d_dst), or a control in its place.
+
+        H may also be B tensors (m_b, d): links work position by position, so lengths may differ."""
+        source, target = self.agents[edge.src], self.agents[edge.dst]
+        if not torch.is_tensor(H):
+            return self.send(edge, torch.cat(list(H)), method).split([len(h) for h in H])
+        message = apply_link(self.outer[edge.key], apply_link(source.inner, H, source.dtype)
+                             .to(target.device), target.dtype)
+        if method == "zero":
+            return torch.zeros_like(message)
+        return message.roll(1, 0) if method == "shuffle" else message
+
+    def with_fresh_outer(self, kinds=None, scale_match=True, seed=42):
+        """The same agents with new, untrained outer links; kinds: {edge key: kind of link}."""
+        torch.manual_seed(seed)
+        links = torch.nn.ModuleDict()
+        for edge in self.style.edges:
+            source, target = self.agents[edge.src], self.agents[edge.dst]
+            gain = target.embedding_rms if scale_match else 1.0
+            kind = (kinds or {}).get(edge.key, "2layer_ln_res")
+            link = OuterLink(source.width, target.width, kind, gain)
+            links[edge.key] = link.to(target.device).requires_grad_(False)
+        return dataclasses.replace(self, outer=links)
+
+    @torch.no_grad()
+    def respond(self, questions, rounds=3, latent_length=32, kind="math", method="latent",
+                trace=False, **writing):
+        """One batch of questions, answered: (B texts, Run). `writing` goes to Agent.write."""
+        run = recurse(self, questions, rounds, latent_length, kind, method, trace, writing=writing)
+        return write(run, run.last_turn, questions, writing), run
+
+    def answer(self, questions, rounds=3, latent_length=32, kind="math", method="latent",
+               max_new_tokens=1000, temperature=0.0, top_p=1.0, seed=42, batch_size=32, **writing):
+        """Answers to any number of questions: a list of texts.
+
+        Sampling (temperature above 0) draws from a seed per question, so a text does not depend
+        on the batch it is in."""
+        texts = []
+        for chunk in chunks(list(questions), batch_size):
+            texts += self.respond(chunk, rounds, latent_length, kind, method, seed=seed,
+                                  max_new_tokens=max_new_tokens, temperature=temperature,
+                                  top_p=top_p, **writing)[0]
+        return texts
+
+
+def chunks(items, size):
+    """Items in the fewest batches of at most `size`, of nearly equal length: no lonely last one."""
+    count = -(-len(items) // size)
+    return [items[len(items) * i // count: len(items) * (i + 1) // count] for i in range(count)]
+
+
+def local_folder(name, revision=None):
+    """A folder as given, or within the project, or fetched from the hub."""
+    for folder in (Path(name), PROJECT / name):
+        if folder.is_dir():
+            return folder
+    try:
+        return Path(snapshot_download(name, revision=revision))
+    except (OSError, ValueError) as problem:      # no such folder, repo or network; a gated repo
+        raise FileNotFoundError(f"{name} is neither a folder here nor to be had from the hub "
+                                f"({type(problem).__name__}): check the name, the network, and "
+                                "`hf auth login` if the repo is gated") from problem
+
+
+def load_agents(style, device="auto", dtype="auto", task="math", trust_remote_code=False,
+                ckpt_override=None, revision=None, models=None, inner_kind="2layer_ln_res"):
+    """A system without outer links: every agent with its inner link, all frozen.
+
+    ckpt_override: {role: folder or hub id} used in place of a role's repo; models: {role: base
+    model}. A repo without a model (links trained here) goes with the role's base model.
+    inner_kind: for repos that do not say."""
+    style, override = get_style(style), ckpt_override or {}
+    for key in override:
+        if key != "outer":
+            style.role(key)                       # raises for an unknown role
+    device, dtype = pick_device(device, dtype)
+    agents = {}
+    for role in style.roles:
+        folder = local_folder(override.get(role.name, role.repo), revision)
+        model = (models or {}).get(role.name)
+        if not model:
+            model = folder if (folder / "config.json").is_file() else role.model
+        agent = load_agent(local_folder(model), device, dtype, trust_remote_code)
+        agent.inner = load_inner(folder, agent.width, task, inner_kind).to(device)
+        agent.inner.requires_grad_(False)
+        agents[role.name] = agent
+    return MAS(style, agents, torch.nn.ModuleDict(), task)
+
+
+def load_mas_system(style, device="auto", dtype="auto", task="math", trust_remote_code=False,
+                    ckpt_override=None, revision=None):
+    """A whole system, ready to answer.
+
+    style: a name or a Style; ckpt_override: {role or "outer": folder or hub id}; task chooses
+    among the links of repos that hold several. Raises ValueError or OSError, naming the file."""
+    override = ckpt_override or {}
+    mas = load_agents(style, device, dtype, task, trust_remote_code, override, revision)
+    widths = {edge.key: (mas.agents[edge.src].width, mas.agents[edge.dst].width)
+              for edge in mas.style.edges}
+    links = load_outer(local_folder(override.get("outer", mas.style.repo), revision), widths, task)
+    for edge in mas.style.edges:
+        mas.outer[edge.key] = links[edge.key].to(mas.agents[edge.dst].device).requires_grad_(False)
+    return mas

@@ -1,0 +1,187 @@
+"""A style is data: who takes part, who hears whom, and what each one is asked.
+
+    Role(name, model, repo, prompt)      one agent; prompt: a str, or {kind of question: str}
+    Edge(key, src, dst)                  src's thoughts reach dst through outer link `key`
+    Style(name, roles, edges)            roles speak in order; the last one writes the answer
+
+In a prompt `{question}`, `{answer_format}` and a slot `{role name}` for each role it hears are
+replaced; every other brace stays. `first` is the prompt of a role that has heard nothing yet;
+without it, each line of `prompt` that holds an unfilled slot is left out. A style is a file of
+this folder that makes a Style; nothing has to be registered.
+"""
+import dataclasses
+import importlib
+import pkgutil
+import re
+from dataclasses import dataclass, field
+
+KINDS = ("math", "choice", "code", "search")
+ANSWER_FORMAT = {
+    "math": "End with the final answer as \\boxed{...}.",
+    "choice": "End with the letter of the one right option as \\boxed{...}.",
+    "code": "End with the whole program in one ```python block.",
+    "search": "End with the shortest possible answer as \\boxed{...}.",
+}
+
+
+@dataclass(frozen=True)
+class Role:
+    """One agent: its base model, the repo or folder with its trained inner link, what it is asked.
+
+    `target` names the data columns with its gold text, the first one present counts; a cell is a
+    string (said in every round) or a list of one text a round (the last one repeats)."""
+    name: str
+    model: str
+    repo: str
+    prompt: str | dict
+    first: str | dict = ""
+    target: tuple = ()
+    system: str = ""
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A directed connection; `key` is the name of its outer link in the released files."""
+    key: str
+    src: str
+    dst: str
+
+
+@dataclass(frozen=True)
+class Style:
+    """A checked system. `settings`: {script or data set: {flag: default}}, for flags not given."""
+    name: str
+    roles: tuple
+    edges: tuple
+    repo: str = ""
+    tools: tuple = ()
+    settings: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        check(self)
+
+    def role(self, name):
+        """The role called `name`. Raises ValueError, listing the names there are."""
+        for role in self.roles:
+            if role.name == name:
+                return role
+        names = ", ".join(role.name for role in self.roles)
+        raise ValueError(f"style {self.name} has no role '{name}': choose one of {names}")
+
+    def heard_by(self, name):
+        """Names of the roles that `name` hears, in order of speaking."""
+        sources = {edge.src for edge in self.edges if edge.dst == name}
+        return [role.name for role in self.roles if role.name in sources]
+
+    def prompt(self, role, kind, heard):
+        """What `role` is asked about a question of `kind`, having heard the roles in `heard`."""
+        if not heard and role.first:
+            return by_kind(self, role, role.first, kind)
+        unfilled = [f"{{{name}}}" for name in self.heard_by(role.name) if name not in heard]
+        lines = by_kind(self, role, role.prompt, kind).split("\n")
+        return "\n".join(line for line in lines if not any(slot in line for slot in unfilled))
+
+    def alone(self):
+        """The last role by itself, hearing its own last text: methods single and single_loop."""
+        last = self.roles[-1]
+        slots = [f"{{{name}}}" for name in self.heard_by(last.name)]
+
+        def own(prompt):
+            if isinstance(prompt, dict):
+                return {kind: own(text) for kind, text in prompt.items()}
+            kept = [line for line in prompt.split("\n")
+                    if slots[0] in line or not any(slot in line for slot in slots)]
+            text = "\n".join(kept).replace(slots[0], f"{{{last.name}}}")
+            for slot in slots[1:]:
+                text = text.replace(slot, "")
+            return text
+
+        return dataclasses.replace(self, edges=(Edge("own", last.name, last.name),),
+                                   roles=(dataclasses.replace(last, prompt=own(last.prompt)),))
+
+
+def by_kind(style, role, prompt, kind):
+    """The prompt for a kind of question. Raises ValueError if the role has none for it."""
+    if isinstance(prompt, str):
+        return prompt
+    if kind not in prompt:
+        raise ValueError(f"style {style.name}: role {role.name} has no prompt for kind '{kind}', "
+                         f"only for {', '.join(prompt)}: add it to the style or choose other data")
+    return prompt[kind]
+
+
+def check(style):
+    """Raise ValueError, naming style, role and fix, for a style that cannot work."""
+    names = [role.name for role in style.roles]
+
+    def wrong(what):
+        raise ValueError(f"style {style.name}: {what}")
+
+    if not names:
+        wrong("it has no roles: give it at least one")
+    for name in names:
+        if names.count(name) > 1:
+            wrong(f"two roles are called {name}: rename one")
+        if name in ("question", "answer_format"):
+            wrong(f"a role cannot be called {name}, which prompts use for something else: rename it")
+    keys = [edge.key for edge in style.edges]
+    for edge in style.edges:
+        if keys.count(edge.key) > 1:
+            wrong(f"two edges are called {edge.key}: rename one")
+        for end in (edge.src, edge.dst):
+            if end not in names:
+                wrong(f"edge {edge.key} names role {end}, which does not exist: "
+                      f"use one of {', '.join(names)}")
+    if not style.heard_by(names[-1]):
+        wrong(f"nobody is heard by {names[-1]}, the last role, which writes: add an edge to it")
+    for role in style.roles:
+        check_prompts(style, role, names, wrong)
+
+
+def check_prompts(style, role, names, wrong):
+    """Each prompt of a role needs {question} and just the slots of the roles that it hears."""
+    if not role.model:
+        wrong(f"role {role.name} has no model: name a hub id or a folder")
+    heard = style.heard_by(role.name)
+    for field_name in ("prompt", "first"):
+        prompts = getattr(role, field_name)
+        prompts = prompts if isinstance(prompts, dict) else {"": prompts}
+        if not prompts and field_name == "prompt":
+            wrong(f"role {role.name} has no prompt: give it one")
+        for kind, text in prompts.items():
+            where = f"role {role.name}, {field_name}" + (f" for {kind}" if kind else "")
+            if kind and kind not in KINDS:
+                wrong(f"{where}: unknown kind of question: use {', '.join(KINDS)}")
+            if not text and field_name == "first":
+                continue
+            slots = set(re.findall("{(" + "|".join(map(re.escape, names)) + ")}", text))
+            if "{question}" not in text:
+                wrong(f"{where}: there is no {{question}} in it: add it")
+            if field_name == "first" and slots:
+                wrong(f"{where}: it holds slot {{{sorted(slots)[0]}}}, but it is used before "
+                      "anything is heard: take the slot out")
+            if field_name == "prompt" and slots != set(heard):
+                odd = sorted(slots ^ set(heard))[0]
+                wrong(f"{where}: it hears {odd} but holds no slot {{{odd}}}: add one"
+                      if odd in heard else
+                      f"{where}: slot {{{odd}}} can never be filled: add an edge {odd} -> {role.name}")
+
+
+def all_styles():
+    """{name: Style} of every Style that a file of this folder makes."""
+    modules = [importlib.import_module(f"{__name__}.{info.name}")
+               for info in pkgutil.iter_modules(__path__)]
+    found = [value for module in modules for value in vars(module).values()]
+    return {style.name: style for style in found if isinstance(style, Style)}
+
+
+def get_style(style):
+    """The Style called `style`, or `style` itself if it is one already.
+
+    Raises ValueError for an unknown name, listing the known ones."""
+    if isinstance(style, Style):
+        return style
+    styles = all_styles()
+    if style not in styles:
+        raise ValueError(f"unknown style '{style}': choose one of {', '.join(sorted(styles))}")
+    return styles[style]

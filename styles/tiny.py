@@ -1,0 +1,28 @@
+"""The shipped tiny system (tasks/tiny.py says what its three agents do, tiny/build.py made them)."""
+from styles import Edge, Role, Style
+
+FIRST = "{question} <|notes|> none"
+
+tiny = Style(
+    name="tiny",
+    repo="tiny/outer",
+    roles=(
+        Role("planner", "tiny/planner", "tiny/planner", target=("plan",),
+             prompt="{question} <|notes|> {solver}", first=FIRST),
+        Role("critic", "tiny/critic", "tiny/critic", target=("refined_plan",),
+             prompt="{question} <|notes|> {planner}", first=FIRST),
+        Role("solver", "tiny/solver", "tiny/solver", target=("answer",),
+             prompt="{question} <|notes|> {critic}", first=FIRST),
+    ),
+    edges=(Edge("outer_12", "planner", "critic"), Edge("outer_23", "critic", "solver"),
+           Edge("outer_31", "solver", "planner")),
+    settings={
+        "train_inner": {"dataset_name": "tiny", "num_samples": 1000, "max_steps": 600,
+                        "batch_size": 32, "adapter_lr": 4e-3, "latent_length": 6},
+        "train_outer": {"dataset_name": "tiny", "num_samples": 6400, "max_steps": 400,
+                        "batch_size": 32, "outer_lr": 1e-3, "max_grad_norm": 0.3,
+                        "latent_length": 6, "role_loss_weight": 1.0, "warm_start_steps": 150,
+                        "random_rounds": 1, "gradient_checkpointing": 0},
+        "tiny": {"latent_length": 6, "max_new_tokens": 32, "temperature": 0.0, "batch_size": 125},
+    },
+)

@@ -1,0 +1,153 @@
+"""The tiny task: a one-digit counter, changed by a chain of K = 2..12 events. Where does it end?
+
+    question   start 3 s1 x7 s2 flip s3 +2        (3 -> 1 -> 8 -> 0)
+    gold       0
+
+It is made for three small models that share the work. In one round the planner does two events,
+the critic redoes the second of them (and mends it) and does a third, the solver does a fourth and
+says where the counter stands:
+
+    planner    s1 x7 1 s2 flip 8   because 3 to 1 and 1 to 8 .
+    critic     s2 flip 8 s3 +2 0   because 1 to 8 and 8 to 0 .
+    solver     s3 +2 0 answer 0 .  because 8 to 0 .       (nothing is left: the last event again)
+
+So one round advances four events, and a chain of twelve takes three. That accuracy rises with
+the rounds is therefore built into the task, and that the solver alone stays near chance too. What
+is not built in is whether *latents* can carry the notes from agent to agent. That is the question.
+
+The words before `because` are the notes' essence (six tokens); the rest is the justification that
+a model writing in words would give, and that latent thoughts need not spell out.
+"""
+import random
+from dataclasses import dataclass
+
+from tasks import Example, Score, Task
+
+NAMES = ("tiny",)
+TEST_SIZE, TEST_SEED = 500, 999
+SHORTEST, LONGEST = 2, 12
+EVENTS_PER_ROUND = 4
+LISTED_ROUNDS = 4              # from the fourth round on, every text repeats: nothing is left to do
+
+OPERATIONS = {
+    "+1": lambda v: (v + 1) % 10, "+2": lambda v: (v + 2) % 10, "+3": lambda v: (v + 3) % 10,
+    "-1": lambda v: (v - 1) % 10, "-2": lambda v: (v - 2) % 10,
+    "x3": lambda v: v * 3 % 10, "x7": lambda v: v * 7 % 10, "flip": lambda v: 9 - v,
+}
+SPECIAL_WORDS = ("<pad>", "<bos>", "<eos>", "<unk>", "<|user|>", "<|notes|>", "<|assistant|>")
+WORDS = (SPECIAL_WORDS + ("none", "start", "because", "and", "to", "answer", ".")
+         + tuple(OPERATIONS) + tuple(str(digit) for digit in range(10))
+         + tuple(f"s{step}" for step in range(1, LONGEST + 1)))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """values[i] is the counter after i events, so values[0] is the start, values[-1] the answer."""
+    operations: tuple
+    values: tuple
+
+    @property
+    def question(self):
+        events = [f"s{i} {operation}" for i, operation in enumerate(self.operations, start=1)]
+        return " ".join([f"start {self.values[0]}", *events])
+
+    def event(self, i):
+        """Event i with its result, `s2 flip 8`; past the end the last event again."""
+        i = min(max(i, 1), len(self.operations))
+        return f"s{i} {self.operations[i - 1]} {self.values[i]}"
+
+    def reason(self, i):
+        i = min(max(i, 1), len(self.operations))
+        return f"{self.values[i - 1]} to {self.values[i]}"
+
+
+def random_problem(rng, longest=LONGEST):
+    """A problem of 2..longest events, every length equally likely."""
+    operations = tuple(rng.choice(list(OPERATIONS)) for _ in range(rng.randint(SHORTEST, longest)))
+    values = [rng.randint(0, 9)]
+    for operation in operations:
+        values.append(OPERATIONS[operation](values[-1]))
+    return Problem(operations, tuple(values))
+
+
+def role_text(problem, role, done, full=False):
+    """What a role says when the notes it hears have done `done` events (the critic redoes the last).
+
+    full=False stops after the six essential words, full=True adds the justification."""
+    if role == "planner":
+        first, second = done + 1, done + 2
+    elif role == "critic":
+        first, second = done, max(done, 1) + 1
+    elif role == "solver":
+        first, second = done + 1, None
+        reached = problem.values[min(done + 1, len(problem.operations))]
+    else:
+        raise ValueError(f"the tiny task has no role '{role}': planner, critic or solver")
+    if second is None:
+        essence, reason = f"{problem.event(first)} answer {reached} .", problem.reason(first)
+    else:
+        essence = f"{problem.event(first)} {problem.event(second)}"
+        reason = f"{problem.reason(first)} and {problem.reason(second)}"
+    return f"{essence} because {reason} ." if full else essence
+
+
+def gold_texts(problem, role, full=False):
+    """The role's text in rounds 1, 2, .., given that everyone before did its part."""
+    before = {"planner": 0, "critic": 2, "solver": 3}[role]    # events done when the role speaks
+    done = [EVENTS_PER_ROUND * (r - 1) + before for r in range(1, LISTED_ROUNDS + 1)]
+    return [role_text(problem, role, min(d, len(problem.operations)), full) for d in done]
+
+
+def test_problems():
+    """The 500 test problems: always the same, all different."""
+    rng, problems = random.Random(TEST_SEED), {}
+    while len(problems) < TEST_SIZE:
+        problem = random_problem(rng)
+        problems[problem.question] = problem
+    return list(problems.values())
+
+
+def training_problems(rng, longest=LONGEST, _test=set()):
+    """Endless random problems, none of them a test problem (of length 2 there are only 640)."""
+    if not _test:
+        _test.update(problem.question for problem in test_problems())
+    while True:
+        problem = random_problem(rng, longest)
+        if problem.question not in _test:
+            yield problem
+
+
+def train_rows(n, seed):
+    """n training rows with the columns of the published sequential sets: a text per role and round."""
+    problems = training_problems(random.Random(f"tiny outer {seed}"))
+    return [{"question": problem.question, "plan": gold_texts(problem, "planner"),
+             "refined_plan": gold_texts(problem, "critic"), "answer": gold_texts(problem, "solver"),
+             "gold": str(problem.values[-1])} for problem, _ in zip(problems, range(n))]
+
+
+def load(limit=None):
+    """The test problems as Examples, the first `limit` of them."""
+    return [Example(id=f"tiny-{i}", question=problem.question, gold=str(problem.values[-1]),
+                    kind="math", row={"events": len(problem.operations)})
+            for i, problem in enumerate(test_problems()[:limit])]
+
+
+def score(example, text):
+    """The word behind the first `answer`; the counter has one digit, so equality is enough."""
+    words = text.split()
+    place = words.index("answer") + 1 if "answer" in words else len(words)
+    parsed = words[place] if place < len(words) and words[place].isdigit() else None
+    return Score(parsed == example.gold, parsed)
+
+
+def ceiling(examples, rounds):
+    """Share of problems that `rounds` rounds can finish; the others are a guess (one in ten)."""
+    finished = sum(example.row["events"] <= EVENTS_PER_ROUND * rounds for example in examples)
+    return (finished + (len(examples) - finished) / 10) / len(examples)
+
+
+def task(name, path=None):
+    """The Task itself; there is nothing to read from a file."""
+    if path is not None:
+        raise ValueError("the tiny task makes its own problems: leave the path away")
+    return Task(name, "math", load, score, train_rows, brief=6, ceiling=ceiling)

@@ -1,0 +1,236 @@
+"""What the tests share: tiny random agents of real architectures, tokenizers, plain references.
+
+The references are written from the equations, one question at a time, without cache, padding or
+batch, and use nothing of the project but the models' own weights.
+"""
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import torch.nn as nn  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
+from transformers import (LlamaConfig, LlamaForCausalLM, MistralConfig,  # noqa: E402
+                          MistralForCausalLM, PreTrainedTokenizerFast, Qwen2Config,
+                          Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
+
+from agents import Agent  # noqa: E402
+from link import InnerLink, OuterLink  # noqa: E402
+from recurse import MAS, load_mas_system  # noqa: E402
+from styles import ANSWER_FORMAT, Edge, Role, Style  # noqa: E402
+from tiny.build import CHAT_TEMPLATE, WORD_ID  # noqa: E402
+
+FAMILIES = ("qwen3", "llama", "qwen2", "mistral")
+WIDTHS = {"qwen3": 32, "llama": 24, "qwen2": 40, "mistral": 16}
+WINDOW = 6              # of the mistral, shorter than the prompts, so that it matters
+EXTRA_WORDS = tuple(dict.fromkeys(
+    (ANSWER_FORMAT["math"] + " <|system|> plan: check: notes: own: mend it team of three").split()))
+VOCABULARY = {word: i for i, word in enumerate((*WORD_ID, *EXTRA_WORDS))}
+QUESTIONS = [
+    "start 3 s1 x7 s2 flip s3 +2",
+    "start 0 s1 +1",
+    "start 9 s1 -2 s2 x3 s3 -1 s4 flip s5 +3 s6 x7",
+    "start 5 s1 flip s2 +2",
+    "start 7 s1 x3 s2 x3 s3 x3 s4 -2",
+]
+
+
+# ---- tokenizers ---------------------------------------------------------------------------------
+
+def word_tokenizer(template=CHAT_TEMPLATE):
+    """One word, one token, as in tiny/build.py, with a few more words."""
+    core = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>",
+        unk_token="<unk>", chat_template=template, clean_up_tokenization_spaces=False)
+
+
+def byte_tokenizer(template):
+    """One byte, one token: loses nothing, so that decoded tokens show the whole text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=template,
+                                   clean_up_tokenization_spaces=False)
+
+
+def words(text):
+    """The token ids of a text, by looking its words up."""
+    return [VOCABULARY.get(word, VOCABULARY["<unk>"]) for word in text.split()]
+
+
+def chat(user):
+    """CHAT_TEMPLATE written out for one user turn."""
+    return f"<bos> <|user|> {user} <|assistant|>"
+
+
+# ---- models, links, agents ----------------------------------------------------------------------
+
+def new_model(family, seed=0):
+    """A random float32 causal LM of a real architecture, large enough weights to be lively."""
+    torch.manual_seed(seed)
+    width = WIDTHS[family]
+    shared = dict(vocab_size=len(VOCABULARY), hidden_size=width, intermediate_size=2 * width,
+                  num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                  max_position_embeddings=256, initializer_range=0.12, tie_word_embeddings=True,
+                  bos_token_id=VOCABULARY["<bos>"], eos_token_id=VOCABULARY["<eos>"],
+                  pad_token_id=VOCABULARY["<pad>"])
+    if family == "qwen3":
+        return Qwen3ForCausalLM(Qwen3Config(head_dim=8, **shared)).eval()
+    if family == "llama":
+        return LlamaForCausalLM(LlamaConfig(**shared)).eval()
+    if family == "qwen2":
+        return Qwen2ForCausalLM(Qwen2Config(**shared)).eval()
+    return MistralForCausalLM(MistralConfig(sliding_window=WINDOW, **shared)).eval()
+
+
+def randomise(link, gain, seed=0):
+    """The link with every parameter drawn at random; the last LayerNorm's gain is about `gain`."""
+    generator = torch.Generator().manual_seed(seed)
+    last = getattr(link, "post_ln", None) or getattr(link, "ln_target", None)
+    with torch.no_grad():
+        for module in link.modules():
+            if isinstance(module, nn.Linear):
+                scale = module.in_features ** -0.5
+                module.weight.normal_(0, scale, generator=generator)
+                module.bias.normal_(0, 0.1, generator=generator)
+            elif isinstance(module, nn.LayerNorm):
+                factor = gain if module is last else 1.0
+                module.weight.normal_(1, 0.3, generator=generator).mul_(factor)
+                module.bias.normal_(0, 0.2, generator=generator).mul_(factor)
+    return link
+
+
+def new_agent(family, seed=0, template=CHAT_TEMPLATE):
+    """An agent with random weights and a random inner link."""
+    agent = Agent(new_model(family, seed), word_tokenizer(template))
+    agent.inner = randomise(InnerLink(agent.width), agent.embedding_rms, seed + 1)
+    agent.inner.requires_grad_(False)
+    return agent
+
+
+THREE = Style(
+    name="three",
+    roles=(
+        Role("planner", "random", "",
+             prompt="{question} <|notes|> {solver}\nmend it {answer_format}",
+             first="plan: {question} <|notes|> none"),
+        Role("critic", "random", "",
+             prompt="{question}\nnotes: {planner}\nown: {solver} .\ncheck: it"),
+        Role("solver", "random", "",
+             prompt="{question}\nnotes: {critic} and\n{answer_format}\nplan: {planner}"),
+    ),
+    edges=(Edge("outer_12", "planner", "critic"), Edge("outer_23", "critic", "solver"),
+           Edge("outer_31", "solver", "planner"), Edge("outer_13", "planner", "solver"),
+           Edge("outer_32", "solver", "critic")),
+)
+
+
+def new_mas(style=THREE, families=("qwen3", "llama", "qwen2")):
+    """A random system over a style; each role's model is of another family."""
+    agents = {role.name: new_agent(family, seed=10 + i)
+              for i, (role, family) in enumerate(zip(style.roles, families))}
+    outer = nn.ModuleDict()
+    for i, edge in enumerate(style.edges):
+        source, target = agents[edge.src], agents[edge.dst]
+        outer[edge.key] = randomise(OuterLink(source.width, target.width), target.embedding_rms,
+                                    seed=100 + i).requires_grad_(False)
+    return MAS(style, agents, outer)
+
+
+@pytest.fixture(params=FAMILIES)
+def agent(request):
+    """A fresh agent, of each family in turn."""
+    return new_agent(request.param)
+
+
+@pytest.fixture(scope="module")
+def mas():
+    """The three-family system."""
+    return new_mas()
+
+
+# ---- plain references ---------------------------------------------------------------------------
+
+def inner_equation(link, h):
+    """R_in(h) = LN_post(h + W2 GELU(W1 LN_pre(h))), parameter by parameter."""
+    w = dict(link.named_parameters())
+    y = F.layer_norm(h, h.shape[-1:], w["pre_ln.weight"], w["pre_ln.bias"])
+    y = F.gelu(y @ w["proj1.weight"].T + w["proj1.bias"])
+    y = h + y @ w["proj2.weight"].T + w["proj2.bias"]
+    return F.layer_norm(y, h.shape[-1:], w["post_ln.weight"], w["post_ln.bias"])
+
+
+def outer_equation(link, x):
+    """R_out(x) = LN_t(W3 x + W2 GELU(W1 LN_s(x))), parameter by parameter."""
+    w = dict(link.named_parameters())
+    y = F.layer_norm(x, x.shape[-1:], w["ln_source.weight"], w["ln_source.bias"])
+    y = F.gelu(y @ w["proj1.weight"].T + w["proj1.bias"])
+    y = y @ w["proj2.weight"].T + w["proj2.bias"]
+    y = x @ w["residual_proj.weight"].T + w["residual_proj.bias"] + y
+    return F.layer_norm(y, y.shape[-1:], w["ln_target.weight"], w["ln_target.bias"])
+
+
+def plain_states(agent, embeds):
+    """Hidden states (1, T, d) after the final norm of one unpadded row of embeddings, no cache."""
+    return agent.model.base_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+
+
+def plain_think(agent, embeds, m):
+    """m thoughts (1, m, d) after one unpadded row of embeddings: all is run again at each step."""
+    thoughts = []
+    for _ in range(m):
+        h = plain_states(agent, embeds)[:, -1:]
+        thoughts.append(h)
+        embeds = torch.cat([embeds, inner_equation(agent.inner, h)], 1)
+    return torch.cat(thoughts, 1)
+
+
+@torch.no_grad()
+def plain_write(agent, embeds, count):
+    """Greedy token ids after one unpadded row of embeddings, all run again at each step."""
+    ids = []
+    for _ in range(count):
+        logits = agent.model.lm_head(plain_states(agent, embeds)[:, -1])
+        ids.append(int(logits.argmax()))
+        if ids[-1] == VOCABULARY["<eos>"]:
+            break
+        embeds = torch.cat([embeds, embed_words(agent, ids[-1:])], 1)
+    return ids
+
+
+def embed_words(agent, ids):
+    """Embeddings (1, T, d) of token ids."""
+    return agent.model.get_input_embeddings()(torch.tensor([ids], dtype=torch.long))
+
+
+def left_pad(rows):
+    """(embeds (B, T, d), mask (B, T)) of rows (1, T_b, d), padded on the left by hand."""
+    longest = max(row.shape[1] for row in rows)
+    embeds = torch.zeros(len(rows), longest, rows[0].shape[2])
+    mask = torch.zeros(len(rows), longest, dtype=torch.long)
+    for b, row in enumerate(rows):
+        embeds[b, longest - row.shape[1]:] = row[0]
+        mask[b, longest - row.shape[1]:] = 1
+    return embeds, mask
+
+
+def largest_difference(a, b):
+    """max |a - b|; also fails where the shapes differ."""
+    assert a.shape == b.shape
+    return (a - b).abs().max().item()
+
+
+@pytest.fixture(scope="session")
+def shipped():
+    """The tiny system that comes with the project, loaded as a user would."""
+    return load_mas_system("tiny", device="cpu")

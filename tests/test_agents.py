@@ -1,0 +1,641 @@
+"""One agent: cached against uncached, batch against single, padded against unpadded, spliced text
+against plain tokens, decoding against the library's generate and the exact distribution."""
+import json
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import (FAMILIES, QUESTIONS, VOCABULARY, WINDOW, byte_tokenizer, chat, embed_words,
+                      largest_difference, left_pad, new_agent, new_model, plain_states, plain_think,
+                      plain_write, word_tokenizer, words)
+from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM
+
+from agents import Agent, common_length, load_agent, pick_device
+from link import save_inner
+from tiny.build import new_tokenizer
+
+M = 5                                                       # latent steps
+PROMPTS = [words(chat(question)) for question in QUESTIONS[:4]]      # 6 to 21 tokens
+CLOSE = 1e-4
+
+
+def read_plain(agent, prompts):
+    """A Past of prompts of given token ids, padded on the left by hand."""
+    return agent.read(*left_pad([embed_words(agent, ids) for ids in prompts]))
+
+
+# ---- reading and thinking -----------------------------------------------------------------------
+
+def test_the_prompts_are_a_fair_test():
+    """Different lengths, and a sliding window that is shorter than some and longer than none."""
+    lengths = [len(ids) for ids in PROMPTS]
+    assert len(set(lengths)) > 2 and max(lengths) > 2 * WINDOW
+    assert min(lengths) + M > WINDOW
+
+
+def test_the_window_of_the_mistral_matters():
+    """The same weights without the window think otherwise; else no test here would see it."""
+    agent, wide = new_agent("mistral"), new_agent("mistral")
+    wide.model.config.sliding_window = None
+    embeds = embed_words(agent, PROMPTS[2])
+    near, far = plain_states(agent, embeds), plain_states(wide, embeds)
+    assert largest_difference(near[:, :WINDOW], far[:, :WINDOW]) < CLOSE
+    assert largest_difference(near[:, -1:], far[:, -1:]) > 0.01
+
+
+def test_think_batched_is_uncached_is_single(agent):
+    """Cached on a left-padded batch = no cache, one by one = cached, one by one."""
+    with torch.no_grad():
+        batched = agent.think(read_plain(agent, PROMPTS), M)
+        for b, ids in enumerate(PROMPTS):
+            embeds = embed_words(agent, ids)
+            plain = plain_think(agent, embeds, M)
+            single = agent.think(agent.read(embeds, torch.ones(1, len(ids), dtype=torch.long)), M)
+            assert largest_difference(batched[b:b + 1], plain) < CLOSE
+            assert largest_difference(single, plain) < CLOSE
+
+
+def test_first_thought_is_the_hidden_state_read_ended_on(agent):
+    past = read_plain(agent, PROMPTS)
+    assert torch.equal(agent.think(past, 1), past.last)
+
+
+def test_reading_in_two_parts_is_reading_at_once(agent):
+    """read(.., past): rows of different lengths, cut at the same place from the right."""
+    embeds, mask = left_pad([embed_words(agent, ids) for ids in PROMPTS])
+    first = agent.read(embeds[:, :-4], mask[:, :-4])
+    second = agent.read(embeds[:, -4:], mask[:, -4:], first)
+    whole = agent.read(embeds, mask)
+    assert largest_difference(second.last, whole.last) < CLOSE
+    assert largest_difference(agent.think(second, M), agent.think(whole, M)) < CLOSE
+
+
+def test_gradients_through_cached_think(agent):
+    """Of latents in a slot and of the inner link: cached padded batch = uncached, one by one."""
+    agent.inner.requires_grad_(True)
+    parameters = list(agent.inner.parameters())
+    torch.manual_seed(0)
+    latents = [(0.2 * torch.randn(1, 3, agent.width)).requires_grad_() for _ in PROMPTS]
+    weights = torch.randn(len(PROMPTS), M, agent.width)
+
+    def rows():
+        return [torch.cat([embed_words(agent, ids[:-2]), slot, embed_words(agent, ids[-2:])], 1)
+                for ids, slot in zip(PROMPTS, latents)]
+
+    plain = sum((plain_think(agent, row, M) * weight).sum() for row, weight in zip(rows(), weights))
+    cached = (agent.think(agent.read(*left_pad(rows())), M) * weights).sum()
+    wanted = torch.autograd.grad(plain, latents + parameters)
+    got = torch.autograd.grad(cached, latents + parameters)
+    for a, b in zip(got, wanted):
+        assert b.abs().max() > 0
+        assert largest_difference(a, b) < CLOSE * max(1.0, b.abs().max().item())
+
+
+# ---- prompts with a shared prefix ---------------------------------------------------------------
+
+SLOTTED = "{question} <|notes|> {critic} and"
+TEXTS = ["s1 x7 1", "", "s4 flip 7 s5 +3 0 .", "none"]
+
+
+def prompt(agent, user, slots=("critic",), questions=QUESTIONS[:4]):
+    return agent.prompt("", user, list(slots), questions, "end")
+
+
+def assert_same_past(agent, a, b):
+    """Both lead to the same thoughts."""
+    assert largest_difference(a.last, b.last) < CLOSE
+    assert largest_difference(agent.think(a, M), agent.think(b, M)) < CLOSE
+
+
+def test_read_prompt_with_prefix(agent):
+    """Latents, texts of one length and of different lengths (one empty) in the slot: as without
+    a prefix, and as one by one and unpadded."""
+    segments = prompt(agent, SLOTTED)
+    prefix = agent.read_prefix(segments)
+    torch.manual_seed(0)
+    ragged = [0.2 * torch.randn(n, agent.width) for n in (3, 1, 6, 2)]
+    for heard in (0.2 * torch.randn(4, 3, agent.width), TEXTS, ["s1 x7 1"] * 4, [""] * 4, ragged):
+        shared = agent.read_prompt(segments, {"critic": heard}, prefix)
+        assert_same_past(agent, shared, agent.read_prompt(segments, {"critic": heard}))
+        for b, (question, said) in enumerate(zip(QUESTIONS, heard)):
+            said = embed_words(agent, words(said)) if isinstance(said, str) else said[None]
+            before = embed_words(agent, words(f"<bos> <|user|> {question} <|notes|>"))
+            row = torch.cat([before, said, embed_words(agent, words("and <|assistant|>"))], 1)
+            plain = plain_states(agent, row)[:, -1:]
+            assert largest_difference(shared.last[b:b + 1], plain) < CLOSE
+
+
+def test_first_prompt_shares_part_of_the_prefix(agent):
+    """A `first` prompt has no slot: only the leading tokens that agree may be taken over."""
+    prefix = agent.read_prefix(prompt(agent, SLOTTED))
+    for user in ("{question} <|notes|> none", "{question} start <|notes|> none and to",
+                 "plan: {question} <|notes|>", "{question}"):
+        segments = prompt(agent, user, slots=())
+        assert_same_past(agent, agent.read_prompt(segments, {}, prefix),
+                         agent.read_prompt(segments, {}))
+
+
+def test_prefix_is_the_whole_prompt(agent):
+    """Nothing is new; and a prefix that is longer than the prompt."""
+    segments = prompt(agent, "{question} <|notes|>", slots=())
+    prefix = agent.read_prefix(segments)
+    assert_same_past(agent, agent.read_prompt(segments, {}, prefix), prefix[1])
+    shorter = [[row[:-2] for row in segments[0]]]
+    assert_same_past(agent, agent.read_prompt(shorter, {}, prefix), agent.read_prompt(shorter, {}))
+
+
+def test_prompt_may_begin_with_a_slot():
+    """A template that puts nothing before the user's text: there is no prefix to share."""
+    template = "{% for m in messages %}{{ m['content'] }} {% endfor %}<|assistant|>"
+    agent = new_agent("llama", template=template)
+    segments = prompt(agent, "{critic} <|notes|> {question}")
+    heard = {"critic": 0.2 * torch.randn(4, 3, agent.width)}
+    shared = agent.read_prompt(segments, heard, agent.read_prefix(segments))
+    assert_same_past(agent, shared, agent.read_prompt(segments, heard))
+
+
+def test_common_length():
+    assert common_length([1, 2, 3], [1, 2, 4]) == 2
+    assert common_length([1, 2], [1, 2, 4]) == 2
+    assert common_length([], [1]) == common_length([2, 1], [1, 1]) == 0
+
+
+def test_gradients_through_a_prefix_are_the_same(agent):
+    """The prefix is read without gradient: what the slot's latents get must not change."""
+    segments = prompt(agent, SLOTTED)
+    prefix = agent.read_prefix(segments)
+    torch.manual_seed(0)
+    latents = (0.2 * torch.randn(4, 3, agent.width)).requires_grad_()
+    weights = torch.randn(4, M, agent.width)
+    gradients = [
+        torch.autograd.grad((agent.think(past, M) * weights).sum(), latents)[0]
+        for past in (agent.read_prompt(segments, {"critic": latents}, prefix),
+                     agent.read_prompt(segments, {"critic": latents}))]
+    assert gradients[1].abs().max() > 0
+    scale = max(1.0, gradients[1].abs().max().item())
+    assert largest_difference(*gradients) < CLOSE * scale
+
+
+def test_a_past_is_never_changed(agent):
+    """Going on from it twice, in every way there is, gives the same twice."""
+    segments = prompt(agent, SLOTTED)
+    prefix = agent.read_prefix(segments)
+    past = agent.read_prompt(segments, {"critic": TEXTS}, prefix)
+    pasts = (past, prefix[1])
+    before = [(one.mask.clone(), one.last.clone(), one.cache.get_seq_length(),
+               [(layer.keys.clone(), layer.values.clone()) for layer in one.cache.layers])
+              for one in pasts]
+    targets = [words("s1 x7"), words("none"), words("s2 +1 0 ."), words("to")]
+
+    def go_on():
+        agent.end_tokens = {VOCABULARY[str(digit)] for digit in range(10)}   # some rows end early
+        more = torch.ones(4, 2, agent.width)
+        read_on = agent.read(more, torch.ones(4, 2, dtype=torch.long), past)
+        return [agent.think(past, M), agent.follow(past, targets), read_on.last,
+                agent.answer_loss(past, targets)[0], torch.tensor(
+                    [token for ids in agent.write(past, 6).ids for token in ids]),
+                agent.read_prompt(segments, {"critic": ["s1 flip"] * 4}, prefix).last]
+
+    with torch.no_grad():
+        first, second = go_on(), go_on()
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    for one, (mask, last, length, layers) in zip(pasts, before):
+        assert torch.equal(one.mask, mask) and torch.equal(one.last, last)
+        assert one.cache.get_seq_length() == length == mask.shape[1]
+        for layer, (keys, values) in zip(one.cache.layers, layers):
+            assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
+
+
+# ---- prompts as tokens --------------------------------------------------------------------------
+
+def flat(segments, heard, tokenizer):
+    """The tokens of each row of a prompt with texts in its slots."""
+    rows = [[] for _ in segments[0]]
+    for segment in segments:
+        if isinstance(segment, str):
+            segment = tokenizer(heard[segment], add_special_tokens=False)["input_ids"]
+        rows = [row + tokens for row, tokens in zip(rows, segment)]
+    return rows
+
+
+def test_text_in_a_slot_is_plain_tokens(agent):
+    """Embeddings of a slot filled with text = of the same words typed into the prompt."""
+    typed = [words(chat(f"{question} <|notes|> {text} and"))
+             for question, text in zip(QUESTIONS, TEXTS)]
+    wanted, wanted_mask = left_pad([embed_words(agent, ids) for ids in typed])
+    embeds, mask = agent.embed(prompt(agent, SLOTTED), {"critic": TEXTS})
+    assert torch.equal(mask, wanted_mask)
+    assert torch.equal(embeds * mask[..., None], wanted)
+
+
+# A chat template with a system role; without one, refused aloud; without one, ignored silently.
+BODY = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] | trim }}{% endfor %}<assistant>"
+RAISES = ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}"
+          "{% endif %}" + BODY)
+IGNORES = BODY.replace("{% for m in messages %}",
+                       "{% for m in messages if m['role'] != 'system' %}")
+NASTY = ["what is {critic} {question}?", "{", "}} {{ x }} {% raw %} \\boxed{}", "{answer_format}",
+         "\ue000critic\ue001", "a \ue000 b \ue001 c", "\ue001\ue000question\ue001\ue000",
+         "{planner}", "", " \n spaces \t", "\\1 \\g<0>", "<user>"]
+
+
+def byte_agent(template=BODY, **settings):
+    return Agent(new_model("llama"), byte_tokenizer(template), **settings)
+
+
+@pytest.mark.parametrize("template", [BODY, RAISES, IGNORES], ids=["system", "raises", "ignores"])
+def test_questions_and_texts_are_never_spliced(template):
+    """Oracle: the chat written out by hand; every odd string goes through as plain text."""
+    agent = byte_agent(template)
+    user = "Q: {question}\nheard {critic}, {planner}; keep {other} \\boxed{}.\n{answer_format}!"
+    segments = agent.prompt("Be {brief}.", user, ["critic", "planner"], NASTY, "End in \\boxed{x}.")
+    assert [segment for segment in segments if isinstance(segment, str)] == ["critic", "planner"]
+    heard = {"critic": NASTY[1:] + NASTY[:1], "planner": NASTY[2:] + NASTY[:2]}
+    rows = flat(segments, heard, agent.tokenizer)
+    head = "<system>Be {brief}.<user>" if template == BODY else "<user>Be {brief}.\n\n"
+    for b, question in enumerate(NASTY):
+        text = (f"{head}Q: {question}\nheard {heard['critic'][b]}, {heard['planner'][b]}; keep "
+                "{other} \\boxed{}.\nEnd in \\boxed{x}.!<assistant>")
+        assert agent.tokenizer.decode(rows[b]) == text
+        assert rows[b] == agent.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_without_a_system_text_the_user_turn_stands_alone():
+    agent = byte_agent(RAISES)
+    [[tokens]] = agent.prompt("", "{question}", [], ["hi"])
+    assert agent.tokenizer.decode(tokens) == "<user>hi<assistant>"
+
+
+def test_a_template_that_trims_keeps_the_system_role():
+    """A system text with a newline at its end is no reason to leave its own turn."""
+    agent = byte_agent()
+    [[tokens]] = agent.prompt("Be brief.\n", "{question}", [], ["hi"])
+    assert agent.tokenizer.decode(tokens) == "<system>Be brief.<user>hi<assistant>"
+
+
+@pytest.mark.parametrize("slots", [["expert", "expert_b"], ["expert_b", "expert"]])
+def test_one_slots_name_may_begin_anothers(slots):
+    agent = byte_agent()
+    segments = agent.prompt("", "{question} {expert} {expert_b}.", slots, ["hi"])
+    rows = flat(segments, {"expert": ["A"], "expert_b": ["B"]}, agent.tokenizer)
+    assert agent.tokenizer.decode(rows[0]) == "<user>hi A B.<assistant>"
+
+
+def test_a_slot_may_occur_twice():
+    agent = byte_agent()
+    segments = agent.prompt("", "{critic} {question} {critic}", ["critic"], ["hi"])
+    rows = flat(segments, {"critic": ["C"]}, agent.tokenizer)
+    assert agent.tokenizer.decode(rows[0]) == "<user>C hi C<assistant>"
+
+
+def test_thinking_is_the_templates_switch():
+    template = BODY + "{% if not enable_thinking %}<no think>{% endif %}"
+    for thinking, end in ((False, "<no think>"), (True, "")):
+        agent = byte_agent(template, thinking=thinking)
+        [[tokens]] = agent.prompt("", "{question}", [], ["hi"])
+        assert agent.tokenizer.decode(tokens) == "<user>hi<assistant>" + end
+
+
+def test_special_tokens_are_not_added():
+    """A tokenizer that puts <bos> before every text must not do so before every piece."""
+    agent = new_agent("llama")
+    agent.tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", VOCABULARY["<bos>"])])
+    assert agent.tokenizer("none")["input_ids"] == words("<bos> none")
+    rows = flat(prompt(agent, SLOTTED), {"critic": TEXTS}, word_tokenizer())
+    assert rows[0] == words(chat(f"{QUESTIONS[0]} <|notes|> {TEXTS[0]} and"))
+
+
+def test_no_chat_template_is_an_error():
+    with pytest.raises(ValueError, match="no chat template") as problem:
+        Agent(new_model("llama"), word_tokenizer(None))
+    assert "\n" not in str(problem.value)
+
+
+def test_tiny_tokenizer_gives_words_back():
+    """A text an agent of the tiny system wrote must read back as the tokens it wrote."""
+    tokenizer, text = new_tokenizer(), "s1 x7 1 s2 flip 8 because 3 to 1 ."
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len(ids) == 11
+    assert tokenizer.batch_decode([ids], skip_special_tokens=True) == [text]
+
+
+# ---- writing ------------------------------------------------------------------------------------
+
+def generate(agent, ids, count, **settings):
+    """Oracle: the library's greedy decoding of one unpadded prompt; new tokens only."""
+    settings = {"eos_token_id": sorted(agent.end_tokens), **settings}
+    out = agent.model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)).long(),
+                               max_new_tokens=count, do_sample=False, **settings)
+    return out[0, len(ids):].tolist()
+
+
+def test_write_greedy_is_generate(agent):
+    """A padded batch = the library = without any cache, row by row."""
+    said = agent.write(read_plain(agent, PROMPTS), 8)
+    assert said.ids == [generate(agent, ids, 8) for ids in PROMPTS]
+    assert said.ids == [plain_write(agent, embed_words(agent, ids), 8) for ids in PROMPTS]
+    assert len({tuple(ids) for ids in said.ids}) > 1
+    for text, ids in zip(said.texts, said.ids):
+        assert text == agent.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def test_rows_that_end_early_leave(agent):
+    """End tokens are taken out of the middle of rows' own outputs, one after the other."""
+    past = read_plain(agent, PROMPTS)
+    whole, seen = agent.write(past, 10).ids, set()
+    for token in dict.fromkeys(token for ids in whole for token in ids):
+        agent.end_tokens = {token}
+        ids = agent.write(past, 10).ids
+        assert ids == [row[:row.index(token) + 1] if token in row else row for row in whole]
+        assert ids == [agent.write(read_plain(agent, [p]), 10).ids[0] for p in PROMPTS]
+        seen.add(len({len(row) for row in ids}))
+    assert max(seen) > 1, "no token ended the rows at different places: no test"
+
+
+def test_end_tokens_of_tokenizer_and_model_count():
+    model = new_model("llama")
+    model.generation_config.eos_token_id = [3, 4]
+    assert Agent(model, word_tokenizer()).end_tokens == {3, 4, VOCABULARY["<eos>"]}
+    model.generation_config.eos_token_id = None
+    assert Agent(model, word_tokenizer()).end_tokens == {VOCABULARY["<eos>"]}
+
+
+def test_write_after_latents_is_uncached(agent):
+    """Greedy words after a prompt with latents in it = everything run again at each word."""
+    torch.manual_seed(0)
+    latents = 0.2 * torch.randn(2, 3, agent.width)
+    segments = prompt(agent, SLOTTED, questions=QUESTIONS[:2])
+    said = agent.write(agent.read_prompt(segments, {"critic": latents}), 6)
+    for b in range(2):
+        before = words(f"<bos> <|user|> {QUESTIONS[b]} <|notes|>")
+        row = torch.cat([embed_words(agent, before), latents[b:b + 1],
+                         embed_words(agent, words("and <|assistant|>"))], 1)
+        assert said.ids[b] == plain_write(agent, row, 6)
+
+
+def test_write_from_a_prefix_is_generate(agent):
+    """After read_prompt moved the cache of a shared prefix to the right."""
+    segments = prompt(agent, SLOTTED)
+    past = agent.read_prompt(segments, {"critic": TEXTS}, agent.read_prefix(segments))
+    typed = [words(chat(f"{question} <|notes|> {text} and"))
+             for question, text in zip(QUESTIONS, TEXTS)]
+    assert agent.write(past, 8).ids == [generate(agent, ids, 8) for ids in typed]
+
+
+def test_stop_strings(agent):
+    """A row ends behind the first stop string in its own text; the others go on."""
+    past = read_plain(agent, PROMPTS)
+    whole, decode, cut = agent.write(past, 10).ids, agent.tokenizer.decode, 0
+    for row in whole:
+        for stop in (decode(row[2:4]), decode(row[1:2]), "no such text"):
+            wanted = []
+            for ids in whole:
+                ends = [n for n in range(1, len(ids)) if stop in decode(ids[:n])]
+                wanted.append(ids[:ends[0]] if ends else ids)
+            assert agent.write(past, 10, stop=(stop, "nor this")).ids == wanted
+            cut += wanted != whole
+    assert cut > 0
+
+
+@pytest.mark.filterwarnings("ignore:Passing `repetition_penalty`")
+def test_repetition_penalty_is_the_librarys():
+    """Oracle: generate from embeddings, which like us counts the new words only."""
+    agent = new_agent("llama")
+    plain = agent.write(read_plain(agent, PROMPTS), 10).ids
+    said = agent.write(read_plain(agent, PROMPTS), 10, repetition_penalty=1.5).ids
+    assert said != plain
+    for b, ids in enumerate(PROMPTS):
+        out = agent.model.generate(
+            inputs_embeds=embed_words(agent, ids), attention_mask=torch.ones(1, len(ids)).long(),
+            max_new_tokens=10, do_sample=False, repetition_penalty=1.5)
+        assert said[b] == out[0].tolist()
+
+
+def test_sampling_batched_is_single(agent):
+    """The same seed gives a row the same words, whoever shares its batch; others differ."""
+    seeds, options = [11, 12, 13, 14], dict(temperature=1.0, top_p=0.95)
+    agent.end_tokens = set(words("0 1 2 3 4 5 6 7 8 9"))      # so that rows leave on their way
+    batched = agent.write(read_plain(agent, PROMPTS), 8, seeds=seeds, **options).ids
+    single = [agent.write(read_plain(agent, [ids]), 8, seeds=[seed], **options).ids[0]
+              for ids, seed in zip(PROMPTS, seeds)]
+    assert batched == single
+    same = read_plain(agent, [PROMPTS[0]] * 8)
+    draws = agent.write(same, 8, seeds=list(range(7)) + [0], **options).ids
+    assert len({tuple(ids) for ids in draws}) > 3 and draws[0] == draws[7]
+
+
+def test_top_k_1_is_greedy(agent):
+    past = read_plain(agent, PROMPTS)
+    said = agent.write(past, 8, temperature=1.7, top_k=1, seeds=[5, 6, 7, 8])
+    assert said.ids == agent.write(past, 8).ids
+
+
+def frequencies(agent, ids, count, draws=4000, **settings):
+    """How often each token is drawn as the `count`-th word after a prompt, over many seeds."""
+    embeds = embed_words(agent, ids).expand(draws, -1, -1)
+    past = agent.read(embeds, torch.ones(draws, len(ids), dtype=torch.long))
+    agent.end_tokens = set()
+    said = agent.write(past, count, seeds=list(range(draws)), **settings)
+    assert {len(row) for row in said.ids} == {count}
+    return torch.bincount(torch.tensor([row[-1] for row in said.ids]),
+                          minlength=len(VOCABULARY)) / draws
+
+
+def assert_drawn_from(drawn, exact, draws=4000):
+    """Each frequency is within five standard errors, and nothing impossible was drawn."""
+    allowed = 5 * (exact * (1 - exact) / draws).sqrt() + 2 / draws
+    assert ((drawn - exact).abs() < allowed)[exact > 0].all()
+    assert (drawn[exact == 0] == 0).all()
+    assert (exact > 0.02).sum() > 2, "one sure word is no test"
+
+
+def next_logits(agent, ids):
+    with torch.no_grad():
+        return agent.model(torch.tensor([ids])).logits[0, -1]
+
+
+def test_sampled_word_has_the_models_distribution():
+    """Oracle: softmax of the full model's logits, with and without temperature."""
+    agent = new_agent("qwen2")
+    logits = next_logits(agent, PROMPTS[1])
+    for temperature in (1.0, 2.0):
+        drawn = frequencies(agent, PROMPTS[1], 1, temperature=temperature)
+        assert_drawn_from(drawn, (logits / temperature).softmax(-1))
+
+
+def test_second_sampled_word_has_the_models_distribution():
+    """Oracle: the sum over first words of p(first) p(second | first), by plain runs."""
+    agent = new_agent("qwen2")
+    first = next_logits(agent, PROMPTS[1]).softmax(-1)
+    second = sum(p * next_logits(agent, PROMPTS[1] + [token]).softmax(-1)
+                 for token, p in enumerate(first))
+    assert_drawn_from(frequencies(agent, PROMPTS[1], 2, temperature=1.0), second)
+
+
+def test_top_k_top_p_and_min_p():
+    """Oracle: the definitions, over sorted probabilities after the temperature."""
+    agent = new_agent("qwen2")
+    p = (next_logits(agent, PROMPTS[1]) / 2).softmax(-1)
+    order = p.argsort(descending=True)
+    nucleus = order[:int((p[order].cumsum(0) < 0.8).sum()) + 1]
+    likely = (p >= 0.2 * p.max()).nonzero()[:, 0]
+    cases = (({"top_k": 4}, order[:4]), ({"top_p": 0.8}, nucleus), ({"min_p": 0.2}, likely))
+    for settings, kept in cases:
+        assert 2 < len(kept) < len(p)
+        exact = torch.zeros_like(p)
+        exact[kept] = p[kept] / p[kept].sum()
+        assert_drawn_from(frequencies(agent, PROMPTS[1], 1, temperature=2.0, **settings), exact)
+
+
+# ---- teacher forcing ----------------------------------------------------------------------------
+
+TARGETS = [words("s1 x7 1 ."), words("none"), words("s4 flip 7 s5 +3 0 ."), words("to to")]
+
+
+def test_answer_loss_is_cross_entropy_of_the_whole_model(agent):
+    """Oracle: logits of model(input_ids) over prompt and answer as plain tokens, summed over
+    the answer's tokens; a batch of different lengths = the sum of singles."""
+    with torch.no_grad():
+        total, count = agent.answer_loss(read_plain(agent, PROMPTS), TARGETS)
+        singles = [agent.answer_loss(read_plain(agent, [ids]), [target])
+                   for ids, target in zip(PROMPTS, TARGETS)]
+        plain = []
+        for ids, target in zip(PROMPTS, TARGETS):
+            logits = agent.model(torch.tensor([ids + target])).logits[0, len(ids) - 1:-1]
+            plain.append(F.cross_entropy(logits, torch.tensor(target), reduction="sum"))
+    assert count == sum(map(len, TARGETS)) and [n for _, n in singles] == list(map(len, TARGETS))
+    for (loss, _), wanted in zip(singles, plain):
+        assert abs(loss - wanted) < CLOSE * max(1, wanted)
+    assert abs(total - sum(plain)) < CLOSE * max(1, sum(plain))
+
+
+def test_answer_loss_gradient_is_the_whole_models(agent):
+    """With respect to latents in the prompt; oracle: the model run on embeddings at once."""
+    torch.manual_seed(0)
+    latents = [(0.2 * torch.randn(1, 3, agent.width)).requires_grad_() for _ in PROMPTS]
+    rows = [torch.cat([embed_words(agent, ids), slot], 1) for ids, slot in zip(PROMPTS, latents)]
+    total, _ = agent.answer_loss(agent.read(*left_pad(rows)), TARGETS)
+    plain = 0
+    for row, target in zip(rows, TARGETS):
+        logits = agent.model(inputs_embeds=torch.cat([row, embed_words(agent, target)], 1)).logits
+        plain = plain + F.cross_entropy(logits[0, row.shape[1] - 1:-1], torch.tensor(target),
+                                        reduction="sum")
+    got, wanted = torch.autograd.grad(total, latents), torch.autograd.grad(plain, latents)
+    for a, b in zip(got, wanted):
+        assert b.abs().max() > 0
+        assert largest_difference(a, b) < CLOSE * max(1.0, b.abs().max().item())
+
+
+def test_follow_gives_the_states_of_a_plain_run(agent):
+    """State i = the hidden state at the prompt's last token (i = 0) or the i-th told one."""
+    with torch.no_grad():
+        states = agent.follow(read_plain(agent, PROMPTS), TARGETS)
+        assert states.shape == (4, 1 + max(map(len, TARGETS)), agent.width)
+        for b, (ids, target) in enumerate(zip(PROMPTS, TARGETS)):
+            plain = agent.model(torch.tensor([ids + target]), output_hidden_states=True)
+            plain = plain.hidden_states[-1][0, len(ids) - 1:]
+            assert largest_difference(states[b, :1 + len(target)], plain) < CLOSE
+
+
+def test_follow_nothing_is_the_last_state(agent):
+    past = read_plain(agent, PROMPTS)
+    assert torch.equal(agent.follow(past, [[]] * 4), past.last)
+
+
+def test_embedding_rms(agent):
+    """Oracle: over the whole (small) table."""
+    table = agent.model.get_input_embeddings().weight
+    assert agent.embedding_rms == pytest.approx(table.pow(2).mean().sqrt().item(), rel=1e-5)
+
+
+# ---- loading ------------------------------------------------------------------------------------
+
+def save_agent(agent, folder):
+    """A released folder: whole model, tokenizer, inner link with its adapter_config.json."""
+    agent.model.save_pretrained(folder)
+    agent.tokenizer.save_pretrained(folder)
+    save_inner(agent.inner, folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_load_agent_beside_an_adapter_config(tmp_path, family):
+    """The loaded agent writes what the saved one does, and the folder stays as it was."""
+    agent = new_agent(family)
+    save_agent(agent, tmp_path / "agent")
+    assert (tmp_path / "agent" / "adapter_config.json").is_file()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "agent").iterdir()}
+    loaded = load_agent(tmp_path / "agent", torch.device("cpu"), torch.float32)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "agent").iterdir()} == before
+    assert type(loaded.model) is type(agent.model)
+    assert loaded.inner is None and loaded.end_tokens == agent.end_tokens
+    state = agent.model.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in loaded.model.state_dict().items())
+    assert not any(p.requires_grad for p in loaded.model.parameters())
+    assert not loaded.model.training
+    past, again = read_plain(agent, PROMPTS), read_plain(loaded, PROMPTS)
+    assert agent.write(past, 6).ids == loaded.write(again, 6).ids
+    assert loaded.tokenize(QUESTIONS) == [words(question) for question in QUESTIONS]
+    assert loaded.tokenizer.decode(PROMPTS[0]) == agent.tokenizer.decode(PROMPTS[0])
+    assert loaded.tokenizer.chat_template == agent.tokenizer.chat_template
+
+
+def test_load_agent_where_peft_is_installed(tmp_path, monkeypatch):
+    """There the library takes any folder with an adapter_config.json for a PEFT adapter."""
+    agent = new_agent("llama")
+    save_agent(agent, tmp_path)
+    for module in ("models.auto.auto_factory", "integrations.peft"):
+        monkeypatch.setattr(f"transformers.{module}.is_peft_available", lambda: True)
+    with pytest.raises(Exception):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = load_agent(tmp_path, torch.device("cpu"), torch.float32)
+    assert largest_difference(read_plain(loaded, PROMPTS).last,
+                              read_plain(agent, PROMPTS).last) < CLOSE
+
+
+def test_load_agent_with_a_missing_weight(tmp_path):
+    save_agent(new_agent("qwen3"), tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    del state["model.layers.1.mlp.up_proj.weight"]
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="layers.1.mlp.up_proj") as problem:
+        load_agent(tmp_path, torch.device("cpu"), torch.float32)
+    assert str(tmp_path) in str(problem.value) and "\n" not in str(problem.value)
+
+
+def test_load_agent_without_a_chat_template(tmp_path):
+    """The error names the folder that was given."""
+    agent = new_agent("llama")
+    save_agent(agent, tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="no chat template") as problem:
+        load_agent(tmp_path, torch.device("cpu"), torch.float32)
+    assert str(tmp_path) in str(problem.value)
+
+
+def test_load_agent_needs_no_writable_folder(tmp_path):
+    """A relative path and links in the folder (as in the hub's cache) are followed."""
+    agent = new_agent("llama")
+    save_agent(agent, tmp_path / "blobs")
+    (tmp_path / "snapshot").mkdir()
+    for path in (tmp_path / "blobs").iterdir():
+        (tmp_path / "snapshot" / path.name).symlink_to(f"../blobs/{path.name}")
+    loaded = load_agent(tmp_path / "snapshot", torch.device("cpu"), torch.float32)
+    shutil.rmtree(tmp_path / "blobs")
+    past = read_plain(loaded, PROMPTS)
+    assert largest_difference(past.last, read_plain(agent, PROMPTS).last) < CLOSE
+
+
+def test_pick_device(capsys):
+    assert pick_device("cpu") == (torch.device("cpu"), torch.float32)
+    assert pick_device("cpu", "bfloat16")[1] is torch.bfloat16
+    assert "cpu (asked for)" in capsys.readouterr().out
+    for wrong in (("toaster", "auto"), ("cpu", "float12")):
+        with pytest.raises(ValueError, match="unknown"):
+            pick_device(*wrong)

@@ -1,0 +1,182 @@
+"""Evaluation: counts, intervals, resuming, the table, and every way to call it wrongly."""
+import json
+import math
+import sys
+
+import pytest
+
+import common
+import evaluate
+import train_inner
+import train_outer
+from recurse import chunks
+
+QUICK = ["--num_samples", 6, "--batch_size", 3, "--num_recursive_rounds", 2, "--method", "text",
+         "latent", "shuffle"]
+
+
+def run_evaluate(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, argv)])
+    evaluate.main()
+
+
+def untimed(path):
+    """Result lines without what differs from run to run."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "peak_memory_mb")}
+            for line in lines]
+
+
+def test_results_and_summary_hold_what_is_promised(tmp_path, monkeypatch):
+    run_evaluate(monkeypatch, *QUICK, "--out", tmp_path)
+    lines = untimed(tmp_path / "results.jsonl")
+    assert len(lines) == 18
+    assert set(lines[0]) >= {"id", "question", "gold", "outputs", "parsed", "correct",
+                             "decoded_tokens", "latent_steps", "method", "rounds"}
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    for row in summary["rows"]:
+        mine = [line for line in lines if line["method"] == row["method"]]
+        assert row["n"] == len(mine) == 6
+        assert row["accuracy"] == sum(line["correct"][0] for line in mine) / 6
+        assert row["decoded_tokens"] == sum(line["decoded_tokens"] for line in mine) / 6
+        assert row["latent_steps"] == (0 if row["method"] == "text" else 5 * 6)   # five turns think
+    assert (tmp_path / "summary.png").read_bytes()[:4] == b"\x89PNG"
+    assert summary["settings"]["latent_length"] == 6          # tiny's own, no flag was given
+
+
+def test_an_interrupted_run_resumes_to_the_same_results(tmp_path, monkeypatch):
+    run_evaluate(monkeypatch, *QUICK, "--out", tmp_path / "whole", "--temperature", 0.8)
+    run_evaluate(monkeypatch, *QUICK, "--out", tmp_path / "cut", "--temperature", 0.8)
+    results = tmp_path / "cut/results.jsonl"
+    text = results.read_text()
+    for cut in (len(text) // 3, len(text) - 5):
+        results.write_text(text[:cut])
+        run_evaluate(monkeypatch, *QUICK, "--out", tmp_path / "cut", "--temperature", 0.8, "--resume")
+        assert untimed(results) == untimed(tmp_path / "whole/results.jsonl")
+    with pytest.raises(ValueError, match="temperature"):
+        run_evaluate(monkeypatch, *QUICK, "--out", tmp_path / "cut", "--resume")
+    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+        run_evaluate(monkeypatch, *QUICK, "--out", tmp_path / "new", "--resume")
+
+
+def test_a_new_run_keeps_the_old_results(tmp_path, monkeypatch):
+    run_evaluate(monkeypatch, *QUICK, "--out", tmp_path)
+    before = (tmp_path / "results.jsonl").read_text()
+    run_evaluate(monkeypatch, *QUICK, "--out", tmp_path)
+    assert (tmp_path / "results.previous.jsonl").read_text() == before
+
+
+def test_greedy_results_do_not_depend_on_the_batch_size(tmp_path, monkeypatch):
+    flags = ["--num_samples", 6, "--method", "latent", "text", "--num_recursive_rounds", 1, 3]
+    run_evaluate(monkeypatch, *flags, "--batch_size", 1, "--out", tmp_path / "one")
+    run_evaluate(monkeypatch, *flags, "--batch_size", 6, "--out", tmp_path / "six")
+    assert untimed(tmp_path / "one/results.jsonl") == untimed(tmp_path / "six/results.jsonl")
+
+
+def test_show_prints_every_turn_and_scores_nothing(tmp_path, monkeypatch, capsys):
+    run_evaluate(monkeypatch, "--show", 2, "--out", tmp_path / "none")
+    out = capsys.readouterr().out
+    assert out.count("thinks") == 2 * 8
+    assert out.count("writes") == 2
+    assert not (tmp_path / "none").exists()
+
+
+def test_prompts_file_replaces_the_words(tmp_path, monkeypatch):
+    path = tmp_path / "prompts.json"
+    path.write_text(json.dumps({"solver": {"prompt": "{question} {critic}"}}))
+    run_evaluate(monkeypatch, *QUICK, "--out", tmp_path / "a", "--prompts", path)
+    run_evaluate(monkeypatch, *QUICK, "--out", tmp_path / "b")
+    outputs = [[line["outputs"] for line in untimed(tmp_path / f"{x}/results.jsonl")] for x in "ab"]
+    assert outputs[0] != outputs[1]
+    for words, complaint in (({"judge": {}}, "judge"), ({"solver": {"model": "x"}}, "model"),
+                             ({"solver": {"prompt": "{question}"}}, "critic")):
+        path.write_text(json.dumps(words))
+        with pytest.raises(ValueError, match=complaint):
+            run_evaluate(monkeypatch, *QUICK, "--out", tmp_path / "c", "--prompts", path)
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("right, n", [(0, 10), (5, 10), (10, 10), (87, 500)])
+def test_wilson_interval_solves_its_own_equation(right, n):
+    """The ends are the p at which |share - p| = 1.96 standard errors of p."""
+    for p in evaluate.wilson(right, n):
+        assert abs(right / n - p) == pytest.approx(1.96 * math.sqrt(p * (1 - p) / n), abs=1e-9)
+
+
+@pytest.mark.parametrize("count", [1, 2, 9, 10, 11, 33, 500])
+@pytest.mark.parametrize("size", [1, 2, 10, 32])
+def test_chunks_keep_order_and_leave_no_lonely_row(count, size):
+    parts = chunks(list(range(count)), size)
+    assert sum(parts, []) == list(range(count))
+    assert len(parts) == -(-count // size)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+# ---- wrong calls: one line on stderr, exit code 2, nothing written ------------------------------
+
+BAD_ROWS = '{"question": "start 1 s1 +1 s2 +1"}\n'
+
+
+@pytest.mark.parametrize("script, flags, complaint", [
+    (evaluate, ["--style", "nope"], "unknown style 'nope'"),
+    (evaluate, ["--dataset", "nope"], "unknown data set 'nope'"),
+    (evaluate, ["--method", "magic"], "invalid choice: 'magic'"),
+    (evaluate, ["--latent_length", "0"], "at least 1"),
+    (evaluate, ["--num_recursive_rounds", "0"], "at least 1"),
+    (evaluate, ["--num_recursive_rounds", "two"], "'two' is not a number"),
+    (evaluate, ["--temperature", "nan"], "at least 0"),
+    (evaluate, ["--device", "toaster"], "toaster"),
+    (evaluate, ["--dtype", "int8"], "invalid choice"),
+    (evaluate, ["--lat", "3"], "unrecognized arguments"),
+    (evaluate, ["--ckpt_override", "outer"], "KEY=PATH"),
+    (evaluate, ["--ckpt_override", "judge=tiny/solver"], "no role 'judge'"),
+    (evaluate, ["--ckpt_override", "outer=missing/folder"], "missing/folder"),
+    (evaluate, ["--ckpt_override", "outer=tiny/solver"], "outerlink_config.json is missing"),
+    (evaluate, ["--ckpt_override", "critic=tiny/outer"], "no inner link"),
+    (evaluate, ["--prompts", "missing.json"], "missing.json does not exist"),
+    (evaluate, ["--num_samples", "1", "--method", "shuffle"], "at least two questions"),
+    (evaluate, ["--batch_size", "1", "--method", "shuffle"], "at least two questions"),
+    (train_inner, ["--mas_role", "judge"], "no role 'judge'"),
+    (train_inner, ["--adapter_type", "3layer"], "unknown link kind '3layer'"),
+    (train_inner, ["--dataset_name", "missing.json"], "missing.json does not exist"),
+    (train_inner, ["--dataset_name", "BAD"], "every one lacks plan"),
+    (train_inner, ["--dataset_name", "EMPTY"], "holds no rows"),
+    (train_inner, ["--dataset_name", "BROKEN"], "line 1 is not JSON"),
+    (train_inner, ["--dataset_name", "LIST", "--dataset_json_field", "rows"], "no list under 'rows'"),
+    (train_inner, ["--load_dir", "tiny/critic"], "belongs to other models"),
+    (train_inner, ["--model_name_or_path", "missing/model"], "missing/model"),
+    (train_outer, ["--latents", "dreams"], "invalid choice"),
+    (train_outer, ["--dataset_name", "BAD"], "every one lacks"),
+    (train_outer, ["--num_recursive_rounds", "0"], "at least 1"),
+    (train_outer, ["--outer_adapter_type", "3layer"], "unknown link kind"),
+    (train_outer, ["--planner_inner_aligner_path", "missing/folder"], "missing/folder"),
+    (train_outer, ["--planner_inner_aligner_path", "tiny/critic", "--planner_model_name_or_path",
+                   "tiny/planner"], "tiny/critic"),
+    (train_outer, ["--outer_lr", "inf"], "at least 0"),
+    (train_outer, ["--resume"], "nothing to resume"),
+])
+def test_a_wrong_call_is_one_line_and_exit_code_2(script, flags, complaint, tmp_path, monkeypatch,
+                                                  capsys):
+    for name, text in (("BAD", BAD_ROWS), ("EMPTY", ""), ("BROKEN", "{nope\n")):
+        (tmp_path / f"{name}.jsonl").write_text(text)
+        flags = [str(tmp_path / f"{name}.jsonl") if flag == name else flag for flag in flags]
+    (tmp_path / "LIST.json").write_text('{"data": []}')
+    flags = [str(tmp_path / "LIST.json") if flag == "LIST" else flag for flag in flags]
+    out = tmp_path / "out"
+    where = "--out" if script is evaluate else "--save_dir"
+    monkeypatch.setattr(sys, "argv", ["script", *flags, where, str(out)])
+    with pytest.raises(SystemExit) as stopped:
+        common.run(script.main)
+    assert stopped.value.code == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert complaint in errors[-1]
+    assert errors[-1].startswith("error: ")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("module", ["matplotlib"])
+def test_a_missing_package_is_named_before_anything_runs(module, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=f"pip install {module}"):
+        run_evaluate(monkeypatch, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

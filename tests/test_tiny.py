@@ -1,0 +1,109 @@
+"""The tiny task and the shipped system."""
+import random
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from tasks import get_task, pass_at_k, tiny
+
+SHIPPED = Path(tiny.__file__).parent.parent / "tiny"
+
+
+def play(question):
+    """An independent oracle: where the counter ends, read off the question's words."""
+    words = question.split()
+    value, operations = int(words[1]), words[3::2]
+    for word in operations:
+        if word == "flip":
+            value = 9 - value
+        elif word[0] == "x":
+            value = value * int(word[1:]) % 10
+        else:
+            value = (value + int(word)) % 10
+    return str(value)
+
+
+def test_gold_answers_and_final_texts_agree_with_playing_the_question():
+    for problem in tiny.test_problems():
+        assert str(problem.values[-1]) == play(problem.question)
+        last = tiny.gold_texts(problem, "solver")[-1]          # every chain is done by then
+        assert last.split()[-2] == play(problem.question)
+
+
+def test_notes_chain_through_the_roles():
+    """What each role says starts where the one before it stopped, with the right results."""
+    problem = next(p for p in tiny.test_problems() if len(p.operations) == 12)
+    done = 0
+    for round in range(3):
+        planner, critic, solver = (tiny.gold_texts(problem, role)[round].split()
+                                   for role in ("planner", "critic", "solver"))
+        assert [planner[0], planner[3]] == [f"s{done + 1}", f"s{done + 2}"]
+        assert critic[:3] == planner[3:6]
+        assert [critic[3], solver[0]] == [f"s{done + 3}", f"s{done + 4}"]
+        assert solver[2] == solver[4] == str(problem.values[done + 4])
+        done += 4
+
+
+def test_training_never_sees_a_test_problem():
+    test = {problem.question for problem in tiny.test_problems()}
+    assert len(test) == 500
+    seen = {row["question"] for row in tiny.train_rows(6400, 42)}
+    drawn = {p.question for p in islice(tiny.training_problems(random.Random(0)), 20000)}
+    assert not test & (seen | drawn)
+    short = {question for question in drawn if len(question.split()) == 6}
+    assert len(short) > 400        # chains of two (640 in all) are there, just not the tested ones
+
+
+def test_rows_differ_by_seed_and_repeat_for_one():
+    assert tiny.train_rows(5, 1) == tiny.train_rows(5, 1)
+    assert tiny.train_rows(5, 1) != tiny.train_rows(5, 2)
+
+
+@pytest.mark.parametrize("text, parsed, correct", [
+    ("s2 +1 7 answer 7 .", "7", True), ("answer 8 .", "8", False), ("answer", None, False),
+    ("", None, False), ("7", None, False), ("answer x3", None, False),
+    ("answer 7 answer 8", "7", True), ("s1 flip 7 because 2 to 7", None, False)])
+def test_score(text, parsed, correct):
+    example = tiny.load(1)[0]
+    example = type(example)(example.id, example.question, "7", "math")
+    score = get_task("tiny").score(example, text)
+    assert (score.parsed, score.correct) == (parsed, correct)
+
+
+def test_ceiling_counts_the_chains_that_fit():
+    examples = tiny.load()
+    short = sum(example.question.count(" s") <= 4 for example in examples)
+    assert tiny.ceiling(examples, 1) == pytest.approx((short + (500 - short) / 10) / 500)
+    assert tiny.ceiling(examples, 3) == 1.0
+
+
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample():
+    from itertools import combinations
+    for n, c, k in ((5, 2, 3), (10, 1, 10), (6, 0, 2), (4, 4, 1), (7, 3, 1)):
+        subsets = list(combinations([True] * c + [False] * (n - c), k))
+        assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+    with pytest.raises(ValueError, match="1 <= k <= n"):
+        pass_at_k(3, 1, 4)
+
+
+def test_the_shipped_system_is_small():
+    size = sum(file.stat().st_size for file in SHIPPED.rglob("*") if file.is_file())
+    assert size <= 3e6
+
+
+def test_the_shipped_system_gains_with_every_round_and_needs_its_latents(shipped):
+    """Oracles: the task's ceiling for each number of rounds, and chance for the control."""
+    task = get_task("tiny")
+    examples = task.load(200)
+    questions = [example.question for example in examples]
+
+    def accuracy(rounds, method="latent"):
+        texts = shipped.answer(questions, rounds, 6, method=method, max_new_tokens=32,
+                               batch_size=100)
+        return sum(task.score(e, t).correct for e, t in zip(examples, texts)) / len(examples)
+
+    for rounds in (1, 2, 3):
+        assert abs(accuracy(rounds) - task.ceiling(examples, rounds)) < 0.1
+    assert accuracy(3) > accuracy(2) + 0.1 > accuracy(1) + 0.2
+    assert accuracy(3, "zero") < 0.2

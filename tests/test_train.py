@@ -1,0 +1,326 @@
+"""Training: gradients against a plain unrolling, resumed against uninterrupted, and what goes wrong."""
+import argparse
+import json
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import common
+import train_inner
+import train_outer
+from link import InnerLink, load_inner, load_outer
+from recurse import load_mas_system
+from tasks import tiny
+
+ROWS = tiny.train_rows(4, 7)
+
+
+def outer_args(**changes):
+    settings = dict(latents="rollout", latent_length=3, max_latent_tokens=4, role_loss_weight=0.0,
+                    supervise_final_only=1, non_last_loss_weight=0.1, gradient_checkpointing=0,
+                    mas_task="math", max_length=4096)
+    return argparse.Namespace(**{**settings, **changes})
+
+
+def outer_gradients(mas, rows, rounds, args):
+    """(loss, {parameter: gradient}) of one outer loss."""
+    mas.outer.requires_grad_(True)
+    mas.outer.zero_grad()
+    loss, _ = train_outer.outer_loss(mas, rows, rounds, args)
+    loss.backward()
+    mas.outer.requires_grad_(False)
+    return loss.item(), {name: p.grad.clone() for name, p in mas.outer.named_parameters()
+                         if p.grad is not None}
+
+
+def plain_outer_loss(mas, row, rounds, m):
+    """The outer loss of one row from the equations: no cache, no batch, no padding, no recursion
+    loop of ours. The prompt is the tiny style's, spelled out."""
+    def embed(agent, words):
+        return agent.embedding(torch.tensor(agent.tokenizer.convert_tokens_to_ids(words.split())))
+
+    heard, order = None, ["planner", "critic", "solver"]
+    for round in range(1, rounds + 1):
+        for name, key in zip(order, ("outer_12", "outer_23", "outer_31")):
+            agent = mas.agents[name]
+            before = f"<bos> <|user|> {row['question']} <|notes|>" + (" none" if heard is None else "")
+            parts = [embed(agent, before)] + ([] if heard is None else [heard])
+            x = torch.cat(parts + [embed(agent, "<|assistant|>")])[None]
+            if round == rounds and name == "solver":
+                words = row["answer"][round - 1].split()
+                gold = torch.tensor(agent.tokenizer.convert_tokens_to_ids(words))
+                x = torch.cat([x, agent.embedding(gold[:-1])[None]], 1)
+                logits = agent.model(inputs_embeds=x).logits[0, -len(gold):]
+                return F.cross_entropy(logits, gold)
+            thoughts = []
+            for _ in range(m):
+                h = agent.body(inputs_embeds=x, use_cache=False).last_hidden_state[:, -1:]
+                thoughts.append(h)
+                x = torch.cat([x, agent.inner(h)], 1)
+            heard = mas.outer[key](agent.inner(torch.cat(thoughts, 1)))[0]
+
+
+@pytest.fixture
+def double():
+    """The shipped agents in float64: two rounds of rollouts through untrained links amplify a
+    rounding of 1e-7 to 4e-3 in the gradient, which would hide a real difference."""
+    mas = load_mas_system("tiny", device="cpu").with_fresh_outer(seed=1)
+    for agent in mas.agents.values():
+        agent.model.double()
+        agent.inner.double()
+        agent.dtype = torch.float64
+    mas.outer.double()
+    return mas
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_outer_loss_and_gradients_equal_the_plain_unrolling(double, rounds):
+    mas = double
+    loss, gradients = outer_gradients(mas, ROWS, rounds, outer_args())
+    mas.outer.requires_grad_(True)
+    mas.outer.zero_grad()
+    # Every gold answer here has six tokens, so the mean over tokens is the mean over rows.
+    plain = sum(plain_outer_loss(mas, row, rounds, 3) for row in ROWS) / len(ROWS)
+    plain.backward()
+    assert loss == pytest.approx(plain.item(), abs=1e-5)
+    for name, p in mas.outer.named_parameters():
+        if name in gradients:       # 1e-4: the cross-entropy itself is taken in float32
+            assert (gradients[name] - p.grad).norm() <= 1e-4 * p.grad.norm()
+        else:
+            assert p.grad is None or not p.grad.any()
+    if rounds == 1:      # the feedback link is not used in a single round
+        assert not any(name.startswith("outer_31") for name in gradients)
+
+
+@pytest.mark.parametrize("changes", [{}, {"role_loss_weight": 1.0}, {"supervise_final_only": 0},
+                                     {"latents": "teacher"}, {"latents": "teacher_aligned"}])
+def test_checkpointing_of_turns_changes_nothing(shipped, changes):
+    mas = shipped.with_fresh_outer(seed=1)
+    kept = outer_gradients(mas, ROWS, 2, outer_args(**changes))
+    again = outer_gradients(mas, ROWS, 2, outer_args(gradient_checkpointing=1, **changes))
+    assert kept[0] == again[0]
+    assert kept[1].keys() == again[1].keys()
+    for name in kept[1]:
+        torch.testing.assert_close(kept[1][name], again[1][name], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("latents", ["rollout", "teacher", "teacher_aligned"])
+def test_a_batch_is_the_mean_of_its_rows(double, latents):
+    """Rows of one answer length, but prompts of different length."""
+    mas, args = double, outer_args(latents=latents)
+    loss, gradients = outer_gradients(mas, ROWS, 2, args)
+    single = [outer_gradients(mas, [row], 2, args) for row in ROWS]
+    assert loss == pytest.approx(sum(s[0] for s in single) / len(ROWS), abs=1e-4)
+    for name in gradients:
+        mean = sum(s[1][name] for s in single) / len(ROWS)
+        assert (gradients[name] - mean).norm() <= 1e-4 * mean.norm()
+
+
+def test_the_losses_are_weighed_as_documented(shipped):
+    mas = shipped.with_fresh_outer(seed=1)
+    with torch.no_grad():
+        final = train_outer.outer_loss(mas, ROWS, 1, outer_args())
+    assert final[0] == final[1]
+    weighed, final = outer_gradients(mas, ROWS, 2, outer_args(supervise_final_only=0)), None
+    final = outer_gradients(mas, ROWS, 2, outer_args())
+    early = (weighed[0] - final[0]) / 0.1          # the answer of round 1, at weight 0.1
+    args = outer_args()
+    first_round = train_outer.outer_loss(mas, [{**row, "answer": row["answer"][:1]}
+                                               for row in ROWS], 1, args)[0]
+    assert early == pytest.approx(first_round.item(), abs=1e-3)
+
+
+def test_teacher_latents_are_the_states_at_and_before_the_gold_tokens(shipped):
+    """Against the hidden states of one plain run over prompt and gold text."""
+    agent, role, row = shipped.agents["planner"], shipped.style.role("planner"), ROWS[0]
+    words = f"<bos> <|user|> {row['question']} <|notes|> none <|assistant|> {row['plan'][0]}".split()
+    ids = torch.tensor([agent.tokenizer.convert_tokens_to_ids(words)])
+    plain = agent.body(ids).last_hidden_state[0]
+    segments = agent.prompt("", role.first, [], [row["question"]])
+    past = agent.read(*agent.embed(segments, {}))
+    at = train_outer.thoughts(agent, past, role, [row], 1, outer_args(latents="teacher"))
+    torch.testing.assert_close(at[0], plain[-6:-2], atol=1e-4, rtol=1e-4)
+    before = train_outer.thoughts(agent, past, role, [row], 1, outer_args(latents="teacher_aligned"))
+    torch.testing.assert_close(before[0], plain[-7:-4], atol=1e-4, rtol=1e-4)
+
+
+def test_shared_tokens_match_strings_not_ids():
+    class Vocabulary:
+        def __init__(self, *words):
+            self.tokenizer = argparse.Namespace(get_vocab=lambda: {w: i for i, w in enumerate(words)})
+
+    found = train_outer.shared_tokens(Vocabulary("a", "b", "c"), Vocabulary("c", "x", "a"))
+    assert found == {0: 2, 2: 0}
+
+
+def test_inner_loss_is_the_equation(shipped):
+    agent, link = shipped.agents["critic"], InnerLink(80)
+    states, tokens = torch.randn(5, 80), torch.tensor([3, 8, 20, 21, 30])
+    args = argparse.Namespace(adapter_cos_weight=0.7, adapter_mse_weight=0.2)
+    loss, cosine, mse = train_inner.inner_loss(link, agent.embedding, states, tokens, args)
+    got, wanted = link(states), agent.embedding(tokens)
+    dots = (got * wanted).sum(-1) / (got.norm(dim=-1) * wanted.norm(dim=-1))
+    assert cosine.item() == pytest.approx(1 - dots.mean().item(), abs=1e-5)
+    assert mse.item() == pytest.approx((got - wanted).pow(2).mean().item(), rel=1e-5)
+    assert loss.item() == pytest.approx(0.7 * cosine.item() + 0.2 * mse.item(), rel=1e-5)
+
+
+def test_gold_states_equal_a_plain_run(shipped):
+    agent, role = shipped.agents["critic"], shipped.style.role("critic")
+    examples = common.role_examples(shipped.style, role, ROWS)[:3]
+    found = common.gold_states(agent, shipped.style, role, examples, "math", 100)
+    for (question, heard, text), (states, tokens) in zip(examples, found):
+        words = f"<bos> <|user|> {question} <|notes|> {heard['planner']} <|assistant|> {text}".split()
+        ids = torch.tensor([agent.tokenizer.convert_tokens_to_ids(words)])
+        plain = agent.body(ids).last_hidden_state[0]
+        torch.testing.assert_close(states, plain[-len(tokens) - 1:-1], atol=1e-4, rtol=1e-4)
+        assert tokens.tolist() == ids[0, -len(tokens):].tolist()
+
+
+def run_script(script, monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, argv)])
+    script.main()
+
+
+def weights(folder, *names):
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def stop_after(monkeypatch, steps):
+    """Make training break off, as if killed, after so many steps of this process."""
+    original, taken = common.Training.step, []
+
+    def step(self, **values):
+        original(self, **values)
+        taken.append(1)
+        if len(taken) == steps:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(common.Training, "step", step)
+
+
+def test_a_resumed_outer_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
+    flags = ["--max_steps", 4, "--save_steps", 2, "--warm_start_steps", 2, "--num_samples", 40,
+             "--batch_size", 3, "--eval_samples", 0, "--log_every", 1, "--latent_length", 2,
+             "--grad_accum_steps", 2]
+    run_script(train_outer, monkeypatch, *flags, "--save_dir", tmp_path / "whole")
+    with monkeypatch.context() as interrupted, pytest.raises(KeyboardInterrupt):
+        stop_after(interrupted, 3)
+        run_script(train_outer, interrupted, *flags, "--save_dir", tmp_path / "halves")
+    run_script(train_outer, monkeypatch, *flags, "--save_dir", tmp_path / "halves", "--resume")
+    names = [f"outer_{edge}.safetensors" for edge in (12, 23, 31)]
+    assert weights(tmp_path / "whole", *names) == weights(tmp_path / "halves", *names)
+    assert ((tmp_path / "whole/log.jsonl").read_text()
+            == (tmp_path / "halves/log.jsonl").read_text())
+    with pytest.raises(ValueError, match="outer_lr"):
+        run_script(train_outer, monkeypatch, *flags, "--outer_lr", 1e-5, "--resume",
+                   "--save_dir", tmp_path / "halves")
+    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+        run_script(train_outer, monkeypatch, *flags, "--save_dir", tmp_path / "new", "--resume")
+    with pytest.raises(ValueError, match="another run"):      # a state of the other script
+        run_script(train_inner, monkeypatch, "--save_dir", tmp_path / "whole", "--resume",
+                   "--num_samples", 60)
+
+
+def test_inner_features_computed_once_equal_the_step_path_and_resume(tmp_path, monkeypatch):
+    flags = ["--max_steps", 6, "--num_samples", 60, "--batch_size", 5, "--save_steps", 3,
+             "--latent_length", 3, "--adapter_mse_weight", 0.5]
+    run_script(train_inner, monkeypatch, *flags, "--save_dir", tmp_path / "once")
+    run_script(train_inner, monkeypatch, *flags, "--save_dir", tmp_path / "steps",
+               "--feature_budget_gb", 0)
+    with monkeypatch.context() as interrupted, pytest.raises(KeyboardInterrupt):
+        stop_after(interrupted, 4)
+        run_script(train_inner, interrupted, *flags, "--save_dir", tmp_path / "halves")
+    run_script(train_inner, monkeypatch, *flags, "--save_dir", tmp_path / "halves", "--resume")
+    once = load_inner(tmp_path / "once", 96).state_dict()
+    for other in ("steps", "halves"):
+        found = load_inner(tmp_path / other, 96).state_dict()
+        for name, value in once.items():
+            torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-4)
+    report = json.loads((tmp_path / "once/readability.json").read_text())
+    assert report["before"][0] == report["after"][0] == 1.0     # before any link, by construction
+
+
+def test_published_layout_from_the_trainer_loads_the_same(tmp_path, monkeypatch, shipped):
+    run_script(train_outer, monkeypatch, "--max_steps", 1, "--warm_start_steps", 0, "--batch_size",
+               2, "--num_samples", 8, "--eval_samples", 0, "--save_format", "pt", "--save_dir",
+               tmp_path, "--latent_length", 2)
+    state = torch.load(tmp_path / "outer_12.pt", weights_only=True)
+    assert {value.dtype for value in state.values()} == {torch.bfloat16}
+    mas = load_mas_system("tiny", ckpt_override={"outer": str(tmp_path)})
+    for name, value in state.items():
+        assert torch.equal(mas.outer["outer_12"].state_dict()[name], value.float())
+
+
+def training(tmp_path, links, **changes):
+    settings = dict(weight_decay=0.0, lr_scheduler_type="constant", warmup_steps=0,
+                    grad_accum_steps=1, max_grad_norm=1.0, log_every=1, save_steps=0, resume=False)
+    args = argparse.Namespace(**{**settings, **changes})
+    return common.Training(links, args, 0.1, tmp_path, 100)
+
+
+def test_a_bad_loss_skips_the_step_and_ten_in_a_row_stop(tmp_path):
+    link = torch.nn.Linear(2, 1)
+    run = training(tmp_path, link)
+    before = link.weight.detach().clone()
+    for bad in (float("nan"), float("inf")):
+        run.backward(link(torch.ones(2)).sum() * bad)
+        run.step(loss=0.0)
+    assert run.skipped == 2
+    assert torch.equal(link.weight, before)
+    run.backward(link(torch.ones(2)).sum())
+    run.step(loss=0.0)
+    assert run.skipped_in_a_row == 0
+    good = link.weight.detach().clone()
+    assert not torch.equal(good, before)
+    with pytest.raises(ValueError, match="10 steps in a row"):
+        for _ in range(10):
+            run.backward(link(torch.ones(2)).sum() * float("nan"))
+            run.step(loss=0.0)
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert torch.equal(saved["links"]["weight"], good)
+
+
+def test_accumulated_micro_batches_equal_one_batch(tmp_path):
+    torch.manual_seed(0)
+    data, links = torch.randn(4, 3), [torch.nn.Linear(3, 1) for _ in range(2)]
+    links[1].load_state_dict(links[0].state_dict())
+    whole = training(tmp_path / "a", links[0])
+    whole.backward(links[0](data).pow(2).mean())
+    whole.step()
+    halves = training(tmp_path / "b", links[1], grad_accum_steps=2)
+    for half in data.split(2):
+        halves.backward(links[1](half).pow(2).mean())
+    halves.step()
+    torch.testing.assert_close(links[0].weight, links[1].weight)
+
+
+def test_gradients_are_clipped_to_the_limit(tmp_path):
+    """One AdamW step hides the length; so look at the gradient the optimizer was given."""
+    link, seen = torch.nn.Linear(2, 1, bias=False), []
+    run = training(tmp_path, link, max_grad_norm=0.5)
+    run.optimizer.register_step_pre_hook(
+        lambda *_: seen.append(link.weight.grad.norm().item()))
+    run.backward(100 * link(torch.ones(2)).sum())
+    run.step()
+    assert seen == [pytest.approx(0.5, rel=1e-4)]
+
+
+def test_batches_cover_every_row_once_an_epoch():
+    items = list(range(10))
+    drawn = [row for step in range(5) for row in common.batch_of(items, step, 4, seed=3)]
+    assert sorted(drawn[:10]) == items
+    assert sorted(drawn[10:]) == items
+    assert drawn[:10] != drawn[10:]
+    assert common.batch_of(items, 3, 4, seed=3) == drawn[12:16]
+
+
+def test_outer_links_of_a_run_are_found_by_the_loader(tmp_path, shipped):
+    widths = {"outer_12": (96, 80), "outer_23": (80, 112), "outer_31": (112, 96)}
+    from link import save_outer
+    save_outer(shipped.outer, tmp_path, "tiny")
+    links = load_outer(tmp_path, widths)
+    for key, link in links.items():
+        for name, value in link.state_dict().items():
+            assert torch.equal(value, shipped.outer[key].state_dict()[name])

@@ -1,0 +1,154 @@
+"""Train one agent's inner link: the model's next input from its own last thought.
+
+    python train_inner.py                                        # tiny's planner, 20 seconds
+    python train_inner.py --style tiny --mas_role critic --save_dir out/critic
+
+The base model is frozen; along the role's gold text its hidden state h_t, sent through the link,
+should look like the embedding of the token that comes next (paper, section 3.3, inner loop):
+
+    loss = cos_weight (1 - cos(R_in(h_t), Emb(token_(t+1)))) + mse_weight |R_in(h_t) - Emb(..)|^2
+
+Since the base never changes, neither do its hidden states: they are computed once and reused over
+all epochs where they fit --feature_budget_gb, else step by step.
+"""
+import dataclasses
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import common
+from agents import load_agent, pick_device
+from link import KINDS, InnerLink, kind_name, load_inner, save_inner, write_json
+from recurse import chunks, local_folder
+from styles import ANSWER_FORMAT, get_style
+
+
+DESIGNS = {"sequential": "sequential_light", "hie": "mixture", "distill": "distillation",
+           "deliberation": "deliberation"}
+
+
+def flags():
+    """(the published flags and ours, the style)."""
+    parser = common.Parser(__doc__.split("\n")[0])
+    common.add_system_flags(parser)
+    common.add_training_flags(parser, "--adapter_lr", "--adapter_dtype")
+    add = parser.add_argument
+    add("--mas_role", default="planner", help="the role whose link is trained")
+    add("--model_name_or_path", default="", help="base model, in place of the role's")
+    add("--save_dir", default="out/train_inner")
+    add("--load_dir", default="", help="start from the inner link in this folder")
+    add("--max_length", type=common.at_least(1), default=2048, help="tokens of a gold text")
+    add("--adapter_type", default="ln_res_adapter",
+        help=f"kind of link: {', '.join(KINDS)} or a published name")
+    add("--adapter_cos_weight", type=common.at_least(0, float), default=1.0)
+    add("--adapter_mse_weight", type=common.at_least(0, float), default=0.0)
+    add("--feature_budget_gb", type=common.at_least(0, float), default=4.0,
+        help="memory for hidden states computed once")
+    add("--mas_design", default="", choices=["", *DESIGNS], help="the published name of a style")
+    add("--text_field", default="", help="column with the gold text, in place of the role's")
+    early = common.early_flags()
+    style = get_style(DESIGNS.get(early.mas_design, early.style))
+    args = common.parse_flags(parser, style.settings.get("train_inner", {}))
+    return args, style
+
+
+def inner_loss(link, embedding, states, tokens, args):
+    """(loss, 1 - cos, MSE) of states (n, d) against the tokens (n,) that they should become."""
+    wanted = embedding(tokens).float()                                  # Emb(token_(t+1))  (n, d)
+    got = link(states.float())                                          # R_in(h_t)         (n, d)
+    cosine = 1 - F.cosine_similarity(got, wanted, dim=-1).mean()
+    mse = F.mse_loss(got, wanted)
+    return args.adapter_cos_weight * cosine + args.adapter_mse_weight * mse, cosine, mse
+
+
+@torch.no_grad()
+def readability(agent, style, role, examples, args):
+    """Do the latents, read through the vocabulary head, still say what the text would?
+
+    Per latent step, the share of examples whose thought reads as the token that greedy decoding
+    writes at that place. The first thought comes before any link, so it always does."""
+    agreed, counted = torch.zeros(args.latent_length), torch.zeros(args.latent_length)
+    alike = {}
+    for example in examples:
+        alike.setdefault(tuple(example[1]), []).append(example)
+    for heard, group in alike.items():                                  # one prompt per set heard
+        segments = agent.prompt(role.system, style.prompt(role, args.mas_task, heard), heard,
+                                [example[0] for example in group], ANSWER_FORMAT[args.mas_task])
+        slots = {name: [example[1][name] for example in group] for name in heard}
+        past = agent.read(*agent.embed(segments, slots))
+        thoughts = agent.think(past, args.latent_length)                # (B, m, d)
+        read_out = agent.head(thoughts).argmax(-1).cpu()                # (B, m)
+        for row, ids in zip(read_out, agent.write(past, args.latent_length).ids):
+            agreed[:len(ids)] += row[:len(ids)] == torch.tensor(ids)
+            counted[:len(ids)] += 1
+    return (agreed / counted.clamp(min=1)).tolist()
+
+
+def main():
+    (args, style), started = flags(), time.time()
+    role = style.role(args.mas_role)
+    if args.text_field:
+        role = dataclasses.replace(role, target=(args.text_field,))
+    rows = common.load_rows(args.dataset_name, args.dataset_split, args.dataset_json_field,
+                            args.num_samples, args.seed)
+    examples = common.role_examples(style, role, common.keep_usable(rows, [role]))
+    held_out, examples = examples[:200], examples[200:] or examples     # for readability alone
+
+    device, dtype = pick_device(args.device, args.dtype)
+    folder = local_folder(args.model_name_or_path or role.model)
+    agent = load_agent(folder, device, dtype, trust_remote_code=bool(args.trust_remote_code))
+    agent.thinking = bool(args.enable_thinking)
+    torch.manual_seed(args.seed)
+    gain = agent.embedding_rms if args.scale_match else 1.0
+    if args.load_dir:
+        agent.inner = load_inner(args.load_dir, agent.width, args.mas_task).to(device)
+    else:
+        agent.inner = InnerLink(agent.width, kind_name(args.adapter_type), gain).to(device)
+    before = readability(agent, style, role, held_out, args)
+
+    # Hidden states of all gold texts, once, if they fit: tokens x width x 4 bytes.
+    tokens = sum(len(ids) for ids in agent.tokenize([text for _, _, text in examples]))
+    size = tokens * agent.width * 4 / 1e9
+    once = size <= args.feature_budget_gb
+    print(f"{len(examples)} texts, {tokens} tokens: hidden states take {size:.2f} GB, "
+          + ("computed once" if once else "computed step by step"), flush=True)
+    if once:
+        features = []
+        for chunk in tqdm(chunks(examples, 64), desc="hidden states", mininterval=1):
+            features += common.gold_states(agent, style, role, chunk, args.mas_task,
+                                           args.max_length)
+
+    per_step = args.batch_size * args.grad_accum_steps
+    total_steps = args.max_steps or -(-len(examples) * args.num_train_epochs // per_step)
+    training = common.Training(agent.inner, args, args.adapter_lr, args.save_dir, total_steps)
+    for step in training.steps("inner link"):
+        for micro in range(args.grad_accum_steps):
+            batch = common.batch_of(features if once else examples,
+                                    step * args.grad_accum_steps + micro,
+                                    args.batch_size, args.seed)
+            if not once:
+                batch = common.gold_states(agent, style, role, batch, args.mas_task,
+                                           args.max_length)
+            states = torch.cat([h for h, _ in batch])                   # (n, d)
+            next_tokens = torch.cat([ids for _, ids in batch])          # (n,)
+            loss, cosine, mse = inner_loss(agent.inner, agent.embedding, states, next_tokens, args)
+            training.backward(loss)
+        training.step(loss=loss.item(), cosine=cosine.item(), mse=mse.item())
+
+    save_inner(agent.inner, args.save_dir, args.mas_task, args.save_format)
+    after = readability(agent, style, role, held_out, args)
+    write_json(Path(args.save_dir) / "readability.json", {"before": before, "after": after})
+    last = common.read_json_lines(Path(args.save_dir) / "log.jsonl")[-1]
+    print(f"\n{style.name} {role.name}: 1-cos {last['cosine']:.4f}, mse {last['mse']:.5f} after "
+          f"{total_steps} steps, {training.skipped} skipped, {time.time() - started:.0f} s")
+    print("share of latents that read as the greedy text, by latent step:")
+    for name, shares in (("before", before), ("after", after)):
+        print(f"  {name:7s}" + " ".join(f"{share:.2f}" for share in shares))
+    print(f"the link is in {args.save_dir}")
+
+
+if __name__ == "__main__":
+    common.run(main)

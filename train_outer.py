@@ -1,0 +1,259 @@
+"""Train the outer links: what agents send each other, through the whole unrolled recursion.
+
+    python train_outer.py                               # the tiny system, about 3 minutes on a CPU
+    python train_outer.py --seeds 0 1 2 3 4             # five runs and the table over them
+
+Agents and inner links are frozen. All R rounds are unrolled, and the last agent's cross-entropy
+on the gold answer in the last round (paper, section 3.3, outer loop) flows back through frozen
+models and inner links into the outer links. Three things that are not in the paper steady it, and
+real styles leave them off (tiny's table in the README shows what each is worth):
+
+    --warm_start_steps   R_out first learns to turn h_t into the other agent's embedding of the
+                         next token: loss 1 - cos(R_out(R_in(h_t)), Emb_dst(token_(t+1)))
+    --role_loss_weight   every later role's own gold text, given the latents it hears, in each round
+    --random_rounds      R is drawn from 1..num_recursive_rounds each step
+
+The thoughts that are sent come from true rollouts, as at inference; `--latents teacher` takes the
+hidden states at the gold text instead, as published.
+"""
+import argparse
+import random
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+import common
+import evaluate
+from agents import apply_link
+from link import KINDS, save_outer
+from recurse import load_agents, recurse
+from styles import get_style
+from tasks import task_names
+
+
+def flags():
+    """(the published flags and ours, the style)."""
+    parser = common.Parser(__doc__.split("\n")[0])
+    common.add_system_flags(parser)
+    common.add_training_flags(parser, "--outer_lr", "--outer_dtype")
+    add = parser.add_argument
+    add("--save_dir", default="out/train_outer")
+    add("--shuffle", action="store_true", help="rows are shuffled by the seed in any case")
+    style = get_style(common.early_flags().style)
+    for i, role in enumerate(style.roles, start=1):
+        for name in (f"agent{i}", role.name):      # the published flags, by number or by role
+            add(f"--{name}_model_name_or_path", dest=f"{role.name}_model", default="")
+            add(f"--{name}_inner_aligner_path", dest=f"{role.name}_inner", default="")
+    for edge in style.edges:
+        add(f"--{edge.key}_type", default="", help="kind of this one outer link")
+    add("--inner_adapter_type_fallback", default="ln_res_adapter",
+        help="kind of an inner link that has no adapter_config.json")
+    add("--num_recursive_rounds", type=common.at_least(1), default=3, help="R")
+    add("--max_length", type=common.at_least(1), default=4096, help="tokens of a gold text")
+    add("--latents", default="rollout", choices=["rollout", "teacher", "teacher_aligned"],
+        help="thoughts sent in training: true rollouts; states at the gold tokens, as published; "
+             "or the latent_length states that predict them")
+    add("--max_latent_tokens", type=common.at_least(1), default=80, help="cap of --latents teacher")
+    add("--supervise_final_only", type=int, default=1, choices=[0, 1])
+    add("--non_last_loss_weight", type=common.at_least(0, float), default=0.1,
+        help="of the earlier rounds' answers, with --supervise_final_only 0")
+    add("--role_loss_weight", type=common.at_least(0, float), default=0.0)
+    add("--warm_start_steps", type=common.at_least(0), default=0)
+    add("--random_rounds", type=int, default=0, choices=[0, 1])
+    add("--gradient_checkpointing", type=int, default=1, choices=[0, 1],
+        help="recompute each turn in the backward pass instead of keeping it")
+    add("--outer_adapter_type", default="outer_ln_res_adapter",
+        help=f"kind of link: {', '.join(KINDS)} or a published name")
+    add("--seeds", type=int, nargs="+", default=None, help="repeat the run, one per seed")
+    add("--eval_samples", type=common.at_least(0), default=500,
+        help="problems of the comparison before and after, where the data set has test problems")
+    return common.parse_flags(parser, style.settings.get("train_outer", {})), style
+
+
+# ---- the losses ---------------------------------------------------------------------------------
+
+def outer_loss(mas, rows, rounds, args):
+    """(loss, final answer's cross-entropy) of a batch of rows, unrolled over `rounds` rounds.
+
+        loss = (CE_final + role_loss_weight sum_k CE_k) / (1 + role_loss_weight K)
+
+    over the K turns that hear latents before the last one (all of them means per target token),
+    and with --supervise_final_only 0: + non_last_loss_weight x mean of the earlier rounds'
+    answers."""
+    role_losses, early_answers, last_role = [], [], mas.style.roles[-1].name
+
+    def cross_entropy(agent, past, role, round):
+        targets = gold_tokens(agent, mas.style.role(role), rows, round, args.max_length)
+        total, count = agent.answer_loss(past, targets)
+        return total / count
+
+    def turn(agent, role, round, read):
+        """Thinking, as recurse asks for it, with this turn's losses taken on the way."""
+        wanted = args.role_loss_weight > 0 or (role == last_role and not args.supervise_final_only)
+
+        def think():
+            past = read()
+            hears_links = past.last.requires_grad          # else no link is involved in it
+            loss = cross_entropy(agent, past, role, round) if wanted and hears_links else None
+            return thoughts(agent, past, mas.style.role(role), rows, round, args), loss
+
+        H, loss = run_turn(think, args)
+        if loss is not None:
+            role_losses.append(loss)
+            if role == last_role:
+                early_answers.append(loss)
+        return H
+
+    run = recurse(mas, [row["question"] for row in rows], rounds, args.latent_length,
+                  kind=args.mas_task, turn=turn)
+    agent, role, round, read = run.last_turn
+    final = run_turn(lambda: cross_entropy(agent, read(), role, round), args)
+    weight = args.role_loss_weight
+    loss = final
+    if weight and role_losses:
+        loss = (final + weight * sum(role_losses)) / (1 + weight * len(role_losses))
+    if early_answers and not args.supervise_final_only:
+        loss = loss + args.non_last_loss_weight * sum(early_answers) / len(early_answers)
+    return loss, final
+
+
+def run_turn(turn, args):
+    """One turn, or (to save memory) one that is run again in the backward pass.
+
+    A whole turn, with its cache made inside: the library's per-layer switch drops the cache."""
+    if args.gradient_checkpointing and torch.is_grad_enabled():
+        return checkpoint(turn, use_reentrant=False)
+    return turn()
+
+
+def gold_tokens(agent, role, rows, round, max_length):
+    """B token lists of the role's gold text in this round."""
+    texts = [common.role_text(role, row, round) for row in rows]
+    return [tokens[:max_length] for tokens in agent.tokenize(texts)]
+
+
+def thoughts(agent, past, role, rows, round, args):
+    """The thoughts that this turn sends: (B, m, d), or B tensors of different length."""
+    if args.latents == "rollout":
+        return agent.think(past, args.latent_length)
+    if args.latents == "teacher":              # the states at the gold tokens
+        start, length = 1, args.max_latent_tokens
+    else:                                      # the states that predict them
+        start, length = 0, args.latent_length
+    tokens = gold_tokens(agent, role, rows, round, start + length - 1)
+    states = agent.follow(past, tokens)                                # (B, 1 + n, d)
+    return [states[b, start:len(row) + 1] for b, row in enumerate(tokens)]
+
+
+def shared_tokens(source, target):
+    """{source token id: target token id} of the token strings that both vocabularies hold."""
+    theirs = target.tokenizer.get_vocab()
+    return {ours: theirs[word] for word, ours in source.tokenizer.get_vocab().items()
+            if word in theirs}
+
+
+def warm_start(mas, rows, args, seed):
+    """Teach each outer link to translate: R_out(R_in(h_t)) ~ Emb_dst(token_(t+1)), by cosine, for
+    the tokens that both vocabularies hold. Ours, not the paper's."""
+    for edge in mas.style.edges:
+        source, target, link = mas.agents[edge.src], mas.agents[edge.dst], mas.outer[edge.key]
+        known = shared_tokens(source, target)
+        print(f"warm start {edge.key}: {len(known)} of {len(source.tokenizer.get_vocab())} tokens "
+              f"of {edge.src} are in {edge.dst}'s vocabulary", flush=True)
+        if not known:
+            continue
+        role = mas.style.role(edge.src)
+        examples = common.role_examples(mas.style, role, rows)
+        optimizer = torch.optim.AdamW(link.requires_grad_(True).parameters(), lr=4e-3,
+                                      betas=(0.9, 0.95), weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.warm_start_steps)
+        for step in tqdm(range(args.warm_start_steps), desc=edge.key, mininterval=1):
+            batch = common.batch_of(examples, step, args.batch_size, seed)
+            pairs = common.gold_states(source, mas.style, role, batch, args.mas_task,
+                                       args.max_length)
+            states = torch.cat([h for h, _ in pairs])                              # (n, d_src)
+            wanted = [known.get(token, -1) for _, ids in pairs for token in ids.tolist()]
+            wanted = torch.tensor(wanted, device=target.device)
+            heard = wanted >= 0
+            if not heard.any():
+                continue
+            inward = apply_link(source.inner, states[heard.to(states.device)], source.dtype)
+            got = apply_link(link, inward.to(target.device), target.dtype)         # (n, d_dst)
+            loss = 1 - F.cosine_similarity(got.float(), target.embedding(wanted[heard]).float(),
+                                           dim=-1).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(link.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+        link.requires_grad_(False)
+        print(f"  1-cos {loss.item():.3f}", flush=True)
+
+
+# ---- one run ------------------------------------------------------------------------------------
+
+def train(mas, args, seed, folder):
+    """One training run: the system with trained outer links, which are saved in `folder`."""
+    started = not args.seeds or (folder / "state.pt").is_file()      # --seeds: begin the others
+    args = argparse.Namespace(**{**vars(args), "seed": seed, "save_dir": str(folder),
+                                 "resume": args.resume and started})
+    last = mas.style.roles[-1]
+    supervised = mas.style.roles if args.role_loss_weight or args.latents != "rollout" else [last]
+    rows = common.keep_usable(common.load_rows(
+        args.dataset_name, args.dataset_split, args.dataset_json_field, args.num_samples, seed),
+        supervised)
+    kinds = {edge.key: getattr(args, f"{edge.key}_type") or args.outer_adapter_type
+             for edge in mas.style.edges}
+    mas = mas.with_fresh_outer(kinds, args.scale_match, seed)
+    if args.warm_start_steps and not args.resume:
+        warm_start(mas, rows, args, seed)
+
+    per_step = args.batch_size * args.grad_accum_steps
+    total_steps = args.max_steps or -(-len(rows) * args.num_train_epochs // per_step)
+    training = common.Training(mas.outer, args, args.outer_lr, folder, total_steps,
+                               fp16=mas.agents[last.name].dtype == torch.float16)
+    for step in training.steps(f"outer links, seed {seed}"):
+        rounds = args.num_recursive_rounds
+        if args.random_rounds:
+            rounds = random.Random(f"rounds {seed} {step}").randint(1, rounds)
+        for micro in range(args.grad_accum_steps):
+            batch = common.batch_of(rows, step * args.grad_accum_steps + micro, args.batch_size,
+                                    seed)
+            loss, final = outer_loss(mas, batch, rounds, args)
+            training.backward(loss)
+        training.step(loss=loss.item(), final=final.item(), rounds=rounds)
+    save_outer(mas.outer, folder, mas.style.name, args.mas_task, args.save_format)
+    print(f"seed {seed}: {total_steps} steps, {training.skipped} skipped; links in {folder}",
+          flush=True)
+    return mas
+
+
+def main():
+    (args, style), started = flags(), time.time()
+    folder, given = Path(args.save_dir), vars(args)
+    names = [role.name for role in style.roles]
+    mas = load_agents(style, args.device, args.dtype, args.mas_task, bool(args.trust_remote_code),
+                      {name: given[f"{name}_inner"] for name in names if given[f"{name}_inner"]},
+                      models={name: given[f"{name}_model"] for name in names
+                              if given[f"{name}_model"]},
+                      inner_kind=args.inner_adapter_type_fallback)
+    for agent in mas.agents.values():
+        agent.thinking = bool(args.enable_thinking)
+
+    trained = {}
+    for seed in args.seeds or [args.seed]:
+        trained[seed] = train(mas, args, seed, folder / f"seed_{seed}" if args.seeds else folder)
+    print(f"trained in {time.time() - started:.0f} s", flush=True)
+    if args.eval_samples and args.dataset_name in task_names():
+        evaluate.compare(trained, args, folder)
+    print(f"{time.time() - started:.0f} s in all; links, log.jsonl and summary are in {folder}. "
+          f"Score them with: python evaluate.py --style {style.name} --ckpt_override "
+          f"outer={folder}{'/seed_' + str(args.seeds[0]) if args.seeds else ''}")
+
+
+if __name__ == "__main__":
+    common.run(main)

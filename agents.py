@@ -121,7 +121,7 @@ class Agent:
 
     @property
     def embedding_rms(self):
-        """Root mean square of the token embeddings, over up to 4096 evenly spaced tokens."""
+        """Root mean square of the token embeddings, over some 4096 evenly spaced tokens."""
         size = self.embedding.weight.shape[0]
         tokens = torch.arange(0, size, max(1, size // 4096), device=self.device)
         return self.embedding(tokens).float().pow(2).mean().sqrt().item()
@@ -137,6 +137,7 @@ class Agent:
 
         Rendered once with placeholders from Unicode's private range in place of `{name}`, then
         cut there. Questions go in only afterwards, so nothing inside one can be taken for a slot."""
+        system = system.strip()                            # many templates strip it themselves
         pattern = "|".join(re.escape(name) for name in sorted(marked, key=len, reverse=True))
         user = re.sub("{(" + pattern + ")}", "\ue000\\1\ue001", user)
 
@@ -210,7 +211,10 @@ class Agent:
 
     @torch.no_grad()
     def read_prefix(self, segments):
-        """Everything before the first slot, read once, to be shared by all rounds: (tokens, Past)."""
+        """Everything before the first slot, read once, to be shared by all rounds: (tokens, Past)
+        of B prompts, or None if they begin with a slot."""
+        if isinstance(segments[0], str):
+            return None
         return segments[0], self.read(*self.embed(segments[:1], {}))
 
     def read_prompt(self, segments, heard, prefix=None):
@@ -262,7 +266,8 @@ class Agent:
         states = self.follow(past, [row[:-1] for row in targets])                  # (B, n, d)
         lengths = torch.tensor([len(row) for row in targets], device=self.device)
         told = torch.arange(states.shape[1], device=self.device) < lengths[:, None]
-        labels = torch.tensor([token for row in targets for token in row], device=self.device)
+        labels = torch.tensor([token for row in targets for token in row], dtype=torch.long,
+                              device=self.device)
         logits = self.head(states[told]).float()                                   # (N, V)
         return F.cross_entropy(logits, labels, reduction="sum"), len(labels)
 

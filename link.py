@@ -219,7 +219,7 @@ def load_inner(folder, width, task="math", kind="2layer_ln_res"):
     return link
 
 
-def save_outer(links, folder, style="", task="math", format="safetensors"):
+def save_outer(links, folder, style="", format="safetensors"):
     """Save outer links {edge key: OuterLink} with the released manifest."""
     adapters = []
     for key, link in links.items():

@@ -22,7 +22,7 @@ from huggingface_hub import snapshot_download
 
 from agents import Agent, apply_link, load_agent, pick_device
 from link import OuterLink, load_inner, load_outer
-from styles import ANSWER_FORMAT, get_style
+from styles import ANSWER_FORMAT, KINDS, get_style
 
 PROJECT = Path(__file__).resolve().parent
 METHODS = ("latent", "zero", "shuffle", "text", "text_brief", "single", "single_loop")
@@ -50,7 +50,7 @@ def recurse(mas, questions, rounds, latent_length, kind="math", method="latent",
     in words (text; text_brief; single: the last role alone; single_loop: hearing itself). turn(
     agent, role, round, read) -> H replaces thinking, and is how the trainers look in. writing:
     arguments of Agent.write, with `seed` and `brief`. trace keeps thoughts and messages."""
-    check_request(questions, rounds, latent_length, method)
+    check_request(questions, rounds, latent_length, kind, method)
     style, rounds = mas.style, rounds
     if method in ("single", "single_loop"):
         style, rounds = style.alone(), rounds * len(style.roles) if method == "single_loop" else 1
@@ -86,7 +86,7 @@ def recurse(mas, questions, rounds, latent_length, kind="math", method="latent",
 def write(run, last_turn, questions, writing, brief=""):
     """Let the agent of a turn write: B texts; counts and texts go into the run."""
     agent, role, round, read = last_turn
-    options = dict(writing or {"max_new_tokens": 1000})
+    options = {"max_new_tokens": 1000, **(writing or {})}
     seed, brief_length = options.pop("seed", 42), options.pop("brief", None)
     if brief == "text_brief":
         if not brief_length:
@@ -104,8 +104,10 @@ def text_seed(*parts):
     return int.from_bytes(digest[:7], "big")
 
 
-def check_request(questions, rounds, latent_length, method):
+def check_request(questions, rounds, latent_length, kind, method):
     """Raise ValueError for a request that cannot be served."""
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of question '{kind}': choose one of {', '.join(KINDS)}")
     if method not in METHODS:
         raise ValueError(f"unknown method '{method}': choose one of {', '.join(METHODS)}")
     if rounds < 1:
@@ -236,7 +238,11 @@ def load_agents(style, device="auto", dtype="auto", task="math", trust_remote_co
     device, dtype = pick_device(device, dtype)
     agents = {}
     for role in style.roles:
-        folder = local_folder(override.get(role.name, role.repo), revision)
+        folder = override.get(role.name, role.repo)
+        if not folder:
+            raise ValueError(f"style {style.name}: role {role.name} has no repo with an inner link: "
+                             "name one in the style or in ckpt_override")
+        folder = local_folder(folder, revision)
         model = (models or {}).get(role.name)
         if not model:
             model = folder if (folder / "config.json").is_file() else role.model

@@ -226,7 +226,7 @@ def train(mas, args, seed, folder):
             loss, final = outer_loss(mas, batch, rounds, args)
             training.backward(loss)
         training.step(loss=loss.item(), final=final.item(), rounds=rounds)
-    save_outer(mas.outer, folder, mas.style.name, args.mas_task, args.save_format)
+    save_outer(mas.outer, folder, mas.style.name, args.save_format)
     print(f"seed {seed}: {total_steps} steps, {training.skipped} skipped; links in {folder}",
           flush=True)
     return mas

@@ -91,10 +91,10 @@ class Style:
                 return {kind: own(text) for kind, text in prompt.items()}
             kept = [line for line in prompt.split("\n")
                     if slots[0] in line or not any(slot in line for slot in slots)]
-            text = "\n".join(kept).replace(slots[0], f"{{{last.name}}}")
+            text = "\n".join(kept)
             for slot in slots[1:]:
                 text = text.replace(slot, "")
-            return text
+            return text.replace(slots[0], f"{{{last.name}}}")
 
         return dataclasses.replace(self, edges=(Edge("own", last.name, last.name),),
                                    roles=(dataclasses.replace(last, prompt=own(last.prompt)),))

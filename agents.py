@@ -353,7 +353,7 @@ def common_length(a, b):
     return length
 
 
-def load_agent(folder, device, dtype, trust_remote_code=False):
+def load_agent(folder, device, dtype, trust_remote_code=False, thinking=False):
     """The Agent (without an inner link) of a local folder that holds a whole causal LM.
 
     A released folder has an adapter_config.json beside the model, which makes transformers take
@@ -376,4 +376,4 @@ def load_agent(folder, device, dtype, trust_remote_code=False):
         raise ValueError(f"{folder} lacks the weights {', '.join(sorted(report['missing_keys'])[:3])}"
                          " ..: it is not a whole model of the class its config.json names")
     tokenizer.name_or_path = str(folder)
-    return Agent(model.to(device), tokenizer)
+    return Agent(model.to(device), tokenizer, thinking=thinking)

@@ -48,6 +48,11 @@ def at_least(low, kind=int, hint=""):
     return parse
 
 
+def sample_count(text):
+    """An argparse type: how many rows or questions, -1 for all."""
+    return -1 if text == "-1" else at_least(1, hint=" (-1 for all)")(text)
+
+
 LATENT_LENGTH = at_least(1, hint=" (for an answer without latents: evaluate.py --method single)")
 
 
@@ -72,7 +77,7 @@ def add_training_flags(parser, learning_rate_flag, link_dtype_flag):
     parser.add_argument("--dataset_name", default="", help="hub id, .json/.jsonl file or tiny")
     parser.add_argument("--dataset_split", default="train")
     parser.add_argument("--dataset_json_field", default="data", help="where a .json has its rows")
-    parser.add_argument("--num_samples", type=int, default=-1, help="rows used, -1 for all")
+    parser.add_argument("--num_samples", type=sample_count, default=-1, help="rows, -1 for all")
     parser.add_argument("--save_format", default="safetensors", choices=["safetensors", "pt"],
                         help="pt is the released layout (bf16)")
     parser.add_argument("--batch_size", type=at_least(1), default=2)
@@ -186,8 +191,10 @@ def role_text(role, row, round=1):
     """The role's gold text in a round, or "" if the row has none of its target columns."""
     for column in role.target:
         cell = row.get(column)
-        if cell:
-            return cell if isinstance(cell, str) else cell[min(round, len(cell)) - 1]
+        if isinstance(cell, list) and cell:
+            cell = cell[min(round, len(cell)) - 1]
+        if isinstance(cell, str) and cell.strip():
+            return cell
     return ""
 
 
@@ -198,7 +205,8 @@ def keep_usable(rows, roles):
     missing = {}
     usable = []
     for row in rows:
-        lacks = [] if row.get("question") else ["question"]
+        row = row if isinstance(row, dict) else {}
+        lacks = [] if isinstance(row.get("question"), str) else ["question"]
         lacks += [" or ".join(role.target) for role in roles if not role_text(role, row)]
         for column in lacks:
             missing[column] = missing.get(column, 0) + 1
@@ -230,25 +238,29 @@ def role_examples(style, role, rows):
     return examples
 
 
+def read_examples(agent, style, role, examples, kind):
+    """The prompts of role_examples, slots filled with the heard texts, read: yields (places, Past)
+    for each set of roles heard, since that decides the words of the prompt."""
+    for heard in dict.fromkeys(tuple(example[1]) for example in examples):
+        places = [i for i, example in enumerate(examples) if tuple(example[1]) == heard]
+        segments = agent.prompt(role.system, style.prompt(role, kind, heard), heard,
+                                [examples[i][0] for i in places], ANSWER_FORMAT[kind])
+        slots = {name: [examples[i][1][name] for i in places] for name in heard}
+        yield places, agent.read(*agent.embed(segments, slots))
+
+
 @torch.no_grad()
 def gold_states(agent, style, role, examples, kind, max_length):
     """States and tokens of a role's gold texts, one pair per example: [(h (n, d), tokens (n,))].
 
-    h[i] has read the prompt (slots filled with the heard texts) and i tokens: it predicts
-    tokens[i]. The base is frozen, so these never change."""
+    h[i] has read the prompt and i tokens: it predicts tokens[i]. The base is frozen, so these
+    never change."""
     results = [None] * len(examples)
-    for heard in {tuple(example[1]) for example in examples}:        # one prompt per set heard
-        group = [i for i, example in enumerate(examples) if tuple(example[1]) == heard]
-        questions = [examples[i][0] for i in group]
-        segments = agent.prompt(role.system, style.prompt(role, kind, heard), heard, questions,
-                                ANSWER_FORMAT[kind])
-        slots = {name: [examples[i][1][name] for i in group] for name in heard}
-        tokens = [row[:max_length] for row in agent.tokenize([examples[i][2] for i in group])]
-        past = agent.read(*agent.embed(segments, slots))
+    for places, past in read_examples(agent, style, role, examples, kind):
+        tokens = [row[:max_length] for row in agent.tokenize([examples[i][2] for i in places])]
         states = agent.follow(past, [row[:-1] for row in tokens])                  # (b, n, d)
-        for place, i in enumerate(group):
-            row = torch.tensor(tokens[place], device=agent.device)
-            results[i] = (states[place, :len(row)], row)
+        for i, row, h in zip(places, tokens, states):
+            results[i] = (h[:len(row)], torch.tensor(row, device=agent.device))
     return results
 
 
@@ -272,13 +284,13 @@ def shuffled(length, seed, epoch):
 class Training:
     """AdamW over links, with warm-up and cosine, clipping, fp16 scaling, NaN guard and resume.
 
-        training = Training(link, args, learning_rate, folder, total_steps, half=...)
+        training = Training(link, args, learning_rate, folder, total_steps, dtype)
         for step in training.steps("inner link"):
             training.backward(loss)                # once per accumulated micro-batch
             training.step(loss=.., cosine=..)      # the update, and what to log
     """
 
-    def __init__(self, links, args, learning_rate, folder, total_steps, fp16=False):
+    def __init__(self, links, args, learning_rate, folder, total_steps, dtype=torch.float32):
         self.links, self.args, self.folder = links, args, Path(folder)
         self.total_steps, self.done, self.skipped, self.skipped_in_a_row = total_steps, 0, 0, 0
         self.finite = True
@@ -288,7 +300,9 @@ class Training:
         self.schedule = transformers.get_scheduler(
             "constant_with_warmup" if args.lr_scheduler_type == "constant" else "cosine",
             self.optimizer, min(args.warmup_steps, total_steps), total_steps)
-        self.scaler = torch.amp.GradScaler(enabled=fp16)
+        # Half precision underflows: in fp16 the loss is scaled up, and the gradient down again.
+        device = next(links.parameters()).device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.settings = {key: value for key, value in vars(args).items()
                          if key not in ("resume", "save_dir", "log_every", "save_steps", "device",
                                       "seeds", "eval_samples")}

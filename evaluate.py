@@ -32,7 +32,6 @@ from tasks import get_task
 
 ALL_METHODS = ("text", "text_brief", "single", "single_loop", "untrained", "zero", "shuffle",
                "latent")
-GREEDY = {"batch_size": 125, "max_new_tokens": 32, "temperature": 0.0}     # for `compare`
 ROUNDLESS = ("single",)           # methods for which the number of rounds means nothing
 
 
@@ -44,7 +43,7 @@ def flags():
     add("--dataset", default="tiny", help="a data set of tasks/")
     add("--method", nargs="+", default=list(ALL_METHODS), choices=ALL_METHODS)
     add("--num_recursive_rounds", nargs="+", type=common.at_least(1), default=[1, 2, 3])
-    add("--num_samples", type=int, default=-1, help="questions, -1 for all")
+    add("--num_samples", type=common.sample_count, default=-1, help="questions, -1 for all")
     add("--batch_size", type=common.at_least(1), default=32)
     add("--latent_length", type=common.LATENT_LENGTH, default=32, help="m")
     add("--max_new_tokens", type=common.at_least(1), default=2000)
@@ -249,7 +248,9 @@ def compare(trained, args, folder):
     returns the rows."""
     task, systems = get_task(args.dataset_name), list(trained.items())
     examples = task.load(args.eval_samples)
-    options = {**GREEDY, "latent_length": args.latent_length}
+    options = {"batch_size": 32, "max_new_tokens": 1000, "temperature": 0.0,
+               **systems[0][1].style.settings.get(task.name, {}),
+               "latent_length": args.latent_length}
     rows = []
     for method in ALL_METHODS:
         if method == "text_brief" and not task.brief:
@@ -329,9 +330,8 @@ def main():
         "batch_size", "latent_length", "max_new_tokens", "temperature", "top_p", "top_k", "min_p",
         "repetition_penalty", "seed")}
     mas = load_mas_system(style, args.device, args.dtype, args.mas_task,
-                          bool(args.trust_remote_code), parse_override(args.ckpt_override))
-    for agent in mas.agents.values():
-        agent.thinking = bool(args.enable_thinking)
+                          bool(args.trust_remote_code), parse_override(args.ckpt_override),
+                          thinking=bool(args.enable_thinking))
     if args.show:
         show(mas, examples[:args.show], options, max(args.num_recursive_rounds))
         return

@@ -225,7 +225,8 @@ def local_folder(name, revision=None):
 
 
 def load_agents(style, device="auto", dtype="auto", task="math", trust_remote_code=False,
-                ckpt_override=None, revision=None, models=None, inner_kind="2layer_ln_res"):
+                ckpt_override=None, revision=None, models=None, inner_kind="2layer_ln_res",
+                thinking=False):
     """A system without outer links: every agent with its inner link, all frozen.
 
     ckpt_override: {role: folder or hub id} used in place of a role's repo; models: {role: base
@@ -246,7 +247,7 @@ def load_agents(style, device="auto", dtype="auto", task="math", trust_remote_co
         model = (models or {}).get(role.name)
         if not model:
             model = folder if (folder / "config.json").is_file() else role.model
-        agent = load_agent(local_folder(model), device, dtype, trust_remote_code)
+        agent = load_agent(local_folder(model), device, dtype, trust_remote_code, thinking)
         agent.inner = load_inner(folder, agent.width, task, inner_kind).to(device)
         agent.inner.requires_grad_(False)
         agents[role.name] = agent
@@ -254,13 +255,14 @@ def load_agents(style, device="auto", dtype="auto", task="math", trust_remote_co
 
 
 def load_mas_system(style, device="auto", dtype="auto", task="math", trust_remote_code=False,
-                    ckpt_override=None, revision=None):
+                    ckpt_override=None, revision=None, thinking=False):
     """A whole system, ready to answer.
 
     style: a name or a Style; ckpt_override: {role or "outer": folder or hub id}; task chooses
     among the links of repos that hold several. Raises ValueError or OSError, naming the file."""
     override = ckpt_override or {}
-    mas = load_agents(style, device, dtype, task, trust_remote_code, override, revision)
+    mas = load_agents(style, device, dtype, task, trust_remote_code, override, revision,
+                      thinking=thinking)
     widths = {edge.key: (mas.agents[edge.src].width, mas.agents[edge.dst].width)
               for edge in mas.style.edges}
     links = load_outer(local_folder(override.get("outer", mas.style.repo), revision), widths, task)

@@ -23,7 +23,7 @@ import common
 from agents import load_agent, pick_device
 from link import KINDS, InnerLink, kind_name, load_inner, save_inner, write_json
 from recurse import chunks, local_folder
-from styles import ANSWER_FORMAT, get_style
+from styles import get_style
 
 
 DESIGNS = {"sequential": "sequential_light", "hie": "mixture", "distill": "distillation",
@@ -71,20 +71,36 @@ def readability(agent, style, role, examples, args):
     Per latent step, the share of examples whose thought reads as the token that greedy decoding
     writes at that place. The first thought comes before any link, so it always does."""
     agreed, counted = torch.zeros(args.latent_length), torch.zeros(args.latent_length)
-    alike = {}
-    for example in examples:
-        alike.setdefault(tuple(example[1]), []).append(example)
-    for heard, group in alike.items():                                  # one prompt per set heard
-        segments = agent.prompt(role.system, style.prompt(role, args.mas_task, heard), heard,
-                                [example[0] for example in group], ANSWER_FORMAT[args.mas_task])
-        slots = {name: [example[1][name] for example in group] for name in heard}
-        past = agent.read(*agent.embed(segments, slots))
-        thoughts = agent.think(past, args.latent_length)                # (B, m, d)
-        read_out = agent.head(thoughts).argmax(-1).cpu()                # (B, m)
+    for _, past in common.read_examples(agent, style, role, examples, args.mas_task):
+        read_out = agent.head(agent.think(past, args.latent_length)).argmax(-1).cpu()   # (b, m)
         for row, ids in zip(read_out, agent.write(past, args.latent_length).ids):
             agreed[:len(ids)] += row[:len(ids)] == torch.tensor(ids)
             counted[:len(ids)] += 1
     return (agreed / counted.clamp(min=1)).tolist()
+
+
+def new_link(agent, args):
+    """The link to train: fresh, or the one in --load_dir."""
+    if args.load_dir:
+        return load_inner(args.load_dir, agent.width, args.mas_task).to(agent.device)
+    torch.manual_seed(args.seed)
+    gain = agent.embedding_rms if args.scale_match else 1.0
+    return InnerLink(agent.width, kind_name(args.adapter_type), gain).to(agent.device)
+
+
+def features_of(agent, style, role, examples, args):
+    """[(states, tokens)] of all examples, computed once, or None if they exceed the budget."""
+    tokens = sum(len(ids) for ids in agent.tokenize([text for _, _, text in examples]))
+    size = tokens * agent.width * agent.embedding.weight.element_size() / 1e9
+    fits = size <= args.feature_budget_gb
+    print(f"{len(examples)} texts, {tokens} tokens: hidden states take {size:.2f} GB, computed "
+          + ("once" if fits else "step by step"), flush=True)
+    if not fits:
+        return None
+    features = []
+    for chunk in tqdm(chunks(examples, 64), desc="hidden states", mininterval=1):
+        features += common.gold_states(agent, style, role, chunk, args.mas_task, args.max_length)
+    return features
 
 
 def main():
@@ -98,38 +114,20 @@ def main():
     held_out, examples = examples[:200], examples[200:] or examples     # for readability alone
 
     device, dtype = pick_device(args.device, args.dtype)
-    folder = local_folder(args.model_name_or_path or role.model)
-    agent = load_agent(folder, device, dtype, trust_remote_code=bool(args.trust_remote_code))
-    agent.thinking = bool(args.enable_thinking)
-    torch.manual_seed(args.seed)
-    gain = agent.embedding_rms if args.scale_match else 1.0
-    if args.load_dir:
-        agent.inner = load_inner(args.load_dir, agent.width, args.mas_task).to(device)
-    else:
-        agent.inner = InnerLink(agent.width, kind_name(args.adapter_type), gain).to(device)
+    agent = load_agent(local_folder(args.model_name_or_path or role.model), device, dtype,
+                       bool(args.trust_remote_code), bool(args.enable_thinking))
+    agent.inner = new_link(agent, args)
     before = readability(agent, style, role, held_out, args)
-
-    # Hidden states of all gold texts, once, if they fit: tokens x width x 4 bytes.
-    tokens = sum(len(ids) for ids in agent.tokenize([text for _, _, text in examples]))
-    size = tokens * agent.width * 4 / 1e9
-    once = size <= args.feature_budget_gb
-    print(f"{len(examples)} texts, {tokens} tokens: hidden states take {size:.2f} GB, "
-          + ("computed once" if once else "computed step by step"), flush=True)
-    if once:
-        features = []
-        for chunk in tqdm(chunks(examples, 64), desc="hidden states", mininterval=1):
-            features += common.gold_states(agent, style, role, chunk, args.mas_task,
-                                           args.max_length)
+    features = features_of(agent, style, role, examples, args)
 
     per_step = args.batch_size * args.grad_accum_steps
     total_steps = args.max_steps or -(-len(examples) * args.num_train_epochs // per_step)
     training = common.Training(agent.inner, args, args.adapter_lr, args.save_dir, total_steps)
     for step in training.steps("inner link"):
         for micro in range(args.grad_accum_steps):
-            batch = common.batch_of(features if once else examples,
-                                    step * args.grad_accum_steps + micro,
+            batch = common.batch_of(features or examples, step * args.grad_accum_steps + micro,
                                     args.batch_size, args.seed)
-            if not once:
+            if not features:
                 batch = common.gold_states(agent, style, role, batch, args.mas_task,
                                            args.max_length)
             states = torch.cat([h for h, _ in batch])                   # (n, d)

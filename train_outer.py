@@ -215,7 +215,7 @@ def train(mas, args, seed, folder):
     per_step = args.batch_size * args.grad_accum_steps
     total_steps = args.max_steps or -(-len(rows) * args.num_train_epochs // per_step)
     training = common.Training(mas.outer, args, args.outer_lr, folder, total_steps,
-                               fp16=mas.agents[last.name].dtype == torch.float16)
+                               mas.agents[last.name].dtype)
     for step in training.steps(f"outer links, seed {seed}"):
         rounds = args.num_recursive_rounds
         if args.random_rounds:
@@ -236,19 +236,20 @@ def main():
     (args, style), started = flags(), time.time()
     folder, given = Path(args.save_dir), vars(args)
     names = [role.name for role in style.roles]
+    compared = args.eval_samples and args.dataset_name in task_names()
+    if compared:
+        evaluate.need_matplotlib()
     mas = load_agents(style, args.device, args.dtype, args.mas_task, bool(args.trust_remote_code),
                       {name: given[f"{name}_inner"] for name in names if given[f"{name}_inner"]},
                       models={name: given[f"{name}_model"] for name in names
                               if given[f"{name}_model"]},
-                      inner_kind=args.inner_adapter_type_fallback)
-    for agent in mas.agents.values():
-        agent.thinking = bool(args.enable_thinking)
-
+                      inner_kind=args.inner_adapter_type_fallback,
+                      thinking=bool(args.enable_thinking))
     trained = {}
     for seed in args.seeds or [args.seed]:
         trained[seed] = train(mas, args, seed, folder / f"seed_{seed}" if args.seeds else folder)
     print(f"trained in {time.time() - started:.0f} s", flush=True)
-    if args.eval_samples and args.dataset_name in task_names():
+    if compared:
         evaluate.compare(trained, args, folder)
     print(f"{time.time() - started:.0f} s in all; links, log.jsonl and summary are in {folder}. "
           f"Score them with: python evaluate.py --style {style.name} --ckpt_override "

@@ -19,9 +19,9 @@ tiny = Style(
     settings={
         "train_inner": {"dataset_name": "tiny", "num_samples": 1000, "max_steps": 600,
                         "batch_size": 32, "adapter_lr": 4e-3, "latent_length": 6},
-        "train_outer": {"dataset_name": "tiny", "num_samples": 6400, "max_steps": 400,
+        "train_outer": {"dataset_name": "tiny", "num_samples": 4800, "max_steps": 150,
                         "batch_size": 32, "outer_lr": 1e-3, "max_grad_norm": 0.3,
-                        "latent_length": 6, "role_loss_weight": 1.0, "warm_start_steps": 150,
+                        "latent_length": 6, "role_loss_weight": 1.0, "warm_start_steps": 20,
                         "random_rounds": 1, "gradient_checkpointing": 0},
         "tiny": {"latent_length": 6, "max_new_tokens": 32, "temperature": 0.0, "batch_size": 125},
     },

@@ -1,7 +1,9 @@
 """Evaluation: counts, intervals, resuming, the table, and every way to call it wrongly."""
 import json
 import math
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -110,6 +112,20 @@ def test_chunks_keep_order_and_leave_no_lonely_row(count, size):
     assert sum(parts, []) == list(range(count))
     assert len(parts) == -(-count // size)
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_a_script_runs_from_any_folder_as_its_own_process(tmp_path):
+    project = Path(evaluate.__file__).parent
+    done = subprocess.run([sys.executable, project / "evaluate.py", *map(str, QUICK)],
+                          cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "latent against text at 2 rounds" in done.stdout
+    assert len((tmp_path / "out/evaluate/results.jsonl").read_text().splitlines()) == 18
+    failed = subprocess.run([sys.executable, project / "train_outer.py", "--style", "nope"],
+                            cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert failed.returncode == 2
+    assert failed.stderr.startswith("error: unknown style 'nope'")
+    assert failed.stderr.count("\n") == 1
 
 
 # ---- wrong calls: one line on stderr, exit code 2, nothing written ------------------------------

@@ -12,6 +12,7 @@ import train_inner
 import train_outer
 from link import InnerLink, load_inner, load_outer
 from recurse import load_mas_system
+from styles.tiny import tiny as tiny_style
 from tasks import tiny
 
 ROWS = tiny.train_rows(4, 7)
@@ -324,3 +325,48 @@ def test_outer_links_of_a_run_are_found_by_the_loader(tmp_path, shipped):
     for key, link in links.items():
         for name, value in link.state_dict().items():
             assert torch.equal(value, shipped.outer[key].state_dict()[name])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_trains_float32_links(dtype, tmp_path, monkeypatch):
+    """Half precision starts at the float32 loss, gets it down, and leaves the links float32."""
+    flags = ["--max_steps", 3, "--warm_start_steps", 20, "--batch_size", 4, "--num_samples", 40,
+             "--eval_samples", 0, "--latent_length", 3, "--num_recursive_rounds", 1, "--log_every",
+             1, "--random_rounds", 0]
+    losses = {}
+    for name in ("float32", dtype):
+        run_script(train_outer, monkeypatch, *flags, "--dtype", name, "--save_dir", tmp_path / name)
+        log = common.read_json_lines(tmp_path / name / "log.jsonl")
+        losses[name] = [line["loss"] for line in log]
+        assert log[-1]["skipped"] == 0
+    assert losses[dtype][0] == pytest.approx(losses["float32"][0], abs=0.2)
+    assert losses[dtype][-1] < losses[dtype][0] - 0.3
+    links = load_outer(tmp_path / dtype, {"outer_12": (96, 80), "outer_23": (80, 112),
+                                            "outer_31": (112, 96)})
+    assert {p.dtype for link in links.values() for p in link.parameters()} == {torch.float32}
+
+
+def test_seeds_are_single_runs_side_by_side(tmp_path, monkeypatch):
+    """--seeds 3 4 equals --seed 3 and --seed 4, and the table holds one row a seed and method."""
+    flags = ["--max_steps", 2, "--warm_start_steps", 2, "--batch_size", 2, "--num_samples", 8,
+             "--latent_length", 2, "--num_recursive_rounds", 1]
+    run_script(train_outer, monkeypatch, *flags, "--seeds", 3, 4, "--eval_samples", 4,
+               "--save_dir", tmp_path / "both")
+    run_script(train_outer, monkeypatch, *flags, "--seed", 4, "--eval_samples", 0,
+               "--save_dir", tmp_path / "single")
+    assert (weights(tmp_path / "both/seed_4", "outer_12.safetensors")
+            == weights(tmp_path / "single", "outer_12.safetensors"))
+    rows = json.loads((tmp_path / "both/summary.json").read_text())["rows"]
+    seeds = {method: [row["seed"] for row in rows if row["method"] == method]
+             for method in ("text", "untrained", "latent", "zero", "shuffle")}
+    assert seeds == {"text": [3], "untrained": [3, 4], "latent": [3, 4], "zero": [3, 4],
+                     "shuffle": [3, 4]}
+
+
+def test_odd_rows_are_left_out_and_counted(capsys):
+    rows = [ROWS[0], {}, None, {"question": "x", "answer": []}, {"question": "x", "answer": [None]},
+            {"question": 3, "answer": "y"}, {"question": "x", "answer": " "}]
+    solver = tiny_style.role("solver")
+    assert common.keep_usable(rows, [solver]) == [ROWS[0]]
+    assert ("left out 6 of 7 rows, which lack a column: question (3), answer (5)"
+            in capsys.readouterr().out)

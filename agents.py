@@ -1,8 +1,8 @@
 """One frozen language model as an agent. It reads, then thinks in latents or writes in words.
 
     past = agent.read(embeds, mask)       a prompt goes in: KV cache, mask, last hidden state
-    H    = agent.think(past, m)           (B, m, d) latent thoughts: h_1 = past.last, x_i = R_in(h_i),
-                                          h_(i+1) = body(x_i | cache); no word is ever chosen
+    H    = agent.think(past, m)           (B, m, d) latent thoughts: h_1 = past.last,
+                                          h_(i+1) = body(R_in(h_i) | cache); no word is chosen
     said = agent.write(past, 100)         the same loop with words: token_i = argmax head(h_i)
 
 h is the last layer's hidden state after the final norm (paper, section 3). Between steps only the
@@ -91,7 +91,8 @@ class Past:
             for layer in cache.layers:
                 heads, width = layer.keys.shape[1], layer.keys.shape[3]
                 index = source[:, None, :, None].expand(-1, heads, -1, width)
-                layer.keys, layer.values = layer.keys.gather(2, index), layer.values.gather(2, index)
+                layer.keys = layer.keys.gather(2, index)
+                layer.values = layer.values.gather(2, index)
         return Past(cache, mask, self.last)
 
 
@@ -106,9 +107,10 @@ class Agent:
     """A frozen causal language model with its tokenizer and its inner link."""
 
     def __init__(self, model, tokenizer, inner=None, thinking=False):
-        self.model, self.tokenizer, self.inner = model.eval().requires_grad_(False), tokenizer, inner
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer, self.inner = tokenizer, inner
         self.body, self.head = model.base_model, model.get_output_embeddings()
-        self.embedding = model.get_input_embeddings()    # called, never indexed: Gemma scales inside
+        self.embedding = model.get_input_embeddings()    # called, not indexed: Gemma scales inside
         self.device, self.dtype = self.embedding.weight.device, self.embedding.weight.dtype
         self.width = self.embedding.weight.shape[1]
         self.thinking = thinking                         # the chat template's own switch
@@ -136,7 +138,7 @@ class Agent:
         """The chat around `user` as pieces: strings, and between them the names out of `marked`.
 
         Rendered once with placeholders from Unicode's private range in place of `{name}`, then
-        cut there. Questions go in only afterwards, so nothing inside one can be taken for a slot."""
+        cut there. Questions go in only afterwards, so nothing in one can be taken for a slot."""
         system = system.strip()                            # many templates strip it themselves
         pattern = "|".join(re.escape(name) for name in sorted(marked, key=len, reverse=True))
         user = re.sub("{(" + pattern + ")}", "\ue000\\1\ue001", user)
@@ -197,7 +199,7 @@ class Agent:
     # ---- read, think, follow, write ---------------------------------------------------------
 
     def _forward(self, embeds, cache, mask):
-        """Hidden states (B, T_new, d) of new positions; the cache grows. mask: (B, T_past + T_new)"""
+        """Hidden states (B, T_new, d) of new positions; grows the cache. mask: (B, T_past+T_new)"""
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -embeds.shape[1]:]
         return self.body(inputs_embeds=embeds, attention_mask=mask, position_ids=positions,
                          past_key_values=cache, use_cache=True).last_hidden_state
@@ -227,7 +229,7 @@ class Agent:
         if prefix is None:
             return self.read(embeds, mask)
         tokens, past = prefix
-        shared = torch.tensor([common_length(row, known) for row, known in zip(segments[0], tokens)])
+        shared = torch.tensor([common_length(*pair) for pair in zip(segments[0], tokens)])
         new = int((mask.sum(1).cpu() - shared).clamp(min=1).max())
         if new >= mask.shape[1]:
             return self.read(embeds, mask)
@@ -338,7 +340,8 @@ class Agent:
             # Inverse transform: the first word whose cumulated probability exceeds u ~ U(0, 1).
             cumulated = logits.softmax(-1).cumsum(-1)
             u = draws[rows, step][:, None] * cumulated[:, -1:]
-            return torch.searchsorted(cumulated, u, right=True).clamp(max=logits.shape[-1] - 1)[:, 0]
+            token = torch.searchsorted(cumulated, u, right=True)[:, 0]
+            return token.clamp(max=logits.shape[-1] - 1)
 
         return pick
 
@@ -373,7 +376,8 @@ def load_agent(folder, device, dtype, trust_remote_code=False, thinking=False):
         model, report = AutoModelForCausalLM.from_pretrained(
             view, config=config, dtype=dtype, output_loading_info=True, **settings)
     if report["missing_keys"]:
-        raise ValueError(f"{folder} lacks the weights {', '.join(sorted(report['missing_keys'])[:3])}"
-                         " ..: it is not a whole model of the class its config.json names")
+        missing = ", ".join(sorted(report["missing_keys"])[:3])
+        raise ValueError(f"{folder} lacks the weights {missing} ..: it is not a whole model of the "
+                         "class that its config.json names")
     tokenizer.name_or_path = str(folder)
     return Agent(model.to(device), tokenizer, thinking=thinking)

@@ -19,6 +19,7 @@ from link import read_json, write_json, write_whole
 from styles import ANSWER_FORMAT, get_style
 from tasks import get_task
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_SKIPPED = 10       # steps with a NaN or infinite loss, in a row, before training gives up
 
 
@@ -62,8 +63,7 @@ def add_system_flags(parser):
     parser.add_argument("--mas_task", default="math", choices=["math", "code", "choice", "search"],
                         help="kind of the questions: which prompts and links are used")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--dtype", default="auto", help="of the frozen models",
-                        choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the frozen models")
     parser.add_argument("--enable_thinking", type=int, default=0, choices=[0, 1],
                         help="the chat template's thinking switch")
     parser.add_argument("--trust_remote_code", nargs="?", type=int, const=1, default=0,
@@ -96,11 +96,11 @@ def add_training_flags(parser, learning_rate_flag, link_dtype_flag):
     parser.add_argument("--log_every", type=at_least(1), default=10)
     parser.add_argument("--save_steps", type=at_least(0), default=100,
                         help="write state.pt every so many steps, 0 for the end only")
-    parser.add_argument(link_dtype_flag, default="auto", choices=["auto", "float32"],
-                        help="links are always trained in float32")
+    parser.add_argument(link_dtype_flag, dest="link_dtype", default="auto", choices=DTYPES,
+                        help="links are always trained in float32, whatever this says")
     parser.add_argument("--solver_pre_question", type=int, default=1, choices=[0, 1],
-                        help="1: the question stands before what a role hears, as in all our styles "
-                             "(0, the other order, is a matter of the style's prompts)")
+                        help="1: the question stands before what a role hears, as in all our "
+                             "styles (the other order is a matter of a style's prompts)")
 
 
 def early_flags():
@@ -124,6 +124,8 @@ def parse_flags(parser, settings):
         print("the style sets " + " ".join(used), flush=True)
     if getattr(args, "solver_pre_question", 1) == 0:
         print("note: --solver_pre_question 0 changes nothing, the order is the style's", flush=True)
+    if getattr(args, "link_dtype", "auto") not in ("auto", "float32"):
+        print("note: links are trained in float32, and run under autocast", flush=True)
     return args
 
 
@@ -333,19 +335,19 @@ class Training:
         # In fp16 an infinite gradient is the scaler's business: it skips and lowers its scale.
         if self.finite and (torch.isfinite(norm) or self.scaler.is_enabled()):
             self.scaler.step(self.optimizer)
+            self.schedule.step()
             self.skipped_in_a_row = 0
         else:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         self.scaler.update()
         self.optimizer.zero_grad()
-        self.schedule.step()
         self.finite, self.done = True, self.done + 1
         last, every = self.done == self.total_steps, self.args.save_steps
         if last or self.skipped_in_a_row == MAX_SKIPPED or (every and self.done % every == 0):
             self.save_state()
         if self.skipped_in_a_row == MAX_SKIPPED:
-            raise ValueError(f"the loss was NaN or infinite {MAX_SKIPPED} steps in a row; the last "
-                             f"good state is in {self.folder / 'state.pt'}: lower the learning rate")
+            raise ValueError(f"the loss was NaN or infinite {MAX_SKIPPED} steps in a row: lower the "
+                             f"learning rate (last good state: {self.folder / 'state.pt'})")
         if self.done % self.args.log_every == 0 or last:
             line = {"step": self.done, **values, "grad_norm": norm.item(),
                     "lr": self.schedule.get_last_lr()[0], "skipped": self.skipped}

@@ -322,7 +322,8 @@ def main():
     task = get_task(args.dataset)
     examples = task.load(args.num_samples if args.num_samples > 0 else None)
     if "text_brief" in args.method and not task.brief:
-        raise ValueError(f"method text_brief: {task.name} has no brief message length; leave it away")
+        raise ValueError(f"method text_brief: {task.name} has no brief message length; leave it "
+                         "away")
     if "shuffle" in args.method and min(map(len, chunks(examples, args.batch_size))) < 2:
         raise ValueError("method shuffle needs at least two questions in a batch: raise "
                          "--batch_size or --num_samples, or leave it away")

@@ -1,7 +1,7 @@
 """The two RecursiveLinks, the only things that are ever trained, and how they are saved and loaded.
 
-    R_in (h) = LN_post(  h   + W2 GELU(W1 LN_pre(h)))     inner: an agent's thought -> its next input
-    R_out(x) = LN_t   (W3 x  + W2 GELU(W1 LN_s  (x)))     outer: an agent's thought -> another's input
+    R_in (h) = LN_post(  h  + W2 GELU(W1 LN_pre(h)))    inner: an agent's thought -> its next input
+    R_out(x) = LN_t   (W3 x + W2 GELU(W1 LN_s  (x)))    outer: a thought -> another agent's input
 
 (paper, section 3; the LayerNorms are in the released weights.) Both turn hidden states after a
 model's final norm into something that model, or the next, can read in place of a token embedding.
@@ -67,11 +67,8 @@ class InnerLink(nn.Module):
             self.pre_ln, self.post_ln = nn.LayerNorm(width), nn.LayerNorm(width)
             nn.init.constant_(self.post_ln.weight, gain)
 
-    @property
-    def widths(self):
-        return self.proj1.in_features, self.proj1.in_features
-
     def forward(self, h):
+        """R_in(h): (.., width) -> (.., width)."""
         normed = "_ln" in self.kind
         y = self.proj1(self.pre_ln(h) if normed else h)        # W1 LN_pre(h)
         if self.kind.startswith("2layer"):
@@ -103,6 +100,7 @@ class OuterLink(nn.Module):
             nn.init.constant_(self.ln_target.weight, gain)
 
     def forward(self, x):
+        """R_out(x): (.., src_width) -> (.., dst_width)."""
         normed = "_ln" in self.kind
         y = self.proj1(self.ln_source(x) if normed else x)     # W1 LN_s(x)
         if self.kind.startswith("2layer"):
@@ -135,7 +133,7 @@ def read_json(path, kind=(dict, list)):
     except (json.JSONDecodeError, UnicodeDecodeError) as problem:
         raise ValueError(f"{path} is not JSON ({problem}): write it again") from problem
     if not isinstance(content, kind):
-        raise ValueError(f"{path} holds a {type(content).__name__}, which is not what belongs there")
+        raise ValueError(f"{path} holds a {type(content).__name__}, which does not belong there")
     return content
 
 
@@ -246,7 +244,8 @@ def load_outer(folder, widths, task="math"):
     fields = {"legacy_key", "filename", "adapter_type", "in_dim", "out_dim"}
     for entry in adapters:
         if not fields <= set(entry):
-            raise ValueError(f"{manifest}: an adapter lacks {', '.join(sorted(fields - set(entry)))}")
+            lacking = ", ".join(sorted(fields - set(entry)))
+            raise ValueError(f"{manifest}: an adapter lacks {lacking}")
     listed = {entry["legacy_key"]: entry for entry in adapters}
     if set(listed) != set(widths):
         raise ValueError(f"{manifest} holds the links {', '.join(sorted(listed)) or 'none'}, this "
@@ -255,8 +254,8 @@ def load_outer(folder, widths, task="math"):
     for key, (src_width, dst_width) in widths.items():
         entry = listed[key]
         if (entry["in_dim"], entry["out_dim"]) != (src_width, dst_width):
-            raise ValueError(f"{manifest}: {key} goes {entry['in_dim']} -> {entry['out_dim']}, these "
-                             f"models need {src_width} -> {dst_width}: it belongs to other models")
+            raise ValueError(f"{manifest}: {key} goes {entry['in_dim']} -> {entry['out_dim']}, but "
+                             f"{src_width} -> {dst_width} is needed: it belongs to other models")
         links[key] = OuterLink(src_width, dst_width, entry["adapter_type"])
         load_weights(links[key], Path(folder) / entry["filename"])
     return links

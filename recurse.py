@@ -92,7 +92,8 @@ def write(run, last_turn, questions, writing, brief=""):
         if not brief_length:
             raise ValueError("method text_brief needs a task that has a brief message length")
         options["max_new_tokens"] = min(brief_length, options["max_new_tokens"])
-    said = agent.write(read(), seeds=[text_seed(seed, role, round, q) for q in questions], **options)
+    seeds = [text_seed(seed, role, round, question) for question in questions]
+    said = agent.write(read(), seeds=seeds, **options)
     run.decoded_tokens = [count + len(ids) for count, ids in zip(run.decoded_tokens, said.ids)]
     run.texts[round, role] = said.texts
     return said.texts
@@ -241,8 +242,8 @@ def load_agents(style, device="auto", dtype="auto", task="math", trust_remote_co
     for role in style.roles:
         folder = override.get(role.name, role.repo)
         if not folder:
-            raise ValueError(f"style {style.name}: role {role.name} has no repo with an inner link: "
-                             "name one in the style or in ckpt_override")
+            raise ValueError(f"style {style.name}: role {role.name} has no repo with an inner "
+                             "link: name one in the style or in ckpt_override")
         folder = local_folder(folder, revision)
         model = (models or {}).get(role.name)
         if not model:

@@ -150,10 +150,12 @@ def thoughts(agent, past, role, rows, round, args):
 
 
 def shared_tokens(source, target):
-    """{source token id: target token id} of the token strings that both vocabularies hold."""
-    theirs = target.tokenizer.get_vocab()
-    return {ours: theirs[word] for word, ours in source.tokenizer.get_vocab().items()
-            if word in theirs}
+    """{source token id: target token id} of the token strings that both vocabularies hold.
+
+    A word that begins behind a space is written Ġword by some tokenizers, ▁word by others."""
+    ours, theirs = ({word.replace("▁", "Ġ"): token for word, token in agent.tokenizer
+                     .get_vocab().items()} for agent in (source, target))
+    return {token: theirs[word] for word, token in ours.items() if word in theirs}
 
 
 def warm_start(mas, rows, args, seed):

@@ -123,7 +123,7 @@ def check(style):
         if names.count(name) > 1:
             wrong(f"two roles are called {name}: rename one")
         if name in ("question", "answer_format"):
-            wrong(f"a role cannot be called {name}, which prompts use for something else: rename it")
+            wrong(f"a role cannot be called {name}, a word that prompts use already: rename it")
     keys = [edge.key for edge in style.edges]
     for edge in style.edges:
         if keys.count(edge.key) > 1:
@@ -162,9 +162,10 @@ def check_prompts(style, role, names, wrong):
                       "anything is heard: take the slot out")
             if field_name == "prompt" and slots != set(heard):
                 odd = sorted(slots ^ set(heard))[0]
-                wrong(f"{where}: it hears {odd} but holds no slot {{{odd}}}: add one"
-                      if odd in heard else
-                      f"{where}: slot {{{odd}}} can never be filled: add an edge {odd} -> {role.name}")
+                if odd in heard:
+                    wrong(f"{where}: it hears {odd} but holds no slot {{{odd}}}: add one")
+                wrong(f"{where}: slot {{{odd}}} can never be filled: add an edge "
+                      f"{odd} -> {role.name}")
 
 
 def all_styles():

@@ -71,7 +71,7 @@ def random_problem(rng, longest=LONGEST):
 
 
 def role_text(problem, role, done, full=False):
-    """What a role says when the notes it hears have done `done` events (the critic redoes the last).
+    """What a role says when its notes have done `done` events. The critic redoes the last.
 
     full=False stops after the six essential words, full=True adds the justification."""
     if role == "planner":
@@ -118,7 +118,7 @@ def training_problems(rng, longest=LONGEST, _test=set()):
 
 
 def train_rows(n, seed):
-    """n training rows with the columns of the published sequential sets: a text per role and round."""
+    """n rows with the columns of the published sequential sets: a text for each role and round."""
     problems = training_problems(random.Random(f"tiny outer {seed}"))
     return [{"question": problem.question, "plan": gold_texts(problem, "planner"),
              "refined_plan": gold_texts(problem, "critic"), "answer": gold_texts(problem, "solver"),

@@ -53,7 +53,8 @@ def test_an_interrupted_run_resumes_to_the_same_results(tmp_path, monkeypatch):
     text = results.read_text()
     for cut in (len(text) // 3, len(text) - 5):
         results.write_text(text[:cut])
-        run_evaluate(monkeypatch, *QUICK, "--out", tmp_path / "cut", "--temperature", 0.8, "--resume")
+        run_evaluate(monkeypatch, *QUICK, "--out", tmp_path / "cut", "--temperature", 0.8,
+                     "--resume")
         assert untimed(results) == untimed(tmp_path / "whole/results.jsonl")
     with pytest.raises(ValueError, match="temperature"):
         run_evaluate(monkeypatch, *QUICK, "--out", tmp_path / "cut", "--resume")
@@ -158,7 +159,8 @@ BAD_ROWS = '{"question": "start 1 s1 +1 s2 +1"}\n'
     (train_inner, ["--dataset_name", "BAD"], "every one lacks plan"),
     (train_inner, ["--dataset_name", "EMPTY"], "holds no rows"),
     (train_inner, ["--dataset_name", "BROKEN"], "line 1 is not JSON"),
-    (train_inner, ["--dataset_name", "LIST", "--dataset_json_field", "rows"], "no list under 'rows'"),
+    (train_inner, ["--dataset_name", "LIST", "--dataset_json_field", "rows"],
+     "no list under 'rows'"),
     (train_inner, ["--load_dir", "tiny/critic"], "belongs to other models"),
     (train_inner, ["--model_name_or_path", "missing/model"], "missing/model"),
     (train_outer, ["--latents", "dreams"], "invalid choice"),

@@ -1,4 +1,4 @@
-"""Training: gradients against a plain unrolling, resumed against uninterrupted, and what goes wrong."""
+"""Training: gradients = a plain unrolling, resumed = uninterrupted, and what goes wrong."""
 import argparse
 import json
 import sys
@@ -46,7 +46,8 @@ def plain_outer_loss(mas, row, rounds, m):
     for round in range(1, rounds + 1):
         for name, key in zip(order, ("outer_12", "outer_23", "outer_31")):
             agent = mas.agents[name]
-            before = f"<bos> <|user|> {row['question']} <|notes|>" + (" none" if heard is None else "")
+            before = f"<bos> <|user|> {row['question']} <|notes|>"
+            before += " none" if heard is None else ""
             parts = [embed(agent, before)] + ([] if heard is None else [heard])
             x = torch.cat(parts + [embed(agent, "<|assistant|>")])[None]
             if round == rounds and name == "solver":
@@ -136,24 +137,28 @@ def test_the_losses_are_weighed_as_documented(shipped):
 def test_teacher_latents_are_the_states_at_and_before_the_gold_tokens(shipped):
     """Against the hidden states of one plain run over prompt and gold text."""
     agent, role, row = shipped.agents["planner"], shipped.style.role("planner"), ROWS[0]
-    words = f"<bos> <|user|> {row['question']} <|notes|> none <|assistant|> {row['plan'][0]}".split()
-    ids = torch.tensor([agent.tokenizer.convert_tokens_to_ids(words)])
+    text = f"<bos> <|user|> {row['question']} <|notes|> none <|assistant|> {row['plan'][0]}"
+    ids = torch.tensor([agent.tokenizer.convert_tokens_to_ids(text.split())])
     plain = agent.body(ids).last_hidden_state[0]
     segments = agent.prompt("", role.first, [], [row["question"]])
     past = agent.read(*agent.embed(segments, {}))
     at = train_outer.thoughts(agent, past, role, [row], 1, outer_args(latents="teacher"))
     torch.testing.assert_close(at[0], plain[-6:-2], atol=1e-4, rtol=1e-4)
-    before = train_outer.thoughts(agent, past, role, [row], 1, outer_args(latents="teacher_aligned"))
+    aligned = outer_args(latents="teacher_aligned")
+    before = train_outer.thoughts(agent, past, role, [row], 1, aligned)
     torch.testing.assert_close(before[0], plain[-7:-4], atol=1e-4, rtol=1e-4)
 
 
 def test_shared_tokens_match_strings_not_ids():
     class Vocabulary:
         def __init__(self, *words):
-            self.tokenizer = argparse.Namespace(get_vocab=lambda: {w: i for i, w in enumerate(words)})
+            ids = {word: i for i, word in enumerate(words)}
+            self.tokenizer = argparse.Namespace(get_vocab=lambda: ids)
 
     found = train_outer.shared_tokens(Vocabulary("a", "b", "c"), Vocabulary("c", "x", "a"))
     assert found == {0: 2, 2: 0}
+    found = train_outer.shared_tokens(Vocabulary("Ġthe", "the"), Vocabulary("x", "the", "▁the"))
+    assert found == {0: 2, 1: 1}
 
 
 def test_inner_loss_is_the_equation(shipped):
@@ -173,8 +178,8 @@ def test_gold_states_equal_a_plain_run(shipped):
     examples = common.role_examples(shipped.style, role, ROWS)[:3]
     found = common.gold_states(agent, shipped.style, role, examples, "math", 100)
     for (question, heard, text), (states, tokens) in zip(examples, found):
-        words = f"<bos> <|user|> {question} <|notes|> {heard['planner']} <|assistant|> {text}".split()
-        ids = torch.tensor([agent.tokenizer.convert_tokens_to_ids(words)])
+        words = f"<bos> <|user|> {question} <|notes|> {heard['planner']} <|assistant|> {text}"
+        ids = torch.tensor([agent.tokenizer.convert_tokens_to_ids(words.split())])
         plain = agent.body(ids).last_hidden_state[0]
         torch.testing.assert_close(states, plain[-len(tokens) - 1:-1], atol=1e-4, rtol=1e-4)
         assert tokens.tolist() == ids[0, -len(tokens):].tolist()

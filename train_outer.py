@@ -173,6 +173,7 @@ def warm_start(mas, rows, args, seed):
         optimizer = torch.optim.AdamW(link.requires_grad_(True).parameters(), lr=4e-3,
                                       betas=(0.9, 0.95), weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.warm_start_steps)
+        loss = torch.tensor(float("nan"))          # stays so if no text holds a shared token
         for step in tqdm(range(args.warm_start_steps), desc=edge.key, mininterval=1):
             batch = common.batch_of(examples, step, args.batch_size, seed)
             pairs = common.gold_states(source, mas.style, role, batch, args.mas_task,
@@ -204,10 +205,10 @@ def train(mas, args, seed, folder):
     args = argparse.Namespace(**{**vars(args), "seed": seed, "save_dir": str(folder),
                                  "resume": args.resume and started})
     last = mas.style.roles[-1]
-    supervised = mas.style.roles if args.role_loss_weight or args.latents != "rollout" else [last]
-    rows = common.keep_usable(common.load_rows(
-        args.dataset_name, args.dataset_split, args.dataset_json_field, args.num_samples, seed),
-        supervised)
+    every = args.role_loss_weight or args.warm_start_steps or args.latents != "rollout"
+    rows = common.load_rows(args.dataset_name, args.dataset_split, args.dataset_json_field,
+                            args.num_samples, seed)
+    rows = common.keep_usable(rows, mas.style.roles if every else [last])
     kinds = {edge.key: getattr(args, f"{edge.key}_type") or args.outer_adapter_type
              for edge in mas.style.edges}
     mas = mas.with_fresh_outer(kinds, args.scale_match, seed)
@@ -253,9 +254,9 @@ def main():
     print(f"trained in {time.time() - started:.0f} s", flush=True)
     if compared:
         evaluate.compare(trained, args, folder)
-    print(f"{time.time() - started:.0f} s in all; links, log.jsonl and summary are in {folder}. "
-          f"Score them with: python evaluate.py --style {style.name} --ckpt_override "
-          f"outer={folder}{'/seed_' + str(args.seeds[0]) if args.seeds else ''}")
+    links = folder / f"seed_{args.seeds[0]}" if args.seeds else folder
+    print(f"{time.time() - started:.0f} s in all; links and log.jsonl are in {links}. Ask them:\n"
+          f"python evaluate.py --style {style.name} --ckpt_override outer={links} --show 2")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,11 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+import torch
 
+from agents import load_agent
 from tasks import get_task, pass_at_k, tiny
+from tiny import build
 
 SHIPPED = Path(tiny.__file__).parent.parent / "tiny"
 
@@ -107,3 +110,29 @@ def test_the_shipped_system_gains_with_every_round_and_needs_its_latents(shipped
         assert abs(accuracy(rounds) - task.ceiling(examples, rounds)) < 0.1
     assert accuracy(3) > accuracy(2) + 0.1 > accuracy(1) + 0.2
     assert accuracy(3, "zero") < 0.2
+
+
+@pytest.mark.parametrize("role", ["planner", "critic", "solver"])
+def test_agents_are_taught_true_results_even_from_spoiled_notes(role):
+    """Every event an agent is taught to say is in the question and has its true result."""
+    rng, spoiled = random.Random(1), 0
+    for problem in islice(tiny.training_problems(rng), 300):
+        notes, done = build.heard_notes(problem, role, rng)
+        said = tiny.role_text(problem, role, done).split()
+        for place in range(0, 3 if role == "solver" else 6, 3):
+            step = int(said[place][1:])
+            assert said[place + 1:place + 3] == [problem.operations[step - 1],
+                                                 str(problem.values[step])]
+        if role == "critic" and notes != "none":
+            spoiled += notes.split()[5] != str(problem.values[int(notes.split()[3][1:])])
+    assert (spoiled > 20) == (role == "critic")
+
+
+def test_build_makes_an_agent_that_the_loader_takes(tmp_path):
+    """And the saved tokenizer splits words as the one that made it (some families force theirs)."""
+    words = "start 3 s12 +1 s2 flip <|notes|> none"
+    for role in build.ROLES:
+        build.train_agent(role, tmp_path / role, steps=2, batch_size=2)
+        agent = load_agent(tmp_path / role, torch.device("cpu"), torch.float32)
+        assert agent.tokenize([words]) == [[build.WORD_ID[word] for word in words.split()]]
+        assert agent.tokenizer.decode(agent.tokenize([words])[0]) == words

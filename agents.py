@@ -15,6 +15,7 @@ left. Three things go into every call of the library, single steps included: the
 (so that padding changes nothing), and the cache.
 """
 import copy
+import json
 import re
 import tempfile
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ import jinja2
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache,
                           PreTrainedTokenizerFast)
@@ -44,6 +46,8 @@ def pick_device(device="auto", dtype="auto"):
         device = torch.device(device)
     except RuntimeError as problem:
         raise ValueError(f"unknown device '{device}': use auto, cpu, cuda or cuda:N") from problem
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device '{device}' is not supported: use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda was asked for, but this torch sees no GPU: use --device cpu")
     if dtype == "auto":
@@ -144,8 +148,10 @@ class Agent:
         user = re.sub("{(" + pattern + ")}", "\ue000\\1\ue001", user)
 
         def chat(messages):
+            # Llama's template writes the date of the day unless told one: results would vary.
             return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, enable_thinking=self.thinking)
+                messages, tokenize=False, add_generation_prompt=True,
+                enable_thinking=self.thinking, date_string="26 Jul 2024")
 
         text = ""
         if system:
@@ -362,19 +368,27 @@ def load_agent(folder, device, dtype, trust_remote_code=False, thinking=False):
     A released folder has an adapter_config.json beside the model, which makes transformers take
     it for a PEFT adapter: so the folder is loaded through a view of links without that file.
     Raises OSError or ValueError if files or weights are missing."""
+    def line(problem, view):
+        return str(problem).replace(view, str(folder)).split("\n")[0]
+
     with tempfile.TemporaryDirectory() as view:
         for file in Path(folder).resolve().iterdir():
             if file.name != "adapter_config.json":
                 (Path(view) / file.name).symlink_to(file)
         settings = {"trust_remote_code": trust_remote_code}
-        config = AutoConfig.from_pretrained(view, **settings)
-        # AutoTokenizer goes by the model's family and may put that family's way of splitting
-        # words in place of the folder's own: tokenizer.json, where there is one, is the truth.
-        whole = (Path(view) / "tokenizer.json").is_file()
-        kind = PreTrainedTokenizerFast if whole else AutoTokenizer
-        tokenizer = kind.from_pretrained(view, **({} if whole else settings))
-        model, report = AutoModelForCausalLM.from_pretrained(
-            view, config=config, dtype=dtype, output_loading_info=True, **settings)
+        try:
+            config = AutoConfig.from_pretrained(view, **settings)
+            # AutoTokenizer goes by the model's family and may put that family's way of splitting
+            # words in place of the folder's own: tokenizer.json, where there is one, is the truth.
+            whole = (Path(view) / "tokenizer.json").is_file()
+            kind = PreTrainedTokenizerFast if whole else AutoTokenizer
+            tokenizer = kind.from_pretrained(view, **({} if whole else settings))
+            model, report = AutoModelForCausalLM.from_pretrained(
+                view, config=config, dtype=dtype, output_loading_info=True, **settings)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError,
+                json.JSONDecodeError) as problem:
+            raise ValueError(f"{folder} does not load as a causal language model with tokenizer: "
+                             + line(problem, view)) from problem
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
         raise ValueError(f"{folder} lacks the weights {missing} ..: it is not a whole model of the "

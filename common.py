@@ -3,10 +3,11 @@
 Nothing here is about latents; a reader who wants to see the method can leave this file closed.
 """
 import argparse
+import copy
 import functools
 import json
+import math
 import os
-import pickle
 import random
 import sys
 from pathlib import Path
@@ -15,9 +16,9 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from link import read_json, write_json, write_whole
+from link import DAMAGED, read_json, write_json, write_whole
 from styles import ANSWER_FORMAT, get_style
-from tasks import get_task
+from tasks import get_task, task_names
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_SKIPPED = 10       # steps with a NaN or infinite loss, in a row, before training gives up
@@ -36,15 +37,16 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (--help lists all flags)\n")
 
 
-def at_least(low, kind=int, hint=""):
-    """An argparse type: a finite number of at least `low`."""
+def at_least(low, kind=int, hint="", high=sys.float_info.max):
+    """An argparse type: a finite number from `low` to `high`."""
     def parse(text):
         try:
             value = kind(text)
         except ValueError as problem:
             raise argparse.ArgumentTypeError(f"'{text}' is not a number") from problem
-        if not low <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"must be at least {low}, not {text}{hint}")
+        if not low <= value <= high:
+            limit = f" and at most {high}" if high != sys.float_info.max else ""
+            raise argparse.ArgumentTypeError(f"must be at least {low}{limit}, not {text}{hint}")
         return value
     return parse
 
@@ -61,7 +63,8 @@ def add_system_flags(parser):
     """Flags by which every script chooses its system and where to run it."""
     parser.add_argument("--style", default="tiny", help="a style of styles/")
     parser.add_argument("--mas_task", default="math", choices=["math", "code", "choice", "search"],
-                        help="kind of the questions: which prompts and links are used")
+                        help="kind of the questions: which links are used, and which prompts in "
+                             "training (in evaluation the data set knows)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the frozen models")
     parser.add_argument("--enable_thinking", type=int, default=0, choices=[0, 1],
@@ -115,8 +118,9 @@ def early_flags():
 
 def parse_flags(parser, settings):
     """The flags, with a style's settings as defaults; those that took effect are printed."""
-    settings = {name: value for name, value in settings.items()
-                if parser.get_default(name) is not None}
+    for name in settings:
+        if name not in vars(parser.parse_args([])):
+            raise ValueError(f"the style's settings hold '{name}', which is no flag of this script")
     parser.set_defaults(**settings)
     args = parser.parse_args()
     used = [f"{name}={value}" for name, value in settings.items() if getattr(args, name) == value]
@@ -143,7 +147,7 @@ def run(main):
         print("error: " + " ".join(str(problem).split()), file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("stopped; --resume goes on from the last saved state", file=sys.stderr)
+        print("stopped; what a run has saved, --resume goes on from", file=sys.stderr)
         raise SystemExit(130) from None
 
 
@@ -156,8 +160,8 @@ def load_rows(name, split="train", field="data", limit=-1, seed=42):
     if not name:
         raise ValueError("no training data: give --dataset_name")
     path = Path(name)
-    if name == "tiny":
-        return get_task(name).train_rows(limit if limit > 0 else 12800, seed)
+    if name in task_names():
+        return get_task(name).train_rows(limit if limit > 0 else 4800, seed)
     if path.suffix in (".json", ".jsonl"):
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist: check --dataset_name")
@@ -180,24 +184,37 @@ def load_rows(name, split="train", field="data", limit=-1, seed=42):
 def read_json_lines(path):
     """The objects of a .jsonl file. Raises ValueError naming file and line."""
     rows = []
-    for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
-        if line.strip():
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
             try:
-                rows.append(json.loads(line))
+                rows += [json.loads(line)] if line.strip() else []
             except json.JSONDecodeError as problem:
                 raise ValueError(f"{path} line {number} is not JSON ({problem})") from problem
     return rows
 
 
-def role_text(role, row, round=1):
-    """The role's gold text in a round, or "" if the row has none of its target columns."""
+def drop_torn_line(path):
+    """Cut off a last line that a killed process left half written."""
+    whole = Path(path).read_text(encoding="utf-8")
+    whole = whole[:whole.rfind("\n") + 1]
+    write_whole(path, lambda part: part.write_text(whole, encoding="utf-8"))
+
+
+def role_texts(role, row):
+    """The role's gold texts in rounds 1, 2, .. of a row; one for all rounds if its cell is a
+    string, [] if the row has none of its target columns."""
     for column in role.target:
         cell = row.get(column)
-        if isinstance(cell, list) and cell:
-            cell = cell[min(round, len(cell)) - 1]
-        if isinstance(cell, str) and cell.strip():
-            return cell
-    return ""
+        texts = cell if isinstance(cell, list) else [cell]
+        if texts and all(isinstance(text, str) and text.strip() for text in texts):
+            return texts
+    return []
+
+
+def role_text(role, row, round=1):
+    """The role's gold text in a round (the last one listed repeats), or ""."""
+    texts = role_texts(role, row)
+    return texts[min(round, len(texts)) - 1] if texts else ""
 
 
 def keep_usable(rows, roles):
@@ -229,14 +246,13 @@ def role_examples(style, role, rows):
     heard in the same round, the others in the round before."""
     names, examples = [r.name for r in style.roles], []
     for row in rows:
-        cells = [row.get(column) for column in role.target if row.get(column)]
-        for round in range(1, (len(cells[0]) if isinstance(cells[0], list) else 1) + 1):
+        for round, text in enumerate(role_texts(role, row), start=1):
             heard = {}
             for name in style.heard_by(role.name):
                 said_in = round if names.index(name) < names.index(role.name) else round - 1
                 if said_in and role_text(style.role(name), row, said_in):
                     heard[name] = role_text(style.role(name), row, said_in)
-            examples.append((row["question"], heard, role_text(role, row, round)))
+            examples.append((row["question"], heard, text))
     return examples
 
 
@@ -262,7 +278,8 @@ def gold_states(agent, style, role, examples, kind, max_length):
         tokens = [row[:max_length] for row in agent.tokenize([examples[i][2] for i in places])]
         states = agent.follow(past, [row[:-1] for row in tokens])                  # (b, n, d)
         for i, row, h in zip(places, tokens, states):
-            results[i] = (h[:len(row)], torch.tensor(row, device=agent.device))
+            # A copy: a view would keep the whole padded batch in memory.
+            results[i] = (h[:len(row)].clone(), torch.tensor(row, device=agent.device))
     return results
 
 
@@ -295,7 +312,7 @@ class Training:
     def __init__(self, links, args, learning_rate, folder, total_steps, dtype=torch.float32):
         self.links, self.args, self.folder = links, args, Path(folder)
         self.total_steps, self.done, self.skipped, self.skipped_in_a_row = total_steps, 0, 0, 0
-        self.finite = True
+        self.finite, self.good = True, None
         links.requires_grad_(True)
         self.optimizer = torch.optim.AdamW(links.parameters(), lr=learning_rate, betas=(0.9, 0.95),
                                            weight_decay=args.weight_decay)
@@ -304,13 +321,15 @@ class Training:
             self.optimizer, min(args.warmup_steps, total_steps), total_steps)
         # Half precision underflows: in fp16 the loss is scaled up, and the gradient down again.
         device = next(links.parameters()).device
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10,
+                                           enabled=dtype == torch.float16)
         self.settings = {key: value for key, value in vars(args).items()
                          if key not in ("resume", "save_dir", "log_every", "save_steps", "device",
                                       "seeds", "eval_samples")}
         if args.resume:
             self._load_state()
         else:
+            (self.folder / "state.pt").unlink(missing_ok=True)       # of an earlier run
             write_json(self.folder / "train_args.json", vars(args))
             write_whole(self.folder / "log.jsonl", lambda part: part.write_text(""))
 
@@ -329,36 +348,46 @@ class Training:
 
     def step(self, **values):
         """Clip, update, and log `values` every args.log_every steps."""
-        self.scaler.unscale_(self.optimizer)
-        limit = self.args.max_grad_norm or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self.links.parameters(), limit)
-        # In fp16 an infinite gradient is the scaler's business: it skips and lowers its scale.
-        if self.finite and (torch.isfinite(norm) or self.scaler.is_enabled()):
-            self.scaler.step(self.optimizer)
+        norm = torch.tensor(float("nan"))
+        if self.finite:
+            self.good = copy.deepcopy(self._state())     # these weights gave a finite loss
+            self.scaler.unscale_(self.optimizer)
+            limit = self.args.max_grad_norm or float("inf")
+            norm = torch.nn.utils.clip_grad_norm_(self.links.parameters(), limit)
+            self.scaler.step(self.optimizer) if torch.isfinite(norm) else None
+            self.scaler.update()                         # fp16: an overflow lowers the scale
+        if torch.isfinite(norm):
             self.schedule.step()
             self.skipped_in_a_row = 0
         else:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
-        self.scaler.update()
         self.optimizer.zero_grad()
         self.finite, self.done = True, self.done + 1
+        self._log_and_save({**values, "grad_norm": norm.item()})
+
+    def _log_and_save(self, values):
         last, every = self.done == self.total_steps, self.args.save_steps
-        if last or self.skipped_in_a_row == MAX_SKIPPED or (every and self.done % every == 0):
-            self.save_state()
-        if self.skipped_in_a_row == MAX_SKIPPED:
-            raise ValueError(f"the loss was NaN or infinite {MAX_SKIPPED} steps in a row: lower the "
-                             f"learning rate (last good state: {self.folder / 'state.pt'})")
-        if self.done % self.args.log_every == 0 or last:
-            line = {"step": self.done, **values, "grad_norm": norm.item(),
-                    "lr": self.schedule.get_last_lr()[0], "skipped": self.skipped}
+        gives_up = self.skipped_in_a_row == MAX_SKIPPED
+        if last or gives_up or self.done % self.args.log_every == 0:
+            line = {"step": self.done, **values, "lr": self.schedule.get_last_lr()[0],
+                    "skipped": self.skipped}
+            line = {key: value if math.isfinite(value) else None for key, value in line.items()}
             with open(self.folder / "log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")
+        if gives_up:
+            self._save(self.good or self._state())
+            raise ValueError(f"the loss was NaN or infinite {MAX_SKIPPED} steps in a row: lower "
+                             f"the learning rate (last good state: {self.folder / 'state.pt'})")
+        if last or (every and self.done % every == 0):
+            self._save(self._state())
 
-    def save_state(self):
+    def _state(self):
         """Everything a resumed run needs; the data's order follows from seed and step."""
-        state = {"settings": self.settings, "done": self.done, "skipped": self.skipped,
-                 "links": self.links.state_dict(), "optimizer": self.optimizer.state_dict(),
-                 "schedule": self.schedule.state_dict(), "scaler": self.scaler.state_dict()}
+        return {"settings": self.settings, "done": self.done, "skipped": self.skipped,
+                "links": self.links.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def _save(self, state):
         write_whole(self.folder / "state.pt", lambda part: torch.save(state, part))
 
     def _load_state(self):
@@ -366,9 +395,9 @@ class Training:
         if not path.is_file():
             raise FileNotFoundError(f"nothing to resume: {path} is missing; leave --resume away")
         try:
-            state = torch.load(path, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
             theirs = state["settings"]
-        except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as problem:
+        except DAMAGED as problem:
             raise ValueError(f"{path} is not a state of this script, or damaged") from problem
         odd = [key for key in self.settings if theirs.get(key) != self.settings[key]]
         if odd:
@@ -379,6 +408,7 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
+        drop_torn_line(self.folder / "log.jsonl")
         kept = [line for line in read_json_lines(self.folder / "log.jsonl")
                 if line["step"] <= self.done]
         text = "".join(json.dumps(line) + "\n" for line in kept)

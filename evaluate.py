@@ -48,13 +48,14 @@ def flags():
     add("--latent_length", type=common.LATENT_LENGTH, default=32, help="m")
     add("--max_new_tokens", type=common.at_least(1), default=2000)
     add("--temperature", type=common.at_least(0, float), default=0.6, help="0 is greedy")
-    add("--top_p", type=common.at_least(0, float), default=0.95)
+    add("--top_p", type=common.at_least(0, float, high=1.0), default=0.95)
     add("--top_k", type=common.at_least(0), default=0)
-    add("--min_p", type=common.at_least(0, float), default=0.0)
-    add("--repetition_penalty", type=common.at_least(0, float), default=1.0)
+    add("--min_p", type=common.at_least(0, float, high=1.0), default=0.0)
+    add("--repetition_penalty", type=common.at_least(0.01, float), default=1.0)
     add("--ckpt_override", nargs="*", default=[], metavar="KEY=PATH",
         help="a role's folder, or outer=FOLDER for the outer links")
-    add("--prompts", default="", help="JSON {role: {prompt|first|system: text or {kind: text}}}")
+    add("--prompts", default="",
+        help="JSON {role: {prompt or first: text or {kind: text}, system: text}}: other words")
     add("--out", default="out/evaluate")
     add("--show", type=common.at_least(0), default=0, metavar="N",
         help="instead of scoring, print N problems with the latents in words")
@@ -67,7 +68,7 @@ def flags():
 def parse_override(pairs):
     """{key: path} from KEY=PATH arguments. Raises ValueError for anything else."""
     for pair in pairs:
-        if "=" not in pair:
+        if not all(pair.partition("=")):
             raise ValueError(f"--ckpt_override takes KEY=PATH, not '{pair}'")
     return dict(pair.split("=", 1) for pair in pairs)
 
@@ -77,31 +78,36 @@ def with_prompts(style, path):
     if not Path(path).is_file():
         raise FileNotFoundError(f"--prompts {path} does not exist")
     roles = {role.name: role for role in style.roles}
-    for name, words in read_json(path).items():
-        odd = set(words) - {"prompt", "first", "system"}
-        if odd:
-            raise ValueError(f"{path}: role {name} has '{sorted(odd)[0]}': only prompt, first and "
-                             "system can be replaced")
-        roles[name] = dataclasses.replace(style.role(name), **words)
+    for name, words in read_json(path, dict).items():
+        role = style.role(name)
+        for part, text in words.items() if isinstance(words, dict) else [(words, None)]:
+            by_kind = text.values() if isinstance(text, dict) and part != "system" else [text]
+            if (part not in ("prompt", "first", "system")
+                    or not all(isinstance(one, str) for one in by_kind)):
+                raise ValueError(f"{path}: role {name} has '{part}': give prompt or first as a "
+                                 "text or {kind: text}, system as a text")
+        roles[role.name] = dataclasses.replace(role, **words)
     return dataclasses.replace(style, roles=tuple(roles.values()))
 
 
 # ---- one method -------------------------------------------------------------------------------
 
 def evaluate_method(mas, task, examples, method, rounds, options, done=(), keep=None):
-    """Answer and score all examples by one method: result lines, one per question.
+    """Answer and score all examples by one method: result lines, one per question. For `untrained`
+    the system comes with fresh outer links, and is asked as for `latent`.
 
     options: batch_size, latent_length and the arguments of Agent.write. `done` are lines of an
     interrupted run, of whole batches; keep(lines) is called after each new batch."""
     writing = {key: value for key, value in options.items()
                if key not in ("batch_size", "latent_length")}
-    if method == "untrained":
-        mas = mas.with_fresh_outer(seed=options["seed"])
     lines, finished = list(done), {line["id"] for line in done}
     todo = [chunk for chunk in chunks(examples, options["batch_size"])
             if not {example.id for example in chunk} <= finished]
+    if todo:       # untimed: the first calls of a process pay for what later ones find ready
+        mas.respond([example.question for example in todo[0][:2]], 1, 1, todo[0][0].kind,
+                    max_new_tokens=2)
+    on_gpu = next(iter(mas.agents.values())).device.type == "cuda"
     for chunk in tqdm(todo, desc=f"{method}, {rounds} rounds", mininterval=1, leave=False):
-        on_gpu = torch.cuda.is_available()
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
@@ -120,16 +126,16 @@ def evaluate_method(mas, task, examples, method, rounds, options, done=(), keep=
                 "id": example.id, "question": example.question, "gold": example.gold,
                 "outputs": [text], "parsed": [score.parsed], "correct": [score.correct],
                 "decoded_tokens": tokens, "latent_steps": run.latent_steps, "seconds": seconds,
-                "peak_memory_mb": peak_memory_mb()})
+                "peak_memory_mb": peak_memory_mb(on_gpu)})
         lines += new
         if keep:
             keep(new)
     return lines
 
 
-def peak_memory_mb():
-    """Peak memory: of the GPU since the last reset, without one of the whole process so far."""
-    if torch.cuda.is_available():
+def peak_memory_mb(on_gpu):
+    """Peak memory: of the GPU since the last reset, on a CPU of the whole process so far."""
+    if on_gpu:
         return torch.cuda.max_memory_allocated() / 2**20
     import resource                    # not on Windows, where there is no such figure to be had
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin"
@@ -183,7 +189,7 @@ def print_comparison(rows, task, examples):
                   f"{theirs['seconds'] / ours['seconds']:.2f} x as fast")
     if task.ceiling:
         depths = sorted({row["rounds"] for row in rows})
-        print("best possible by rounds (the task's own ceiling, unfinished chains guessed): "
+        print("expected of a perfect system by rounds (what does not fit is guessed): "
               + ", ".join(f"{depth}: {task.ceiling(examples, depth):.3f}" for depth in depths))
 
 
@@ -241,7 +247,7 @@ def show(mas, examples, options, rounds):
 # ---- the comparison at the end of train_outer ---------------------------------------------------
 
 def compare(trained, args, folder):
-    """Score trained = {seed: system} on the task that made the training rows: before and after.
+    """Score trained = {seed: (system before, after)} on the task that made the training rows.
 
     Baselines in words know no outer link and run once; fresh links (`untrained`: before), trained
     ones (`latent`: after) and the controls run for each seed. Writes folder/summary.json and .png;
@@ -249,15 +255,16 @@ def compare(trained, args, folder):
     task, systems = get_task(args.dataset_name), list(trained.items())
     examples = task.load(args.eval_samples)
     options = {"batch_size": 32, "max_new_tokens": 1000, "temperature": 0.0,
-               **systems[0][1].style.settings.get(task.name, {}),
+               **systems[0][1][1].style.settings.get(task.name, {}),
                "latent_length": args.latent_length}
     rows = []
     for method in ALL_METHODS:
         if method == "text_brief" and not task.brief:
             continue
         for rounds in [1] if method in ROUNDLESS else range(1, args.num_recursive_rounds + 1):
-            for seed, mas in systems[:1] if method in WORDS else systems:
-                row = summarise(evaluate_method(mas, task, examples, method, rounds,
+            for seed, (before, after) in systems[:1] if method in WORDS else systems:
+                row = summarise(evaluate_method(before if method == "untrained" else after, task,
+                                                examples, method, rounds,
                                                 {**options, "seed": seed}))
                 rows.append({**row, "seed": seed})
     write_json(folder / "summary.json", {"settings": vars(args), "rows": rows})
@@ -292,9 +299,9 @@ def open_results(out, settings, resume, batches):
     """Lines already there, of a run with the same settings; without resume, older results are
     moved aside. batches: the sizes of all batches in the order they are answered; a batch that
     was broken off is answered again as a whole, so that a resumed run equals an unbroken one."""
-    out.mkdir(parents=True, exist_ok=True)
     results, summary = out / "results.jsonl", out / "summary.json"
     if not resume:
+        out.mkdir(parents=True, exist_ok=True)
         if results.exists():
             os.replace(results, out / "results.previous.jsonl")
         write_json(summary, {"settings": settings, "rows": []})
@@ -302,29 +309,34 @@ def open_results(out, settings, resume, batches):
         return []
     if not results.is_file() or not summary.is_file():
         raise FileNotFoundError(f"nothing to resume: {results} is missing; leave --resume away")
-    earlier = read_json(summary)["settings"]
+    earlier = read_json(summary, dict).get("settings", {})
     odd = [key for key in settings if earlier.get(key) != settings[key]]
     if odd:
         raise ValueError(f"{out} holds another run ({', '.join(odd)} differ): use the same flags, "
                          "or another --out")
-    lines = [line for line in results.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    common.drop_torn_line(results)
+    lines = common.read_json_lines(results)
     whole = [end for end in itertools.accumulate(batches) if end <= len(lines)]
     lines = lines[:whole[-1] if whole else 0]
-    write_whole(results, lambda part: part.write_text("".join(lines)))
-    return [json.loads(line) for line in lines]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    write_whole(results, lambda part: part.write_text(text))
+    return lines
 
 
 def main():
     args, style = flags()
-    need_matplotlib()
+    if not args.show:
+        need_matplotlib()
     if args.prompts:
         style = with_prompts(style, args.prompts)
     task = get_task(args.dataset)
     examples = task.load(args.num_samples if args.num_samples > 0 else None)
-    if "text_brief" in args.method and not task.brief:
+    methods = list(dict.fromkeys(args.method))
+    if "text_brief" in methods and not task.brief:
         raise ValueError(f"method text_brief: {task.name} has no brief message length; leave it "
                          "away")
-    if "shuffle" in args.method and min(map(len, chunks(examples, args.batch_size))) < 2:
+    smallest = min(map(len, chunks(examples, args.batch_size)))
+    if "shuffle" in methods and smallest < 2 and not args.show:
         raise ValueError("method shuffle needs at least two questions in a batch: raise "
                          "--batch_size or --num_samples, or leave it away")
     options = {key: getattr(args, key) for key in (
@@ -339,8 +351,9 @@ def main():
 
     out, started = Path(args.out), time.time()
     settings = {key: value for key, value in vars(args).items() if key not in ("out", "resume")}
-    plan = [(method, rounds) for method in args.method
-            for rounds in ([1] if method in ROUNDLESS else args.num_recursive_rounds)]
+    depths = sorted(set(args.num_recursive_rounds))
+    plan = [(method, rounds) for method in methods
+            for rounds in ([1] if method in ROUNDLESS else depths)]
     sizes = [len(batch) for batch in chunks(examples, args.batch_size)]
     lines, rows = open_results(out, settings, args.resume, sizes * len(plan)), []
 
@@ -349,9 +362,10 @@ def main():
             file.writelines(json.dumps(line) + "\n" for line in new)
 
     for method, rounds in plan:
+        system = mas.with_fresh_outer(seed=args.seed) if method == "untrained" else mas
         done = [x for x in lines if (x["method"], x["rounds"]) == (method, rounds)]
-        rows.append(summarise(evaluate_method(mas, task, examples, method, rounds, options, done,
-                                              keep)))
+        rows.append(summarise(evaluate_method(system, task, examples, method, rounds, options,
+                                              done, keep)))
         write_json(out / "summary.json", {"settings": settings, "rows": rows})
     print_table(rows)
     print_comparison(rows, task, examples)

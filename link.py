@@ -29,6 +29,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+# What reading a damaged .pt or .safetensors file may raise.
+DAMAGED = (OSError, RuntimeError, EOFError, KeyError, IndexError, TypeError, ValueError,
+           pickle.UnpicklingError, safetensors.SafetensorError)
+
 # Our name of a kind (the paper's link ablation) -> the published name of the inner one.
 # An outer link's published name is the same with "outer_" before it.
 KINDS = {
@@ -166,8 +170,7 @@ def load_weights(link, path):
             state = torch.load(path, map_location="cpu", weights_only=True)
         else:
             state = safetensors.torch.load_file(path)
-    except (RuntimeError, EOFError, pickle.UnpicklingError,
-            safetensors.SafetensorError) as problem:
+    except DAMAGED as problem:
         raise ValueError(f"link file {path} is damaged: copy or train it again") from problem
     expected = link.state_dict()
     if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
@@ -183,8 +186,14 @@ def load_weights(link, path):
     link.load_state_dict({name: value.float() for name, value in state.items()})
 
 
+def link_task(kind):
+    """The name under which links for a kind of question are filed: code, or math for all others."""
+    return "code" if kind == "code" else "math"
+
+
 def save_inner(link, folder, task="math", format="safetensors"):
     """Save an agent's inner link with its two manifests."""
+    task = link_task(task)
     name = save_weights(link, folder, f"adapter({task})", format)
     write_json(Path(folder) / "adapter_config.json", {"adapter_type": KINDS[link.kind]})
     manifest = Path(folder) / "innerlink_config.json"
@@ -197,18 +206,22 @@ def load_inner(folder, width, task="math", kind="2layer_ln_res"):
 
     Looked up as in the released repos: the manifest's file for the task, `adapter(TASK)`,
     `adapter`. Its kind is the one in adapter_config.json, else `kind`."""
-    folder = Path(folder)
+    folder, task = Path(folder), link_task(task)
     manifest, config = folder / "innerlink_config.json", folder / "adapter_config.json"
-    tasks = read_json(manifest, dict).get("tasks", {}) if manifest.is_file() else {}
-    listed = tasks.get(task, {})
-    names = list(listed.values()) + [f"{stem}.{format}" for stem in (f"adapter({task})", "adapter")
+    try:
+        tasks = read_json(manifest, dict).get("tasks", {}) if manifest.is_file() else {}
+        listed = [str(name) for name in tasks.get(task, {}).values()]
+    except AttributeError as problem:
+        raise ValueError(f"{manifest} is not of the form {{tasks: {{TASK: {{name: file}}}}}}"
+                         ) from problem
+    names = listed + [f"{stem}.{format}" for stem in (f"adapter({task})", "adapter")
                                      for format in ("pt", "safetensors")]
     found = [folder / name for name in names if (folder / name).is_file()]
     if not found:
         raise FileNotFoundError(f"no inner link for task '{task}' in {folder} (looked for "
                                 f"{', '.join(names)}): run train_inner.py with --save_dir {folder}")
     if config.is_file():
-        kind = read_json(config, dict).get("adapter_type", kind)
+        kind = str(read_json(config, dict).get("adapter_type", kind))
     try:
         link = InnerLink(width, kind)
     except ValueError as problem:
@@ -240,22 +253,22 @@ def load_outer(folder, widths, task="math"):
         raise FileNotFoundError(f"no outer links in {folder} (outerlink_config.json is missing): "
                                 f"run train_outer.py with --save_dir {folder}")
     content = read_json(manifest, dict)
-    adapters = content.get("adapters") or content.get("tasks", {}).get(task, {}).get("adapters", [])
-    fields = {"legacy_key", "filename", "adapter_type", "in_dim", "out_dim"}
-    for entry in adapters:
-        if not fields <= set(entry):
-            lacking = ", ".join(sorted(fields - set(entry)))
-            raise ValueError(f"{manifest}: an adapter lacks {lacking}")
-    listed = {entry["legacy_key"]: entry for entry in adapters}
+    try:
+        adapters = content.get("adapters") or content["tasks"][link_task(task)]["adapters"]
+        listed = {str(entry["legacy_key"]): (kind_name(entry["adapter_type"]),
+                                             int(entry["in_dim"]), int(entry["out_dim"]),
+                                             str(entry["filename"])) for entry in adapters}
+    except (KeyError, TypeError, AttributeError, ValueError) as problem:
+        raise ValueError(f"{manifest} is not a list of links ({problem!r})") from problem
     if set(listed) != set(widths):
         raise ValueError(f"{manifest} holds the links {', '.join(sorted(listed)) or 'none'}, this "
                          f"style needs {', '.join(sorted(widths))}: they belong to another style")
     links = {}
     for key, (src_width, dst_width) in widths.items():
-        entry = listed[key]
-        if (entry["in_dim"], entry["out_dim"]) != (src_width, dst_width):
-            raise ValueError(f"{manifest}: {key} goes {entry['in_dim']} -> {entry['out_dim']}, but "
-                             f"{src_width} -> {dst_width} is needed: it belongs to other models")
-        links[key] = OuterLink(src_width, dst_width, entry["adapter_type"])
-        load_weights(links[key], Path(folder) / entry["filename"])
+        kind, in_width, out_width, name = listed[key]
+        if (in_width, out_width) != (src_width, dst_width):
+            raise ValueError(f"{manifest}: {key} goes {in_width} -> {out_width}, but {src_width} "
+                             f"-> {dst_width} is needed: it belongs to other models")
+        links[key] = OuterLink(src_width, dst_width, kind)
+        load_weights(links[key], Path(folder) / name)
     return links

@@ -51,9 +51,10 @@ def recurse(mas, questions, rounds, latent_length, kind="math", method="latent",
     agent, role, round, read) -> H replaces thinking, and is how the trainers look in. writing:
     arguments of Agent.write, with `seed` and `brief`. trace keeps thoughts and messages."""
     check_request(questions, rounds, latent_length, kind, method)
-    style, rounds = mas.style, rounds
+    style = mas.style
     if method in ("single", "single_loop"):
-        style, rounds = style.alone(), rounds * len(style.roles) if method == "single_loop" else 1
+        rounds = rounds * len(style.roles) if method == "single_loop" else 1
+        style = style.alone()
     turn = turn or (lambda agent, role, round, read: agent.think(read(), latent_length))
     run, prompts = Run(decoded_tokens=[0] * len(questions)), Prompts(mas, style, questions, kind)
     heard = {role.name: {} for role in style.roles}
@@ -113,7 +114,7 @@ def check_request(questions, rounds, latent_length, kind, method):
         raise ValueError(f"unknown method '{method}': choose one of {', '.join(METHODS)}")
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, not {rounds}")
-    if latent_length < 1:
+    if latent_length < 1 and method not in WORDS:
         raise ValueError(f"latent length must be at least 1, not {latent_length}: for an answer "
                          "without latents use method single")
     if not questions:
@@ -163,10 +164,11 @@ class MAS:
     def send(self, edge, H, method="latent"):
         """R_out(R_in(H)) along an edge: (B, m, d_src) -> (B, m, d_dst), or a control in its place.
 
-        H may also be B tensors (m_b, d): links work position by position, so lengths may differ."""
+        In training H may also be B tensors (m_b, d) of different length: links work position by
+        position."""
         source, target = self.agents[edge.src], self.agents[edge.dst]
         if not torch.is_tensor(H):
-            return self.send(edge, torch.cat(list(H)), method).split([len(h) for h in H])
+            return self.send(edge, torch.cat(list(H))).split([len(h) for h in H])
         message = apply_link(self.outer[edge.key], apply_link(source.inner, H, source.dtype)
                              .to(target.device), target.dtype)
         if method == "zero":
@@ -198,6 +200,9 @@ class MAS:
 
         Sampling (temperature above 0) draws from a seed per question, so a text does not depend
         on the batch it is in."""
+        if isinstance(questions, str) or batch_size < 1 or temperature < 0:
+            raise ValueError("answer() takes a list of questions, a batch_size of at least 1 and a "
+                             "temperature of at least 0")
         texts = []
         for chunk in chunks(list(questions), batch_size):
             texts += self.respond(chunk, rounds, latent_length, kind, method, seed=seed,
@@ -207,7 +212,7 @@ class MAS:
 
 
 def chunks(items, size):
-    """Items in the fewest batches of at most `size`, of nearly equal length: no lonely last one."""
+    """Items in the fewest batches of at most `size`, all of nearly the same length."""
     count = -(-len(items) // size)
     return [items[len(items) * i // count: len(items) * (i + 1) // count] for i in range(count)]
 
@@ -235,8 +240,9 @@ def load_agents(style, device="auto", dtype="auto", task="math", trust_remote_co
     inner_kind: for repos that do not say."""
     style, override = get_style(style), ckpt_override or {}
     for key in override:
-        if key != "outer":
-            style.role(key)                       # raises for an unknown role
+        if key != "outer" and key not in [role.name for role in style.roles]:
+            raise ValueError(f"ckpt_override names '{key}': choose one of outer, "
+                             + ", ".join(role.name for role in style.roles))
     device, dtype = pick_device(device, dtype)
     agents = {}
     for role in style.roles:
@@ -266,7 +272,11 @@ def load_mas_system(style, device="auto", dtype="auto", task="math", trust_remot
                       thinking=thinking)
     widths = {edge.key: (mas.agents[edge.src].width, mas.agents[edge.dst].width)
               for edge in mas.style.edges}
-    links = load_outer(local_folder(override.get("outer", mas.style.repo), revision), widths, task)
+    folder = override.get("outer", mas.style.repo)
+    if not folder:
+        raise ValueError(f"style {mas.style.name} has no repo with outer links: name one in the "
+                         "style or as outer in ckpt_override")
+    links = load_outer(local_folder(folder, revision), widths, task)
     for edge in mas.style.edges:
         mas.outer[edge.key] = links[edge.key].to(mas.agents[edge.dst].device).requires_grad_(False)
     return mas

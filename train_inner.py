@@ -6,7 +6,7 @@
 The base model is frozen; along the role's gold text its hidden state h_t, sent through the link,
 should look like the embedding of the token that comes next (paper, section 3.3, inner loop):
 
-    loss = cos_weight (1 - cos(R_in(h_t), Emb(token_(t+1)))) + mse_weight |R_in(h_t) - Emb(..)|^2
+    loss = cos_weight (1 - cos(R_in(h_t), Emb(token_(t+1)))) + mse_weight MSE(R_in(h_t), Emb(..))
 
 Since the base never changes, neither do its hidden states: they are computed once and reused over
 all epochs where they fit --feature_budget_gb, else step by step.
@@ -23,11 +23,7 @@ import common
 from agents import load_agent, pick_device
 from link import KINDS, InnerLink, kind_name, load_inner, save_inner, write_json
 from recurse import chunks, local_folder
-from styles import get_style
-
-
-DESIGNS = {"sequential": "sequential_light", "hie": "mixture", "distill": "distillation",
-           "deliberation": "deliberation"}
+from styles import PUBLISHED_DESIGNS, get_style
 
 
 def flags():
@@ -46,12 +42,14 @@ def flags():
     add("--adapter_cos_weight", type=common.at_least(0, float), default=1.0)
     add("--adapter_mse_weight", type=common.at_least(0, float), default=0.0)
     add("--feature_budget_gb", type=common.at_least(0, float), default=4.0,
-        help="memory for hidden states computed once")
-    add("--mas_design", default="", choices=["", *DESIGNS], help="the published name of a style")
+        help="memory (the device's) for hidden states computed once")
+    add("--mas_design", default="", choices=["", *PUBLISHED_DESIGNS],
+        help="the published name of a style, in place of --style")
     add("--text_field", default="", help="column with the gold text, in place of the role's")
     early = common.early_flags()
-    style = get_style(DESIGNS.get(early.mas_design, early.style))
+    style = get_style(PUBLISHED_DESIGNS.get(early.mas_design, early.style))
     args = common.parse_flags(parser, style.settings.get("train_inner", {}))
+    args.style = style.name
     return args, style
 
 
@@ -71,11 +69,13 @@ def readability(agent, style, role, examples, args):
     Per latent step, the share of examples whose thought reads as the token that greedy decoding
     writes at that place. The first thought comes before any link, so it always does."""
     agreed, counted = torch.zeros(args.latent_length), torch.zeros(args.latent_length)
-    for _, past in common.read_examples(agent, style, role, examples, args.mas_task):
-        read_out = agent.head(agent.think(past, args.latent_length)).argmax(-1).cpu()   # (b, m)
-        for row, ids in zip(read_out, agent.write(past, args.latent_length).ids):
-            agreed[:len(ids)] += row[:len(ids)] == torch.tensor(ids)
-            counted[:len(ids)] += 1
+    for batch in chunks(examples, args.batch_size):
+        for _, past in common.read_examples(agent, style, role, batch, args.mas_task):
+            thoughts = agent.think(past, args.latent_length)                # (b, m, d)
+            read_out = agent.head(thoughts).argmax(-1).cpu()                # (b, m)
+            for row, ids in zip(read_out, agent.write(past, args.latent_length).ids):
+                agreed[:len(ids)] += row[:len(ids)] == torch.tensor(ids)
+                counted[:len(ids)] += 1
     return (agreed / counted.clamp(min=1)).tolist()
 
 
@@ -90,7 +90,8 @@ def new_link(agent, args):
 
 def features_of(agent, style, role, examples, args):
     """[(states, tokens)] of all examples, computed once, or None if they exceed the budget."""
-    tokens = sum(len(ids) for ids in agent.tokenize([text for _, _, text in examples]))
+    texts = agent.tokenize([text for _, _, text in examples])
+    tokens = sum(min(len(ids), args.max_length) for ids in texts)
     size = tokens * agent.width * agent.embedding.weight.element_size() / 1e9
     fits = size <= args.feature_budget_gb
     print(f"{len(examples)} texts, {tokens} tokens: hidden states take {size:.2f} GB, computed "
@@ -98,7 +99,7 @@ def features_of(agent, style, role, examples, args):
     if not fits:
         return None
     features = []
-    for chunk in tqdm(chunks(examples, 64), desc="hidden states", mininterval=1):
+    for chunk in tqdm(chunks(examples, args.batch_size), desc="hidden states", mininterval=1):
         features += common.gold_states(agent, style, role, chunk, args.mas_task, args.max_length)
     return features
 
@@ -111,7 +112,11 @@ def main():
     rows = common.load_rows(args.dataset_name, args.dataset_split, args.dataset_json_field,
                             args.num_samples, args.seed)
     examples = common.role_examples(style, role, common.keep_usable(rows, [role]))
-    held_out, examples = examples[:200], examples[200:] or examples     # for readability alone
+    if len(examples) >= 400:
+        held_out, examples = examples[:200], examples[200:]        # for readability alone
+    else:
+        held_out = examples
+        print("too few texts to hold any out: readability is measured on the training texts")
 
     device, dtype = pick_device(args.device, args.dtype)
     agent = load_agent(local_folder(args.model_name_or_path or role.model), device, dtype,

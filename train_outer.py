@@ -17,6 +17,8 @@ The thoughts that are sent come from true rollouts, as at inference; `--latents 
 hidden states at the gold text instead, as published.
 """
 import argparse
+import copy
+import dataclasses
 import random
 import time
 from pathlib import Path
@@ -42,7 +44,7 @@ def flags():
     common.add_training_flags(parser, "--outer_lr", "--outer_dtype")
     add = parser.add_argument
     add("--save_dir", default="out/train_outer")
-    add("--shuffle", action="store_true", help="rows are shuffled by the seed in any case")
+    add("--shuffle", action="store_true", help="changes nothing: rows are always shuffled")
     style = get_style(common.early_flags().style)
     for i, role in enumerate(style.roles, start=1):
         for name in (f"agent{i}", role.name):      # the published flags, by number or by role
@@ -89,7 +91,7 @@ def outer_loss(mas, rows, rounds, args):
     def cross_entropy(agent, past, role, round):
         targets = gold_tokens(agent, mas.style.role(role), rows, round, args.max_length)
         total, count = agent.answer_loss(past, targets)
-        return total / count
+        return total / max(count, 1)
 
     def turn(agent, role, round, read):
         """Thinking, as recurse asks for it, with this turn's losses taken on the way."""
@@ -188,6 +190,8 @@ def warm_start(mas, rows, args, seed):
             got = apply_link(link, inward.to(target.device), target.dtype)         # (n, d_dst)
             loss = 1 - F.cosine_similarity(got.float(), target.embedding(wanted[heard]).float(),
                                            dim=-1).mean()
+            if not torch.isfinite(loss):
+                continue
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(link.parameters(), 1.0)
@@ -200,7 +204,7 @@ def warm_start(mas, rows, args, seed):
 # ---- one run ------------------------------------------------------------------------------------
 
 def train(mas, args, seed, folder):
-    """One training run: the system with trained outer links, which are saved in `folder`."""
+    """One training run: the system before and after; the trained links are saved in `folder`."""
     started = not args.seeds or (folder / "state.pt").is_file()      # --seeds: begin the others
     args = argparse.Namespace(**{**vars(args), "seed": seed, "save_dir": str(folder),
                                  "resume": args.resume and started})
@@ -212,6 +216,7 @@ def train(mas, args, seed, folder):
     kinds = {edge.key: getattr(args, f"{edge.key}_type") or args.outer_adapter_type
              for edge in mas.style.edges}
     mas = mas.with_fresh_outer(kinds, args.scale_match, seed)
+    before = dataclasses.replace(mas, outer=copy.deepcopy(mas.outer))
     if args.warm_start_steps and not args.resume:
         warm_start(mas, rows, args, seed)
 
@@ -232,7 +237,7 @@ def train(mas, args, seed, folder):
     save_outer(mas.outer, folder, mas.style.name, args.save_format)
     print(f"seed {seed}: {total_steps} steps, {training.skipped} skipped; links in {folder}",
           flush=True)
-    return mas
+    return before, mas
 
 
 def main():
@@ -242,6 +247,8 @@ def main():
     compared = args.eval_samples and args.dataset_name in task_names()
     if compared:
         evaluate.need_matplotlib()
+        if args.eval_samples < 2:
+            raise ValueError("--eval_samples must be 0 (no comparison) or at least 2 (for shuffle)")
     mas = load_agents(style, args.device, args.dtype, args.mas_task, bool(args.trust_remote_code),
                       {name: given[f"{name}_inner"] for name in names if given[f"{name}_inner"]},
                       models={name: given[f"{name}_model"] for name in names

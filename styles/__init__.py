@@ -15,6 +15,15 @@ import pkgutil
 import re
 from dataclasses import dataclass, field
 
+# The published names of roles and styles, which flags and data may use as well.
+PUBLISHED_ROLES = {
+    "refiner": "critic", "hie_math_expert": "math", "hie_code_expert": "code",
+    "hie_science_expert": "science", "hie_summarizer": "summarizer", "distill_expert": "expert",
+    "distill_learner": "learner", "deliberation_reflector": "reflector",
+    "deliberation_toolcaller": "toolcaller"}
+PUBLISHED_DESIGNS = {"sequential": "sequential_light", "hie": "mixture",
+                     "distill": "distillation", "deliberation": "deliberation"}
+
 KINDS = ("math", "choice", "code", "search")
 ANSWER_FORMAT = {
     "math": "End with the final answer as \\boxed{...}.",
@@ -63,7 +72,7 @@ class Style:
     def role(self, name):
         """The role called `name`. Raises ValueError, listing the names there are."""
         for role in self.roles:
-            if role.name == name:
+            if role.name in (name, PUBLISHED_ROLES.get(name)):
                 return role
         names = ", ".join(role.name for role in self.roles)
         raise ValueError(f"style {self.name} has no role '{name}': choose one of {names}")
@@ -89,8 +98,8 @@ class Style:
         def own(prompt):
             if isinstance(prompt, dict):
                 return {kind: own(text) for kind, text in prompt.items()}
-            kept = [line for line in prompt.split("\n")
-                    if slots[0] in line or not any(slot in line for slot in slots)]
+            kept = [line for line in prompt.split("\n") if slots[0] in line
+                    or "{question}" in line or not any(slot in line for slot in slots)]
             text = "\n".join(kept)
             for slot in slots[1:]:
                 text = text.replace(slot, "")
@@ -125,9 +134,14 @@ def check(style):
         if name in ("question", "answer_format"):
             wrong(f"a role cannot be called {name}, a word that prompts use already: rename it")
     keys = [edge.key for edge in style.edges]
+    ways = [(edge.src, edge.dst) for edge in style.edges]
     for edge in style.edges:
         if keys.count(edge.key) > 1:
             wrong(f"two edges are called {edge.key}: rename one")
+        if ways.count((edge.src, edge.dst)) > 1:
+            wrong(f"two edges lead from {edge.src} to {edge.dst}: take one out")
+        if not re.fullmatch(r"\w+", edge.key):
+            wrong(f"edge key '{edge.key}' is a file name: letters, digits and _ only")
         for end in (edge.src, edge.dst):
             if end not in names:
                 wrong(f"edge {edge.key} names role {end}, which does not exist: "
@@ -140,6 +154,8 @@ def check(style):
 
 def check_prompts(style, role, names, wrong):
     """Each prompt of a role needs {question} and just the slots of the roles that it hears."""
+    if not isinstance(role.target, tuple):
+        wrong(f"role {role.name}: target is a tuple of column names, like ('plan',)")
     if not role.model:
         wrong(f"role {role.name} has no model: name a hub id or a folder")
     heard = style.heard_by(role.name)
@@ -166,6 +182,14 @@ def check_prompts(style, role, names, wrong):
                     wrong(f"{where}: it hears {odd} but holds no slot {{{odd}}}: add one")
                 wrong(f"{where}: slot {{{odd}}} can never be filled: add an edge "
                       f"{odd} -> {role.name}")
+            # Nothing is heard by the last role when it is asked alone, nor before anyone spoke.
+            unheard = role is style.roles[-1] or names.index(role.name) <= min(
+                map(names.index, heard), default=-1)
+            if unheard and not role.first and any(
+                    "{question}" in line and any(f"{{{slot}}}" in line for slot in slots)
+                    for line in text.split("\n")):
+                wrong(f"{where}: {{question}} shares its line with a slot, and goes with it when "
+                      "nothing is heard: put it on its own line, or give a `first`")
 
 
 def all_styles():

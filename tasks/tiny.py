@@ -18,6 +18,7 @@ is not built in is whether *latents* can carry the notes from agent to agent. Th
 The words before `because` are the notes' essence (six tokens); the rest is the justification that
 a model writing in words would give, and that latent thoughts need not spell out.
 """
+import functools
 import random
 from dataclasses import dataclass
 
@@ -107,13 +108,17 @@ def test_problems():
     return list(problems.values())
 
 
-def training_problems(rng, longest=LONGEST, _test=set()):
+@functools.cache
+def test_questions():
+    """The questions of the test problems, to be kept out of training."""
+    return frozenset(problem.question for problem in test_problems())
+
+
+def training_problems(rng, longest=LONGEST):
     """Endless random problems, none of them a test problem (of length 2 there are only 640)."""
-    if not _test:
-        _test.update(problem.question for problem in test_problems())
     while True:
         problem = random_problem(rng, longest)
-        if problem.question not in _test:
+        if problem.question not in test_questions():
             yield problem
 
 
@@ -141,7 +146,8 @@ def score(example, text):
 
 
 def ceiling(examples, rounds):
-    """Share of problems that `rounds` rounds can finish; the others are a guess (one in ten)."""
+    """Expected accuracy of a perfect system: chains that `rounds` rounds finish, and for each other
+    one a guess (one in ten)."""
     finished = sum(example.row["events"] <= EVENTS_PER_ROUND * rounds for example in examples)
     return (finished + (len(examples) - finished) / 10) / len(examples)
 

@@ -1,6 +1,7 @@
 """Evaluation: counts, intervals, resuming, the table, and every way to call it wrongly."""
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -146,7 +147,14 @@ BAD_ROWS = '{"question": "start 1 s1 +1 s2 +1"}\n'
     (evaluate, ["--dtype", "int8"], "invalid choice"),
     (evaluate, ["--lat", "3"], "unrecognized arguments"),
     (evaluate, ["--ckpt_override", "outer"], "KEY=PATH"),
-    (evaluate, ["--ckpt_override", "judge=tiny/solver"], "no role 'judge'"),
+    (evaluate, ["--ckpt_override", "judge=tiny/solver"], "one of outer, planner, critic, solver"),
+    (evaluate, ["--ckpt_override", "outer="], "KEY=PATH"),
+    (evaluate, ["--min_p", "2"], "at most 1.0"),
+    (evaluate, ["--repetition_penalty", "0"], "at least 0.01"),
+    (evaluate, ["--prompts", "WORDS"], "role planner has"),
+    (evaluate, ["--device", "meta"], "not supported"),
+    (evaluate, ["--ckpt_override", "critic=CUT"], "does not load"),
+    (train_outer, ["--eval_samples", "1"], "at least 2"),
     (evaluate, ["--ckpt_override", "outer=missing/folder"], "missing/folder"),
     (evaluate, ["--ckpt_override", "outer=tiny/solver"], "outerlink_config.json is missing"),
     (evaluate, ["--ckpt_override", "critic=tiny/outer"], "no inner link"),
@@ -179,7 +187,11 @@ def test_a_wrong_call_is_one_line_and_exit_code_2(script, flags, complaint, tmp_
         (tmp_path / f"{name}.jsonl").write_text(text)
         flags = [str(tmp_path / f"{name}.jsonl") if flag == name else flag for flag in flags]
     (tmp_path / "LIST.json").write_text('{"data": []}')
-    flags = [str(tmp_path / "LIST.json") if flag == "LIST" else flag for flag in flags]
+    (tmp_path / "WORDS.json").write_text('{"planner": {"system": {"math": "x"}}}')
+    cut = shutil.copytree(Path(evaluate.__file__).parent / "tiny/critic", tmp_path / "CUT.json")
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:5000])
+    for name in ("LIST", "WORDS", "CUT"):
+        flags = [flag.replace(name, str(tmp_path / f"{name}.json")) for flag in flags]
     out = tmp_path / "out"
     where = "--out" if script is evaluate else "--save_dir"
     monkeypatch.setattr(sys, "argv", ["script", *flags, where, str(out)])

@@ -179,7 +179,7 @@ def test_inner_lookup_order(tmp_path):
     write_released_inner(tmp_path, {"adapter(math).pt": states[1], "adapter(code).pt": states[2]})
     assert holds(load_inner(tmp_path, 6, "math"), states[1])
     assert holds(load_inner(tmp_path, 6, "code"), states[2])
-    assert holds(load_inner(tmp_path, 6, "search"), states[0])
+    assert holds(load_inner(tmp_path, 6, "choice"), states[1])      # all but code goes as math
     write_released_inner(tmp_path, {"special.pt": states[3]}, {"math": "special.pt"})
     assert holds(load_inner(tmp_path, 6, "math"), states[3])
     assert holds(load_inner(tmp_path, 6, "code"), states[2])
@@ -193,7 +193,7 @@ def test_released_outer_folder(tmp_path, nested):
     def adapters(task):
         entries = []
         for seed, (key, (source, target)) in enumerate(widths.items()):
-            state = released(source, target, seed + 10 * len(task))
+            state = released(source, target, seed + ord(task[0]))
             torch.save(state, tmp_path / f"{key}({task}).pt")
             entries.append({"legacy_key": key, "filename": f"{key}({task}).pt", "in_dim": source,
                             "out_dim": target, "adapter_type": "outer_ln_res_adapter"})
@@ -202,16 +202,18 @@ def test_released_outer_folder(tmp_path, nested):
     content = {"format_version": 1, "paradigm": "sequential",
                "legacy_config_filename": "outer_adapter_config.json"}
     if nested:
-        content["tasks"] = {task: {"adapters": adapters(task)} for task in ("math", "search")}
+        content["tasks"] = {task: {"adapters": adapters(task)} for task in ("math", "code")}
     else:
         content["adapters"] = adapters("math")
     (tmp_path / "outerlink_config.json").write_text(json.dumps(content))
-    for task in ("math", "search") if nested else ("math",):
+    for task in ("math", "code") if nested else ("math",):
         links = load_outer(tmp_path, widths, task)
         assert set(links) == set(widths)
         for key in widths:
             assert holds(links[key], torch.load(tmp_path / f"{key}({task}).pt"))
     if nested:
+        del content["tasks"]["code"]
+        (tmp_path / "outerlink_config.json").write_text(json.dumps(content))
         with pytest.raises(ValueError, match="outerlink_config.json"):
             load_outer(tmp_path, widths, "code")
 

@@ -98,10 +98,28 @@ def test_a_style_changed_later_is_checked_again():
 
 def test_roles_with_odd_names():
     """A name with characters that mean something in a pattern is a name like any other."""
-    odd = Style("odd", (role("a.b+", "{question} {a|b}"), role("a|b", "{question} {a.b+}")),
+    odd = Style("odd", (role("a.b+", "{question}\n{a|b}"), role("a|b", "{question}\n{a.b+}")),
                 (Edge("1", "a.b+", "a|b"), Edge("2", "a|b", "a.b+")))
-    assert odd.prompt(odd.roles[0], "math", ["a|b"]) == "{question} {a|b}"
-    assert odd.prompt(odd.roles[1], "math", []) == ""
+    assert odd.prompt(odd.roles[0], "math", ["a|b"]) == "{question}\n{a|b}"
+    assert odd.prompt(odd.roles[1], "math", []) == "{question}"
+
+
+def test_a_question_that_would_vanish_with_a_slot_is_refused():
+    """The last role alone, and the first one in round 1, hear nothing: their slot's line goes."""
+    good, beside = "{question}\n{%s}", "{question} {%s}"
+    edges = (Edge("1", "a", "b"), Edge("2", "b", "a"))
+    for prompts in ((beside, good), (good, beside)):
+        roles = [role(name, prompt % other)
+                 for name, other, prompt in zip("ab", "ba", prompts)]
+        with pytest.raises(ValueError, match="shares its line with a slot"):
+            Style("pair", tuple(roles), edges)
+        roles = [dataclasses.replace(one, first="{question}") for one in roles]
+        assert Style("pair", tuple(roles), edges).prompt(roles[0], "math", []) == "{question}"
+
+
+def test_published_role_names_are_understood():
+    assert get_style("sequential_light").role("refiner").name == "critic"
+    assert get_style("tiny").role("critic").name == "critic"
 
 
 # ---- what a role is asked -----------------------------------------------------------------------

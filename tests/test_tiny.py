@@ -134,5 +134,8 @@ def test_build_makes_an_agent_that_the_loader_takes(tmp_path):
     for role in build.ROLES:
         build.train_agent(role, tmp_path / role, steps=2, batch_size=2)
         agent = load_agent(tmp_path / role, torch.device("cpu"), torch.float32)
+        build.train_agent(role, tmp_path / "again", steps=2, batch_size=2)
+        assert ((tmp_path / "again/model.safetensors").read_bytes()
+                == (tmp_path / role / "model.safetensors").read_bytes())
         assert agent.tokenize([words]) == [[build.WORD_ID[word] for word in words.split()]]
         assert agent.tokenizer.decode(agent.tokenize([words])[0]) == words

@@ -1,7 +1,8 @@
 """Make the shipped tiny system from nothing: three agents, their inner links, the outer links.
 
-    python tiny/build.py                  # about 25 minutes on 2 CPU cores, writes out/tiny
-    python tiny/build.py --out tiny       # the same over the shipped system
+    python tiny/build.py        # about 40 minutes on a CPU, writes out/tiny
+
+A run that was broken off keeps the agents that were done.
 
 Each agent is a small causal LM of another family (Qwen3, Llama, Qwen2) that learns to say its
 role's text (tasks/tiny.py), given the question and the notes it hears. Then the project's own
@@ -156,11 +157,14 @@ def copy_links(source, folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default="out/tiny", help="where the system goes")
-    parser.add_argument("--agent_steps", type=int, default=2500, help="training steps an agent")
+    parser.add_argument("--agent_steps", type=int, default=4000, help="training steps an agent")
     args = parser.parse_args()
     out, work, started = Path(args.out).resolve(), Path("out/build").resolve(), time.time()
     for role in ROLES:
-        train_agent(role, out / role, args.agent_steps)
+        if (out / role / "model.safetensors").is_file():
+            print(f"{out / role} is there already and is kept: delete it to train it anew")
+        else:
+            train_agent(role, out / role, args.agent_steps)
     for role in ROLES:
         run("train_inner.py", "--mas_role", role, "--model_name_or_path", out / role,
             "--save_dir", work / role)

@@ -14,6 +14,7 @@ left. Three things go into every call of the library, single steps included: the
 (without it padded rows come out wrong and nothing says so), position ids counted from that mask
 (so that padding changes nothing), and the cache.
 """
+import contextlib
 import copy
 import json
 import re
@@ -62,7 +63,7 @@ def pick_device(device="auto", dtype="auto"):
 def apply_link(link, states, dtype):
     """link(states) in `dtype`, the reading model's. Links stay float32 and run under autocast."""
     half = dtype in (torch.bfloat16, torch.float16)
-    with torch.autocast(states.device.type, dtype=dtype if half else None, enabled=half):
+    with torch.autocast(states.device.type, dtype) if half else contextlib.nullcontext():
         return link(states).to(dtype)
 
 
@@ -136,7 +137,12 @@ class Agent:
 
     def tokenize(self, texts):
         """Token ids of each text on its own, without special tokens: [[int]]."""
-        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+        unique = list(dict.fromkeys(texts))          # what follows a slot is the same in all rows
+        if not unique:
+            return []
+        ids = self.tokenizer(unique, add_special_tokens=False)["input_ids"]
+        known = dict(zip(unique, ids))
+        return [known[text] for text in texts]
 
     def render(self, system, user, marked):
         """The chat around `user` as pieces: strings, and between them the names out of `marked`.
@@ -231,10 +237,14 @@ class Agent:
         Rows differ in how much is new (texts have different lengths), yet a hole in the middle
         of the cache is best avoided: the last `new` positions of *every* row are read, `new`
         being the longest new part, after a cache of all that comes before them."""
+        tokens, past = prefix or (None, None)
+        if tokens == segments[0] and len(segments) > 1:      # the usual case: just that is shared,
+            embeds, mask = self.embed(segments[1:], heard)
+            if mask.all():                                   # and all rows have as much to read
+                return self.read(embeds, mask, past)
         embeds, mask = self.embed(segments, heard)
         if prefix is None:
             return self.read(embeds, mask)
-        tokens, past = prefix
         shared = torch.tensor([common_length(*pair) for pair in zip(segments[0], tokens)])
         new = int((mask.sum(1).cpu() - shared).clamp(min=1).max())
         if new >= mask.shape[1]:

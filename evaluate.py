@@ -92,45 +92,52 @@ def with_prompts(style, path):
 
 # ---- one method -------------------------------------------------------------------------------
 
-def evaluate_method(mas, task, examples, method, rounds, options, done=(), keep=None):
-    """Answer and score all examples by one method: result lines, one per question. For `untrained`
-    the system comes with fresh outer links, and is asked as for `latent`.
+def answer_batch(mas, task, batch, method, rounds, options):
+    """Answer and score one batch of Examples: result lines, one per question.
 
-    options: batch_size, latent_length and the arguments of Agent.write. `done` are lines of an
-    interrupted run, of whole batches; keep(lines) is called after each new batch."""
-    writing = {key: value for key, value in options.items()
-               if key not in ("batch_size", "latent_length")}
-    lines, finished = list(done), {line["id"] for line in done}
-    todo = [chunk for chunk in chunks(examples, options["batch_size"])
-            if not {example.id for example in chunk} <= finished]
-    if todo:       # untimed: the first calls of a process pay for what later ones find ready
-        mas.respond([example.question for example in todo[0][:2]], 1, 1, todo[0][0].kind,
-                    max_new_tokens=2)
+    For `untrained` the system comes with fresh outer links, and is asked as for `latent`.
+    options: latent_length and the arguments of Agent.write."""
+    writing = {key: value for key, value in options.items() if key != "latent_length"}
     on_gpu = next(iter(mas.agents.values())).device.type == "cuda"
-    for chunk in tqdm(todo, desc=f"{method}, {rounds} rounds", mininterval=1, leave=False):
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        started = time.perf_counter()
-        texts, run = mas.respond([example.question for example in chunk], rounds,
-                                 options["latent_length"], chunk[0].kind,
-                                 "latent" if method == "untrained" else method,
-                                 brief=task.brief, **writing)
-        if on_gpu:
-            torch.cuda.synchronize()
-        seconds = (time.perf_counter() - started) / len(chunk)
-        new = []
-        for example, text, tokens in zip(chunk, texts, run.decoded_tokens):
-            score = task.score(example, text)
-            new.append({
-                "style": mas.style.name, "dataset": task.name, "method": method, "rounds": rounds,
-                "id": example.id, "question": example.question, "gold": example.gold,
-                "outputs": [text], "parsed": [score.parsed], "correct": [score.correct],
-                "decoded_tokens": tokens, "latent_steps": run.latent_steps, "seconds": seconds,
-                "peak_memory_mb": peak_memory_mb(on_gpu)})
-        lines += new
-        if keep:
-            keep(new)
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    texts, run = mas.respond([example.question for example in batch], rounds,
+                             options["latent_length"], batch[0].kind,
+                             "latent" if method == "untrained" else method,
+                             brief=task.brief, **writing)
+    if on_gpu:
+        torch.cuda.synchronize()
+    seconds = (time.perf_counter() - started) / len(batch)
+    lines = []
+    for example, text, tokens in zip(batch, texts, run.decoded_tokens):
+        score = task.score(example, text)
+        lines.append({
+            "style": mas.style.name, "dataset": task.name, "method": method, "rounds": rounds,
+            "id": example.id, "question": example.question, "gold": example.gold,
+            "outputs": [text], "parsed": [score.parsed], "correct": [score.correct],
+            "decoded_tokens": tokens, "latent_steps": run.latent_steps, "seconds": seconds,
+            "peak_memory_mb": peak_memory_mb(on_gpu)})
     return lines
+
+
+def in_batches(examples, size):
+    """Batches of questions of like length, so that little is padding."""
+    return chunks(sorted(examples, key=lambda example: len(example.question)), size)
+
+
+def make_plan(methods, depths, batches):
+    """[(method, rounds, batch)] of a whole evaluation. The methods take turns on each batch, so
+    that whatever else the machine does meets them all alike: their times stand side by side."""
+    return [(method, 1 if method in ROUNDLESS else rounds, batch)
+            for rounds in sorted(set(depths)) for batch in batches
+            for method in dict.fromkeys(methods)
+            if method not in ROUNDLESS or rounds == min(depths)]
+
+
+def warm_up(mas, batch):
+    """One short untimed answer: first calls pay for what later ones find ready."""
+    mas.respond([example.question for example in batch[:2]], 1, 1, batch[0].kind, max_new_tokens=2)
 
 
 def peak_memory_mb(on_gpu):
@@ -151,9 +158,20 @@ def wilson(right, n, z=1.96):
 
 
 def summarise(lines):
-    """The summary row of one method's lines: counts, shares, and means per question."""
+    """Summary rows, one a method and number of rounds (and seed): counts, shares, and means per
+    question; in the order of ALL_METHODS."""
+    groups = {}
+    for line in lines:
+        key = (ALL_METHODS.index(line["method"]), line["rounds"], line.get("seed", 0))
+        groups.setdefault(key, []).append(line)
+    return [summary_row(groups[key]) for key in sorted(groups)]
+
+
+def summary_row(lines):
+    """The row of the lines of one method and number of rounds."""
     n, right = len(lines), sum(line["correct"][0] for line in lines)
-    row = {key: lines[0][key] for key in ("style", "dataset", "method", "rounds")}
+    names = ("style", "dataset", "method", "rounds", "seed")
+    row = {key: lines[0][key] for key in names if key in lines[0]}
     row.update(n=n, accuracy=right / n, ci95=wilson(right, n),
                unparsed=sum(line["parsed"][0] is None for line in lines) / n)
     for key in ("decoded_tokens", "latent_steps", "seconds"):
@@ -230,8 +248,7 @@ def need_matplotlib():
 @torch.no_grad()
 def show(mas, examples, options, rounds):
     """Print problems with the latents of every turn, read through the vocabulary head."""
-    writing = {key: value for key, value in options.items()
-               if key not in ("batch_size", "latent_length")}
+    writing = {key: value for key, value in options.items() if key != "latent_length"}
     for example in examples:
         run = recurse(mas, [example.question], rounds, options["latent_length"], example.kind,
                       trace=True)
@@ -252,25 +269,26 @@ def compare(trained, args, folder):
     Baselines in words know no outer link and run once; fresh links (`untrained`: before), trained
     ones (`latent`: after) and the controls run for each seed. Writes folder/summary.json and .png;
     returns the rows."""
-    task, systems = get_task(args.dataset_name), list(trained.items())
-    examples = task.load(args.eval_samples)
+    task, seeds = get_task(args.dataset_name), list(trained)
+    style = trained[seeds[0]][1].style
     options = {"batch_size": 32, "max_new_tokens": 1000, "temperature": 0.0,
-               **systems[0][1][1].style.settings.get(task.name, {}),
-               "latent_length": args.latent_length}
-    rows = []
-    for method in ALL_METHODS:
-        if method == "text_brief" and not task.brief:
-            continue
-        for rounds in [1] if method in ROUNDLESS else range(1, args.num_recursive_rounds + 1):
-            for seed, (before, after) in systems[:1] if method in WORDS else systems:
-                row = summarise(evaluate_method(before if method == "untrained" else after, task,
-                                                examples, method, rounds,
-                                                {**options, "seed": seed}))
-                rows.append({**row, "seed": seed})
+               **style.settings.get(task.name, {}), "latent_length": args.latent_length}
+    batches = in_batches(task.load(args.eval_samples), options.pop("batch_size"))
+    methods = [method for method in ALL_METHODS if method != "text_brief" or task.brief]
+    plan = make_plan(methods, range(1, args.num_recursive_rounds + 1), batches)
+    warm_up(trained[seeds[0]][1], batches[0])
+    lines = []
+    for method, rounds, batch in tqdm(plan, desc="before and after", mininterval=1):
+        for seed in seeds[:1] if method in WORDS else seeds:
+            before, after = trained[seed]
+            mas = before if method == "untrained" else after
+            new = answer_batch(mas, task, batch, method, rounds, {**options, "seed": seed})
+            lines += [{**line, "seed": seed} for line in new]
+    rows = summarise(lines)
     write_json(folder / "summary.json", {"settings": vars(args), "rows": rows})
     pooled = pool(rows)
-    print_table(pooled, "lowest - highest" if len(systems) > 1 else "95 % interval")
-    print_comparison(pooled, task, examples)
+    print_table(pooled, "lowest - highest" if len(seeds) > 1 else "95 % interval")
+    print_comparison(pooled, task, [example for batch in batches for example in batch])
     plot(pooled, folder / "summary.png")
     return rows
 
@@ -295,10 +313,10 @@ def pool(rows):
 
 # ---- main ---------------------------------------------------------------------------------------
 
-def open_results(out, settings, resume, batches):
+def open_results(out, settings, resume, sizes):
     """Lines already there, of a run with the same settings; without resume, older results are
-    moved aside. batches: the sizes of all batches in the order they are answered; a batch that
-    was broken off is answered again as a whole, so that a resumed run equals an unbroken one."""
+    moved aside. sizes: of all batches in the order they are answered; a batch that was broken
+    off is answered again as a whole, so that a resumed run equals an unbroken one."""
     results, summary = out / "results.jsonl", out / "summary.json"
     if not resume:
         out.mkdir(parents=True, exist_ok=True)
@@ -316,7 +334,7 @@ def open_results(out, settings, resume, batches):
                          "or another --out")
     common.drop_torn_line(results)
     lines = common.read_json_lines(results)
-    whole = [end for end in itertools.accumulate(batches) if end <= len(lines)]
+    whole = [end for end in itertools.accumulate(sizes) if end <= len(lines)]
     lines = lines[:whole[-1] if whole else 0]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     write_whole(results, lambda part: part.write_text(text))
@@ -331,16 +349,15 @@ def main():
         style = with_prompts(style, args.prompts)
     task = get_task(args.dataset)
     examples = task.load(args.num_samples if args.num_samples > 0 else None)
-    methods = list(dict.fromkeys(args.method))
-    if "text_brief" in methods and not task.brief:
+    batches = in_batches(examples, args.batch_size)
+    if "text_brief" in args.method and not task.brief:
         raise ValueError(f"method text_brief: {task.name} has no brief message length; leave it "
                          "away")
-    smallest = min(map(len, chunks(examples, args.batch_size)))
-    if "shuffle" in methods and smallest < 2 and not args.show:
+    if "shuffle" in args.method and min(map(len, batches)) < 2 and not args.show:
         raise ValueError("method shuffle needs at least two questions in a batch: raise "
                          "--batch_size or --num_samples, or leave it away")
     options = {key: getattr(args, key) for key in (
-        "batch_size", "latent_length", "max_new_tokens", "temperature", "top_p", "top_k", "min_p",
+        "latent_length", "max_new_tokens", "temperature", "top_p", "top_k", "min_p",
         "repetition_penalty", "seed")}
     mas = load_mas_system(style, args.device, args.dtype, args.mas_task,
                           bool(args.trust_remote_code), parse_override(args.ckpt_override),
@@ -351,22 +368,22 @@ def main():
 
     out, started = Path(args.out), time.time()
     settings = {key: value for key, value in vars(args).items() if key not in ("out", "resume")}
-    depths = sorted(set(args.num_recursive_rounds))
-    plan = [(method, rounds) for method in methods
-            for rounds in ([1] if method in ROUNDLESS else depths)]
-    sizes = [len(batch) for batch in chunks(examples, args.batch_size)]
-    lines, rows = open_results(out, settings, args.resume, sizes * len(plan)), []
-
-    def keep(new):
+    plan = make_plan(args.method, args.num_recursive_rounds, batches)
+    lines = open_results(out, settings, args.resume, [len(batch) for _, _, batch in plan])
+    fresh = mas.with_fresh_outer(seed=args.seed)
+    warm_up(mas, batches[0])
+    answered = 0
+    for method, rounds, batch in tqdm(plan, desc="evaluate", mininterval=1):
+        answered += len(batch)
+        if answered <= len(lines):
+            continue                                    # done before this run was resumed
+        new = answer_batch(fresh if method == "untrained" else mas, task, batch, method, rounds,
+                           options)
         with open(out / "results.jsonl", "a") as file:
             file.writelines(json.dumps(line) + "\n" for line in new)
-
-    for method, rounds in plan:
-        system = mas.with_fresh_outer(seed=args.seed) if method == "untrained" else mas
-        done = [x for x in lines if (x["method"], x["rounds"]) == (method, rounds)]
-        rows.append(summarise(evaluate_method(system, task, examples, method, rounds, options,
-                                              done, keep)))
-        write_json(out / "summary.json", {"settings": settings, "rows": rows})
+        lines += new
+    rows = summarise(lines)
+    write_json(out / "summary.json", {"settings": settings, "rows": rows})
     print_table(rows)
     print_comparison(rows, task, examples)
     plot(rows, out / "summary.png")

@@ -217,13 +217,17 @@ def plot(rows, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    strong = {"latent": "tab:red", "text": "tab:blue", "text_brief": "tab:cyan"}
-    for method in dict.fromkeys(row["method"] for row in rows):
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    for place, method in enumerate(methods):
         points = sorted((row["rounds"], row["accuracy"], row["decoded_tokens"], *row["ci95"])
                         for row in rows if row["method"] == method)
         depths, accuracy, tokens, low, high = zip(*points)
-        style = {"color": strong.get(method), "marker": "o", "label": method,
-                 "linestyle": "-" if method in strong else ":"}
+        shift = 0.04 * (place - (len(methods) - 1) / 2)       # side by side where they coincide
+        depths = [depth + shift for depth in depths]
+        control = method in ("untrained", "zero", "shuffle")
+        color = "black" if method == "latent" else f"C{ALL_METHODS.index(method)}"
+        style = {"color": color, "marker": "osD^vP*X"[place % 8],
+                 "label": method, "linestyle": ":" if control else "-", "markersize": 5}
         below = [max(0.0, share - end) for share, end in zip(accuracy, low)]
         above = [max(0.0, end - share) for share, end in zip(accuracy, high)]
         left.errorbar(depths, accuracy, [below, above], capsize=2, **style)
@@ -234,7 +238,7 @@ def plot(rows, path):
     for axes in (left, right):
         axes.set_xticks(depths)
         axes.grid(alpha=0.3)
-    right.legend(fontsize=8)
+    right.legend(fontsize=8, loc="upper left")
     write_whole(path, lambda part: figure.savefig(part, format="png", dpi=120))
     pyplot.close(figure)
 

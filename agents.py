@@ -5,7 +5,7 @@
                                           h_(i+1) = body(R_in(h_i) | cache); no word is chosen
     said = agent.write(past, 100)         the same loop with words: token_i = argmax head(h_i)
 
-h is the last layer's hidden state after the final norm (paper, section 3). Between steps only the
+h is the last layer's hidden state after the final norm. Between steps only the
 cache grows: m thoughts cost one reading of the prompt and m-1 single positions, and the
 vocabulary head, which at 150k words doubles a step's cost, is never run while thinking.
 
@@ -253,7 +253,7 @@ class Agent:
 
     def think(self, past, m):
         """m latent thoughts H = [h_1 .. h_m], (B, m, d): the hidden state that reading ended on,
-        then m-1 cached steps through the inner link (paper, section 3.1). Differentiable."""
+        then m-1 cached steps through the inner link. Differentiable. (The paper's rollout.)"""
         cache, mask, h = past.copy_cache(), past.mask, past.last
         thoughts = [h]
         for _ in range(m - 1):

@@ -354,13 +354,14 @@ class Training:
             self.scaler.unscale_(self.optimizer)
             limit = self.args.max_grad_norm or float("inf")
             norm = torch.nn.utils.clip_grad_norm_(self.links.parameters(), limit)
-            self.scaler.step(self.optimizer) if torch.isfinite(norm) else None
-            self.scaler.update()                         # fp16: an overflow lowers the scale
         if torch.isfinite(norm):
+            self.scaler.step(self.optimizer)
             self.schedule.step()
             self.skipped_in_a_row = 0
         else:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        if self.finite:
+            self.scaler.update()                         # fp16: an overflow lowers the scale
         self.optimizer.zero_grad()
         self.finite, self.done = True, self.done + 1
         self._log_and_save({**values, "grad_norm": norm.item()})

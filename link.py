@@ -3,7 +3,7 @@
     R_in (h) = LN_post(  h  + W2 GELU(W1 LN_pre(h)))    inner: an agent's thought -> its next input
     R_out(x) = LN_t   (W3 x + W2 GELU(W1 LN_s  (x)))    outer: a thought -> another agent's input
 
-(paper, section 3; the LayerNorms are in the released weights.) Both turn hidden states after a
+(the paper's links; the LayerNorms come with the released weights.) Both turn hidden states after a
 model's final norm into something that model, or the next, can read in place of a token embedding.
 
 **Scale.** A LayerNorm with gain 1 sends vectors of RMS 1, token embeddings have an RMS of .02 to

@@ -4,7 +4,7 @@
     python train_inner.py --style tiny --mas_role critic --save_dir out/critic
 
 The base model is frozen; along the role's gold text its hidden state h_t, sent through the link,
-should look like the embedding of the token that comes next (paper, section 3.3, inner loop):
+should look like the embedding of the token that comes next (the paper's inner loop):
 
     loss = cos_weight (1 - cos(R_in(h_t), Emb(token_(t+1)))) + mse_weight MSE(R_in(h_t), Emb(..))
 

@@ -1,10 +1,10 @@
 """Train the outer links: what agents send each other, through the whole unrolled recursion.
 
-    python train_outer.py                               # the tiny system, about 3 minutes on a CPU
+    python train_outer.py                               # the tiny system, under 2 minutes on a CPU
     python train_outer.py --seeds 0 1 2 3 4             # five runs and the table over them
 
 Agents and inner links are frozen. All R rounds are unrolled, and the last agent's cross-entropy
-on the gold answer in the last round (paper, section 3.3, outer loop) flows back through frozen
+on the gold answer in the last round (the paper's outer loop) flows back through frozen
 models and inner links into the outer links. Three things that are not in the paper steady it, and
 real styles leave them off (tiny's table in the README shows what each is worth):
 

@@ -260,16 +260,17 @@ def test_published_layout_from_the_trainer_loads_the_same(tmp_path, monkeypatch,
         assert torch.equal(mas.outer["outer_12"].state_dict()[name], value.float())
 
 
-def training(tmp_path, links, **changes):
+def training(tmp_path, links, dtype=torch.float32, **changes):
     settings = dict(weight_decay=0.0, lr_scheduler_type="constant", warmup_steps=0,
                     grad_accum_steps=1, max_grad_norm=1.0, log_every=1, save_steps=0, resume=False)
     args = argparse.Namespace(**{**settings, **changes})
-    return common.Training(links, args, 0.1, tmp_path, 100)
+    return common.Training(links, args, 0.1, tmp_path, 100, dtype)
 
 
-def test_a_bad_loss_skips_the_step_and_ten_in_a_row_stop(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_bad_loss_skips_the_step_and_ten_in_a_row_stop(dtype, tmp_path):
     link = torch.nn.Linear(2, 1)
-    run = training(tmp_path, link)
+    run = training(tmp_path, link, dtype)
     before = link.weight.detach().clone()
     for bad in (float("nan"), float("inf")):
         run.backward(link(torch.ones(2)).sum() * bad)

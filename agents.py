@@ -122,6 +122,11 @@ class Agent:
         if tokenizer.chat_template is None:
             raise ValueError(f"{tokenizer.name_or_path or 'this model'} has no chat template: take "
                              "the instruct model, or set tokenizer.chat_template")
+        layers = getattr(model.config.get_text_config(), "layer_types", None) or []
+        if any(not layer.endswith("attention") or layer.startswith("linear") for layer in layers):
+            raise ValueError(f"{tokenizer.name_or_path or 'this model'} has layers that are not "
+                             "plain attention (as Qwen3.5 has): not supported yet, since a "
+                             "recurrent state cannot be cut back to a shared prefix")
         ends = [tokenizer.eos_token_id, model.generation_config.eos_token_id]
         self.end_tokens = {token for end in ends if end is not None
                            for token in (end if isinstance(end, list) else [end])}

@@ -27,6 +27,7 @@ from recurse import MAS, load_mas_system  # noqa: E402
 from styles import ANSWER_FORMAT, Edge, Role, Style  # noqa: E402
 from tiny.build import CHAT_TEMPLATE, WORD_ID  # noqa: E402
 
+torch.set_num_threads(1)        # nothing here is large; a second thread only waits for the first
 FAMILIES = ("qwen3", "llama", "qwen2", "mistral")
 WIDTHS = {"qwen3": 32, "llama": 24, "qwen2": 40, "mistral": 16}
 WINDOW = 6              # of the mistral, shorter than the prompts, so that it matters

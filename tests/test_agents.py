@@ -639,3 +639,11 @@ def test_pick_device(capsys):
     for wrong in (("toaster", "auto"), ("cpu", "float12")):
         with pytest.raises(ValueError, match="unknown"):
             pick_device(*wrong)
+
+
+def test_a_model_with_other_than_attention_layers_is_refused():
+    """A recurrent state cannot be cut back, and would go wrong silently."""
+    model = new_model("qwen3")
+    model.config.layer_types = ["full_attention", "linear_attention"]
+    with pytest.raises(ValueError, match="not supported yet"):
+        Agent(model, word_tokenizer())

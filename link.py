@@ -7,11 +7,11 @@
 model's final norm into something that model, or the next, can read in place of a token embedding.
 
 **Scale.** A LayerNorm with gain 1 sends vectors of RMS 1, token embeddings have an RMS of .02 to
-.2. A model reads a vector ten times too long badly, and the inner loss, a cosine, neither sees the
-length nor gives a gradient towards it. So the last gain can start at the RMS of the embeddings it
-has to pass for (`gain=embedding_rms`): in the tiny system a rollout whose link starts at gain 1
-says the right word at step 1, half the time at step 2 and never at step 3; scale-matched it
-stays right to the end.
+.2, and the inner loss, a cosine, neither sees the length nor gives a gradient towards it. So the
+last gain can start at the RMS of the embeddings it has to pass for (`gain=embedding_rms`). In the
+tiny system that makes a better start and no better end: of the planner's latents at steps 3..6,
+.97 .56 .64 .67 read as the text would through an untrained link of gain 1, 1.00 .71 .72 .74 through
+a scale-matched one, and all of them, either way, after train_inner.py (--scale_match 0 and 1).
 
 Files. Weights are safetensors, or with format="pt" the released layout (`torch.save` of a bf16
 state dict). Beside them stand the released manifests, so that either project reads the other's:

@@ -30,7 +30,9 @@ from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache,
                           PreTrainedTokenizerFast)
+from transformers.cache_utils import LinearAttentionLayer
 
+ATTENTION = ("full_attention", "sliding_attention")     # layers with keys and values
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -67,6 +69,28 @@ def apply_link(link, states, dtype):
         return link(states).to(dtype)
 
 
+class RecurrentLayer(LinearAttentionLayer):
+    """The library's state of a linear-attention layer (Qwen3.5), replaced at each step.
+
+    The library overwrites it in place, which breaks the backward pass and every other Past that
+    shares it. record_past is its own switch for keeping old convolution states: with it, all
+    steps take the path on which that state is a new tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.record_past = True
+
+    def update_conv_state(self, conv_states, state_idx=0, conv_kernel_size=None, **kwargs):
+        full = super().update_conv_state(conv_states, state_idx, conv_kernel_size, **kwargs)
+        self.conv_states[state_idx] = full[..., -conv_kernel_size:]
+        return full
+
+    def update_recurrent_state(self, recurrent_states, state_idx=0, **kwargs):
+        self.recurrent_states[state_idx] = recurrent_states
+        self.is_recurrent_states_initialized[state_idx] = True
+        return recurrent_states
+
+
 @dataclass
 class Past:
     """What an agent has read. It is never changed in place: whoever goes on from it copies it."""
@@ -75,10 +99,14 @@ class Past:
     last: torch.Tensor       # (B, 1, d) hidden state at the last position
 
     def copy_cache(self):
-        """A cache that can grow without this one noticing; no tensor is copied, since the
-        library's dynamic layers put a new tensor in place when they grow."""
+        """A cache that can grow without this one noticing; no tensor is copied, since dynamic
+        layers, and RecurrentLayer, put a new tensor in place when they grow."""
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        for layer in cache.layers:
+            states = {name: dict(value) for name, value in vars(layer).items()
+                      if isinstance(value, dict)}              # RecurrentLayer keeps its own so
+            vars(layer).update(states)
         return cache
 
     def right_aligned(self, mask):
@@ -114,7 +142,7 @@ class Agent:
     def __init__(self, model, tokenizer, inner=None, thinking=False):
         self.model = model.eval().requires_grad_(False)
         self.tokenizer, self.inner = tokenizer, inner
-        self.body, self.head = model.base_model, model.get_output_embeddings()
+        self.body, self.head = model.get_decoder(), model.get_output_embeddings()
         self.embedding = model.get_input_embeddings()    # called, not indexed: Gemma scales inside
         self.device, self.dtype = self.embedding.weight.device, self.embedding.weight.dtype
         self.width = self.embedding.weight.shape[1]
@@ -122,11 +150,12 @@ class Agent:
         if tokenizer.chat_template is None:
             raise ValueError(f"{tokenizer.name_or_path or 'this model'} has no chat template: take "
                              "the instruct model, or set tokenizer.chat_template")
-        layers = getattr(model.config.get_text_config(), "layer_types", None) or []
-        if any(not layer.endswith("attention") or layer.startswith("linear") for layer in layers):
-            raise ValueError(f"{tokenizer.name_or_path or 'this model'} has layers that are not "
-                             "plain attention (as Qwen3.5 has): not supported yet, since a "
-                             "recurrent state cannot be cut back to a shared prefix")
+        layers = getattr(self.body.config, "layer_types", None) or []
+        odd = set(layers) - {*ATTENTION, "linear_attention"}
+        if odd:
+            raise ValueError(f"{tokenizer.name_or_path or 'this model'} has layers of a kind that "
+                             f"is not supported ({', '.join(sorted(odd))}): choose another model")
+        self.recurrent = "linear_attention" in layers
         ends = [tokenizer.eos_token_id, model.generation_config.eos_token_id]
         self.end_tokens = {token for end in ends if end is not None
                            for token in (end if isinstance(end, list) else [end])}
@@ -215,6 +244,16 @@ class Agent:
 
     # ---- read, think, follow, write ---------------------------------------------------------
 
+    def new_cache(self):
+        """An empty cache. Sliding layers keep all positions too (their mask does the sliding):
+        only so can what is read be cut and moved."""
+        if not self.recurrent:
+            return DynamicCache()
+        cache = DynamicCache(config=self.body.config)
+        cache.layers = [RecurrentLayer() if isinstance(layer, LinearAttentionLayer)
+                        else layer for layer in cache.layers]
+        return cache
+
     def _forward(self, embeds, cache, mask):
         """Hidden states (B, T_new, d) of new positions; grows the cache. mask: (B, T_past+T_new)"""
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -embeds.shape[1]:]
@@ -223,7 +262,7 @@ class Agent:
 
     def read(self, embeds, mask, past=None):
         """Read embeds (B, T, d) with mask (B, T), after `past` if given: a new Past."""
-        cache = DynamicCache() if past is None else past.copy_cache()
+        cache = self.new_cache() if past is None else past.copy_cache()
         mask = mask if past is None else torch.cat([past.mask, mask], 1)
         states = self._forward(embeds, cache, mask)
         return Past(cache, mask, states[:, -1:])
@@ -241,14 +280,15 @@ class Agent:
 
         Rows differ in how much is new (texts have different lengths), yet a hole in the middle
         of the cache is best avoided: the last `new` positions of *every* row are read, `new`
-        being the longest new part, after a cache of all that comes before them."""
+        being the longest new part, after a cache of all that comes before them. A recurrent
+        state cannot be cut back like that: then all is read again."""
         tokens, past = prefix or (None, None)
         if tokens == segments[0] and len(segments) > 1:      # the usual case: just that is shared,
             embeds, mask = self.embed(segments[1:], heard)
             if mask.all():                                   # and all rows have as much to read
                 return self.read(embeds, mask, past)
         embeds, mask = self.embed(segments, heard)
-        if prefix is None:
+        if prefix is None or self.recurrent:
             return self.read(embeds, mask)
         shared = torch.tensor([common_length(*pair) for pair in zip(segments[0], tokens)])
         new = int((mask.sum(1).cpu() - shared).clamp(min=1).max())
@@ -321,7 +361,7 @@ class Agent:
                 break
             if len(going) < len(rows):
                 kept = torch.tensor(going, device=self.device)
-                cache.batch_select_indices(kept)
+                cache.reorder_cache(kept)
                 mask, token, rows = mask[kept], token[kept], [rows[place] for place in going]
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
             h = self._forward(self.embedding(token)[:, None], cache, mask)         # (b, 1, d)
@@ -404,9 +444,15 @@ def load_agent(folder, device, dtype, trust_remote_code=False, thinking=False):
                 json.JSONDecodeError) as problem:
             raise ValueError(f"{folder} does not load as a causal language model with tokenizer: "
                              + line(problem, view)) from problem
-    if report["missing_keys"]:
-        missing = ", ".join(sorted(report["missing_keys"])[:3])
-        raise ValueError(f"{folder} lacks the weights {missing} ..: it is not a whole model of the "
-                         "class that its config.json names")
+    if config.tie_word_embeddings and set(report["missing_keys"]) == {"lm_head.weight"}:
+        # Text and images: "tied" may stand at the top of config.json, not in its text part.
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+        report["missing_keys"] = set()
+    for what, says in (("missing_keys", "lacks the weights"),
+                       ("unexpected_keys", "holds weights its model has no place for:")):
+        if report[what]:
+            names = ", ".join(sorted(report[what])[:3])
+            raise ValueError(f"{folder} {says} {names} ..: config.json (model_type "
+                             f"{config.model_type}) is not that of this checkpoint")
     tokenizer.name_or_path = str(folder)
     return Agent(model.to(device), tokenizer, thinking=thinking)

@@ -17,9 +17,11 @@ import torch  # noqa: E402
 import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
-from transformers import (LlamaConfig, LlamaForCausalLM, MistralConfig,  # noqa: E402
-                          MistralForCausalLM, PreTrainedTokenizerFast, Qwen2Config,
-                          Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
+from transformers import (Gemma3Config, Gemma3ForCausalLM,  # noqa: E402
+                          Gemma3ForConditionalGeneration, LlamaConfig, LlamaForCausalLM,
+                          MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast,
+                          Qwen2Config, Qwen2ForCausalLM, Qwen3_5Config, Qwen3_5ForCausalLM,
+                          Qwen3_5ForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM)
 
 from agents import Agent  # noqa: E402
 from link import InnerLink, OuterLink  # noqa: E402
@@ -28,9 +30,11 @@ from styles import ANSWER_FORMAT, Edge, Role, Style  # noqa: E402
 from tiny.build import CHAT_TEMPLATE, WORD_ID  # noqa: E402
 
 torch.set_num_threads(1)        # nothing here is large; a second thread only waits for the first
-FAMILIES = ("qwen3", "llama", "qwen2", "mistral")
-WIDTHS = {"qwen3": 32, "llama": 24, "qwen2": 40, "mistral": 16}
-WINDOW = 6              # of the mistral, shorter than the prompts, so that it matters
+FAMILIES = ("qwen3", "llama", "qwen2", "mistral", "gemma3", "gemma3_conditional", "qwen3_5",
+            "qwen3_5_conditional")
+WIDTHS = {"qwen3": 32, "llama": 24, "qwen2": 40, "mistral": 16, "gemma3": 24, "qwen3_5": 32}
+WINDOW = 6              # of mistral and gemma3, shorter than the prompts, so that it matters
+TOLERANCE = {"qwen3_5": 5e-4, "qwen3_5_conditional": 5e-4}       # all others: 1e-4
 EXTRA_WORDS = tuple(dict.fromkeys(
     (ANSWER_FORMAT["math"] + " <|system|> plan: check: notes: own: mend it team of three").split()))
 VOCABULARY = {word: i for i, word in enumerate((*WORD_ID, *EXTRA_WORDS))}
@@ -79,19 +83,43 @@ def chat(user):
 def new_model(family, seed=0):
     """A random float32 causal LM of a real architecture, large enough weights to be lively."""
     torch.manual_seed(seed)
-    width = WIDTHS[family]
+    kind = family.removesuffix("_conditional")
+    width = WIDTHS[kind]
     shared = dict(vocab_size=len(VOCABULARY), hidden_size=width, intermediate_size=2 * width,
                   num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                   max_position_embeddings=256, initializer_range=0.12, tie_word_embeddings=True,
                   bos_token_id=VOCABULARY["<bos>"], eos_token_id=VOCABULARY["<eos>"],
                   pad_token_id=VOCABULARY["<pad>"])
-    if family == "qwen3":
-        return Qwen3ForCausalLM(Qwen3Config(head_dim=8, **shared)).eval()
-    if family == "llama":
-        return LlamaForCausalLM(LlamaConfig(**shared)).eval()
-    if family == "qwen2":
-        return Qwen2ForCausalLM(Qwen2Config(**shared)).eval()
-    return MistralForCausalLM(MistralConfig(sliding_window=WINDOW, **shared)).eval()
+    if kind == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(head_dim=8, **shared))
+    elif kind == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**shared))
+    elif kind == "qwen2":
+        model = Qwen2ForCausalLM(Qwen2Config(**shared))
+    elif kind == "mistral":
+        model = MistralForCausalLM(MistralConfig(sliding_window=WINDOW, **shared))
+    elif kind == "gemma3":
+        layers = ["sliding_attention", "full_attention"]
+        config = Gemma3Config(
+            text_config=dict(shared, head_dim=8, sliding_window=WINDOW, layer_types=layers),
+            vision_config=dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                               num_attention_heads=2, image_size=28, patch_size=14),
+            mm_tokens_per_image=4)
+        model = (Gemma3ForConditionalGeneration(config) if family != kind
+                 else Gemma3ForCausalLM(config.text_config))
+    else:
+        text = dict(shared, head_dim=8, num_hidden_layers=4, initializer_range=0.08,
+                    tie_word_embeddings=family == kind,     # else said at the top alone
+                    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
+                    linear_value_head_dim=8,
+                    rope_parameters=dict(rope_type="default", rope_theta=10000.0,
+                                         partial_rotary_factor=1.0, mrope_section=[2, 1, 1]))
+        vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2,
+                      out_hidden_size=width, num_position_embeddings=16)
+        config = Qwen3_5Config(text_config=text, vision_config=vision, tie_word_embeddings=True)
+        model = (Qwen3_5ForConditionalGeneration(config) if family != kind
+                 else Qwen3_5ForCausalLM(config.text_config))
+    return model.eval()
 
 
 def randomise(link, gain, seed=0):
@@ -116,6 +144,7 @@ def new_agent(family, seed=0, template=CHAT_TEMPLATE):
     agent = Agent(new_model(family, seed), word_tokenizer(template))
     agent.inner = randomise(InnerLink(agent.width), agent.embedding_rms, seed + 1)
     agent.inner.requires_grad_(False)
+    agent.close = TOLERANCE.get(family, 1e-4)
     return agent
 
 
@@ -183,7 +212,7 @@ def outer_equation(link, x):
 
 def plain_states(agent, embeds):
     """Hidden states (1, T, d) after the final norm of one unpadded row of embeddings, no cache."""
-    return agent.model.base_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+    return agent.model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
 
 
 def plain_think(agent, embeds, m):

@@ -145,6 +145,7 @@ class Agent:
         self.body, self.head = model.get_decoder(), model.get_output_embeddings()
         self.embedding = model.get_input_embeddings()    # called, not indexed: Gemma scales inside
         self.device, self.dtype = self.embedding.weight.device, self.embedding.weight.dtype
+        self.at_rest = []                                # with offload: (weight, its place of rest)
         self.width = self.embedding.weight.shape[1]
         self.thinking = thinking                         # the chat template's own switch
         if tokenizer.chat_template is None:
@@ -163,9 +164,20 @@ class Agent:
     @property
     def embedding_rms(self):
         """Root mean square of the token embeddings, over some 4096 evenly spaced tokens."""
-        size = self.embedding.weight.shape[0]
-        tokens = torch.arange(0, size, max(1, size // 4096), device=self.device)
+        table = self.embedding.weight
+        tokens = torch.arange(0, len(table), max(1, len(table) // 4096), device=table.device)
         return self.embedding(tokens).float().pow(2).mean().sqrt().item()
+
+    def wake(self):
+        """Bring the weights to the device, where they rest elsewhere (offload)."""
+        for weight, resting in self.at_rest:
+            if weight.device.type != self.device.type:
+                weight.data = resting.to(self.device, non_blocking=True)
+
+    def rest(self):
+        """Let go of the device. Frozen weights never change, so nothing is copied back."""
+        for weight, resting in self.at_rest:
+            weight.data = resting
 
     # ---- prompts ----------------------------------------------------------------------------
 
@@ -417,8 +429,9 @@ def common_length(a, b):
     return length
 
 
-def load_agent(folder, device, dtype, trust_remote_code=False, thinking=False):
-    """The Agent (without an inner link) of a local folder that holds a whole causal LM.
+def load_agent(folder, device, dtype, trust_remote_code=False, thinking=False, offload=False):
+    """The Agent (without an inner link) of a local folder that holds a whole causal LM; with
+    offload its weights rest in main memory until wake().
 
     A released folder has an adapter_config.json beside the model, which makes transformers take
     it for a PEFT adapter: so the folder is loaded through a view of links without that file.
@@ -455,4 +468,8 @@ def load_agent(folder, device, dtype, trust_remote_code=False, thinking=False):
             raise ValueError(f"{folder} {says} {names} ..: config.json (model_type "
                              f"{config.model_type}) is not that of this checkpoint")
     tokenizer.name_or_path = str(folder)
-    return Agent(model.to(device), tokenizer, thinking=thinking)
+    agent = Agent(model if offload else model.to(device), tokenizer, thinking=thinking)
+    if offload:
+        agent.device = device
+        agent.at_rest = [(weight, weight.data) for weight in (*model.parameters(), *model.buffers())]
+    return agent

@@ -17,7 +17,7 @@ import transformers
 from tqdm import tqdm
 
 from link import DAMAGED, read_json, write_json, write_whole
-from styles import ANSWER_FORMAT, get_style
+from styles import ANSWER_FORMAT, KINDS, get_style
 from tasks import get_task, task_names
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -61,14 +61,13 @@ LATENT_LENGTH = at_least(1, hint=" (for an answer without latents: evaluate.py -
 
 def add_system_flags(parser):
     """Flags by which every script chooses its system and where to run it."""
-    parser.add_argument("--style", default="tiny", help="a style of styles/")
-    parser.add_argument("--mas_task", default="math", choices=["math", "code", "choice", "search"],
-                        help="kind of the questions: which links are used, and which prompts in "
-                             "training (in evaluation the data set knows)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--style", default="tiny", help="a style of styles/, or a .py file")
+    parser.add_argument("--device", default="auto",
+                        help="auto, cpu, cuda or cuda:N; several (cuda:0,cuda:1) share the agents")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the frozen models")
     parser.add_argument("--enable_thinking", type=int, default=0, choices=[0, 1],
                         help="the chat template's thinking switch")
+    parser.add_argument("--revision", default=None, help="of the style's repos on the hub")
     parser.add_argument("--trust_remote_code", nargs="?", type=int, const=1, default=0,
                         choices=[0, 1], help="let a model repo run its own code")
     parser.add_argument("--seed", type=int, default=42)
@@ -77,6 +76,9 @@ def add_system_flags(parser):
 
 def add_training_flags(parser, learning_rate_flag, link_dtype_flag):
     """Flags of both trainers; the defaults are the published ones."""
+    parser.add_argument("--mas_task", default="math", choices=KINDS,
+                        help="kind of the questions: which prompts and inner links are used; rows "
+                             "that have a task_family know their own")
     parser.add_argument("--dataset_name", default="", help="hub id, .json/.jsonl file or tiny")
     parser.add_argument("--dataset_split", default="train")
     parser.add_argument("--dataset_json_field", default="data", help="where a .json has its rows")
@@ -225,6 +227,9 @@ def keep_usable(rows, roles):
     usable = []
     for row in rows:
         row = row if isinstance(row, dict) else {}
+        if row_kind(row, "math") not in KINDS:
+            raise ValueError(f"a row has the task_family '{row['task_family']}': known are "
+                             + ", ".join(KINDS))
         lacks = [] if isinstance(row.get("question"), str) else ["question"]
         lacks += [" or ".join(role.target) for role in roles if not role_text(role, row)]
         for column in lacks:
@@ -239,8 +244,19 @@ def keep_usable(rows, roles):
     return usable
 
 
-def role_examples(style, role, rows):
-    """What a role is asked and says, in words: [(question, {role heard: its text}, gold text)].
+def row_kind(row, default):
+    """The kind of a row's question: its task_family, where it has one, else the run's."""
+    return str(row.get("task_family") or default).lower()
+
+
+def question_of(row):
+    """A row's question; for code that is tested by calling a function, with the function's name."""
+    name = row.get("fn_name")
+    return row["question"] + (f"\nThe function has to be called `{name}`." if name else "")
+
+
+def role_examples(style, role, rows, kind):
+    """What a role is asked and says, in words: [(question, kind, {role heard: its text}, gold)].
 
     A row whose texts are lists gives an example a round. Roles that speak before this one are
     heard in the same round, the others in the round before."""
@@ -252,30 +268,32 @@ def role_examples(style, role, rows):
                 said_in = round if names.index(name) < names.index(role.name) else round - 1
                 if said_in and role_text(style.role(name), row, said_in):
                     heard[name] = role_text(style.role(name), row, said_in)
-            examples.append((row["question"], heard, text))
+            examples.append((question_of(row), row_kind(row, kind), heard, text))
     return examples
 
 
-def read_examples(agent, style, role, examples, kind):
+def read_examples(agent, style, role, examples):
     """The prompts of role_examples, slots filled with the heard texts, read: yields (places, Past)
-    for each set of roles heard, since that decides the words of the prompt."""
-    for heard in dict.fromkeys(tuple(example[1]) for example in examples):
-        places = [i for i, example in enumerate(examples) if tuple(example[1]) == heard]
+    for each kind of question and set of roles heard, which decide the words of the prompt."""
+    alike = {}
+    for place, (_, kind, heard, _) in enumerate(examples):
+        alike.setdefault((kind, tuple(heard)), []).append(place)
+    for (kind, heard), places in alike.items():
         segments = agent.prompt(role.system, style.prompt(role, kind, heard), heard,
                                 [examples[i][0] for i in places], ANSWER_FORMAT[kind])
-        slots = {name: [examples[i][1][name] for i in places] for name in heard}
+        slots = {name: [examples[i][2][name] for i in places] for name in heard}
         yield places, agent.read(*agent.embed(segments, slots))
 
 
 @torch.no_grad()
-def gold_states(agent, style, role, examples, kind, max_length):
+def gold_states(agent, style, role, examples, max_length):
     """States and tokens of a role's gold texts, one pair per example: [(h (n, d), tokens (n,))].
 
     h[i] has read the prompt and i tokens: it predicts tokens[i]. The base is frozen, so these
     never change."""
     results = [None] * len(examples)
-    for places, past in read_examples(agent, style, role, examples, kind):
-        tokens = [row[:max_length] for row in agent.tokenize([examples[i][2] for i in places])]
+    for places, past in read_examples(agent, style, role, examples):
+        tokens = [row[:max_length] for row in agent.tokenize([examples[i][3] for i in places])]
         states = agent.follow(past, [row[:-1] for row in tokens])                  # (b, n, d)
         for i, row, h in zip(places, tokens, states):
             # A copy: a view would keep the whole padded batch in memory.

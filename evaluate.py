@@ -41,6 +41,8 @@ def flags():
     common.add_system_flags(parser)
     add = parser.add_argument
     add("--dataset", default="tiny", help="a data set of tasks/")
+    add("--offload", action="store_true",
+        help="one agent on the device at a time, the others in main memory")
     add("--method", nargs="+", default=list(ALL_METHODS), choices=ALL_METHODS)
     add("--num_recursive_rounds", nargs="+", type=common.at_least(1), default=[1, 2, 3])
     add("--num_samples", type=common.sample_count, default=-1, help="questions, -1 for all")
@@ -98,16 +100,16 @@ def answer_batch(mas, task, batch, method, rounds, options):
     For `untrained` the system comes with fresh outer links, and is asked as for `latent`.
     options: latent_length and the arguments of Agent.write."""
     writing = {key: value for key, value in options.items() if key != "latent_length"}
-    on_gpu = next(iter(mas.agents.values())).device.type == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
+    cards = {agent.device for agent in mas.agents.values() if agent.device.type == "cuda"}
+    for card in cards:
+        torch.cuda.reset_peak_memory_stats(card)
     started = time.perf_counter()
     texts, run = mas.respond([example.question for example in batch], rounds,
-                             options["latent_length"], batch[0].kind,
+                             options["latent_length"], [example.kind for example in batch],
                              "latent" if method == "untrained" else method,
                              brief=task.brief, **writing)
-    if on_gpu:
-        torch.cuda.synchronize()
+    for card in cards:
+        torch.cuda.synchronize(card)
     seconds = (time.perf_counter() - started) / len(batch)
     lines = []
     for example, text, tokens in zip(batch, texts, run.decoded_tokens):
@@ -117,7 +119,7 @@ def answer_batch(mas, task, batch, method, rounds, options):
             "id": example.id, "question": example.question, "gold": example.gold,
             "outputs": [text], "parsed": [score.parsed], "correct": [score.correct],
             "decoded_tokens": tokens, "latent_steps": run.latent_steps, "seconds": seconds,
-            "peak_memory_mb": peak_memory_mb(on_gpu)})
+            "peak_memory_mb": peak_memory_mb(cards)})
     return lines
 
 
@@ -140,10 +142,10 @@ def warm_up(mas, batch):
     mas.respond([example.question for example in batch[:2]], 1, 1, batch[0].kind, max_new_tokens=2)
 
 
-def peak_memory_mb(on_gpu):
-    """Peak memory: of the GPU since the last reset, on a CPU of the whole process so far."""
-    if on_gpu:
-        return torch.cuda.max_memory_allocated() / 2**20
+def peak_memory_mb(cards):
+    """Peak memory: of the GPUs since the last reset, on a CPU of the whole process so far."""
+    if cards:
+        return sum(torch.cuda.max_memory_allocated(card) for card in cards) / 2**20
     import resource                    # not on Windows, where there is no such figure to be had
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin"
                                                                  else 2**10)
@@ -258,9 +260,10 @@ def show(mas, examples, options, rounds):
                       trace=True)
         print(f"\n{example.question}    (gold: {example.gold})")
         for (round, role), H in run.thoughts.items():
-            agent = mas.agents[role]
+            agent = mas.wake(role)
             words = agent.tokenizer.convert_ids_to_tokens(agent.head(H[0]).argmax(-1).tolist())
             print(f"  round {round}  {role:10s} thinks  {' '.join(words)}")
+        mas.wake(run.last_turn[1])
         texts = write(run, run.last_turn, [example.question], writing)
         print(f"  round {rounds}  {mas.style.roles[-1].name:10s} writes  {texts[0]}")
 
@@ -363,9 +366,9 @@ def main():
     options = {key: getattr(args, key) for key in (
         "latent_length", "max_new_tokens", "temperature", "top_p", "top_k", "min_p",
         "repetition_penalty", "seed")}
-    mas = load_mas_system(style, args.device, args.dtype, args.mas_task,
-                          bool(args.trust_remote_code), parse_override(args.ckpt_override),
-                          thinking=bool(args.enable_thinking))
+    mas = load_mas_system(style, args.device, args.dtype, task.kind, bool(args.trust_remote_code),
+                          parse_override(args.ckpt_override), args.revision,
+                          bool(args.enable_thinking), args.offload)
     if args.show:
         show(mas, examples[:args.show], options, max(args.num_recursive_rounds))
         return

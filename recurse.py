@@ -12,13 +12,14 @@ Each arrow carries R_out(R_in(H)), m vectors that take the place of words in the
 prompt. Only the last agent, in the last round, writes. Training takes its answer's loss in that
 place; evaluation, benchmarks and the text baselines go through the same loop.
 """
+import copy
 import dataclasses
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import errors, snapshot_download
 
 from agents import Agent, apply_link, load_agent, pick_device
 from link import OuterLink, load_inner, load_outer
@@ -46,6 +47,7 @@ def recurse(mas, questions, rounds, latent_length, kind="math", method="latent",
             turn=None, writing=None):
     """Run the rounds up to the last role's last turn, which is left to the caller: a Run.
 
+    kind: of all questions, or a list with one for each; latent_length: m.
     method: latent, or a control (zero: zeros are sent; shuffle: another question's latents), or
     in words (text; text_brief; single: the last role alone; single_loop: hearing itself). turn(
     agent, role, round, read) -> H replaces thinking, and is how the trainers look in. writing:
@@ -61,7 +63,7 @@ def recurse(mas, questions, rounds, latent_length, kind="math", method="latent",
 
     for round in range(1, rounds + 1):
         for role in style.roles:
-            agent, name = mas.agents[role.name], role.name
+            agent, name = mas.wake(role.name), role.name
             read = prompts.reader(role, dict(heard[name]), reuse=rounds > 1)
             if round == rounds and role is style.roles[-1]:
                 run.last_turn = (agent, name, round, read)
@@ -108,8 +110,9 @@ def text_seed(*parts):
 
 def check_request(questions, rounds, latent_length, kind, method):
     """Raise ValueError for a request that cannot be served."""
-    if kind not in KINDS:
-        raise ValueError(f"unknown kind of question '{kind}': choose one of {', '.join(KINDS)}")
+    for one in [kind] if isinstance(kind, str) else dict.fromkeys(kind):
+        if one not in KINDS:
+            raise ValueError(f"unknown kind of question '{one}': choose one of {', '.join(KINDS)}")
     if method not in METHODS:
         raise ValueError(f"unknown method '{method}': choose one of {', '.join(METHODS)}")
     if rounds < 1:
@@ -127,16 +130,29 @@ class Prompts:
     """The prompts of one batch of questions; what does not change over the rounds is read once."""
 
     def __init__(self, mas, style, questions, kind):
-        self.mas, self.style, self.questions, self.kind = mas, style, questions, kind
+        self.mas, self.style, self.questions = mas, style, questions
+        self.kinds = [kind] * len(questions) if isinstance(kind, str) else list(kind)
         self.segments, self.prefixes = {}, {}
 
     def _segments(self, role, heard):
-        """The role's B prompts given whom it has heard (see Agent.prompt)."""
-        text = self.style.prompt(role, self.kind, heard)
-        if (role.name, text) not in self.segments:
-            self.segments[role.name, text] = self.mas.agents[role.name].prompt(
-                role.system, text, heard, self.questions, ANSWER_FORMAT[self.kind])
-        return self.segments[role.name, text]
+        """The role's B prompts given whom it has heard (see Agent.prompt), kind by kind."""
+        key = role.name, tuple(heard)
+        if key not in self.segments:
+            rows = [None] * len(self.questions)
+            for kind in dict.fromkeys(self.kinds):
+                places = [i for i, other in enumerate(self.kinds) if other == kind]
+                segments = self.mas.agents[role.name].prompt(
+                    role.system, self.style.prompt(role, kind, heard), heard,
+                    [self.questions[i] for i in places], ANSWER_FORMAT[kind])
+                for row, i in enumerate(places):
+                    rows[i] = [part if isinstance(part, str) else part[row] for part in segments]
+            if len({tuple(isinstance(part, str) and part for part in row) for row in rows}) > 1:
+                raise ValueError(f"style {self.style.name}: role {role.name} hears the others in a "
+                                 "different order for different kinds of question, which one "
+                                 "batch cannot mix: use batches of one, or the same order")
+            self.segments[key] = [segment[0] if isinstance(segment[0], str) else list(segment)
+                                  for segment in zip(*rows)]
+        return self.segments[key]
 
     def reader(self, role, heard, reuse):
         """read() -> Past of the role's prompts with `heard` in their slots.
@@ -155,11 +171,25 @@ class Prompts:
 
 @dataclass
 class MAS:
-    """A loaded system: agents by role, outer links by edge key (missing while untrained)."""
+    """A loaded system: agents by role, outer links by edge key (missing while untrained).
+
+    offload: only the agent whose turn it is has its weights on its device, the others' rest in
+    main memory; for answering only."""
     style: object
     agents: dict
     outer: torch.nn.ModuleDict
     task: str = "math"
+    offload: bool = False
+
+    def wake(self, role):
+        """The agent of a role, ready for its turn."""
+        agent = self.agents[role]
+        if self.offload:
+            for other in self.agents.values():
+                if other.model is not agent.model:
+                    other.rest()
+            agent.wake()
+        return agent
 
     def send(self, edge, H, method="latent"):
         """R_out(R_in(H)) along an edge: (B, m, d_src) -> (B, m, d_dst), or a control in its place.
@@ -217,66 +247,81 @@ def chunks(items, size):
     return [items[len(items) * i // count: len(items) * (i + 1) // count] for i in range(count)]
 
 
-def local_folder(name, revision=None):
-    """A folder as given, or within the project, or fetched from the hub."""
+HUB_ERRORS = {       # in this order: a gated repo is also one that is not found
+    errors.GatedRepoError: "is gated: accept its terms on its hub page, then run `hf auth login`",
+    errors.RepositoryNotFoundError: "is no repo of the hub, or a private one: check the name, and "
+                                    "`hf auth login` if it is yours",
+    errors.RevisionNotFoundError: "has no such revision: check it, or leave it away",
+    OSError: "is neither a folder here nor to be had from the hub: check name and network",
+    ValueError: "is neither a folder here nor a name the hub knows: check it"}
+
+
+def local_folder(name, revision=None, who=""):
+    """A folder as given, or within the project, or fetched from the hub; `who` needs it."""
     for folder in (Path(name), PROJECT / name):
         if folder.is_dir():
             return folder
     try:
-        return Path(snapshot_download(name, revision=revision))
-    except (OSError, ValueError) as problem:      # no such folder, repo or network; a gated repo
-        raise FileNotFoundError(f"{name} is neither a folder here nor to be had from the hub "
-                                f"({type(problem).__name__}): check the name, the network, and "
-                                "`hf auth login` if the repo is gated") from problem
+        # Llama's repos hold the weights a second time in original/.
+        return Path(snapshot_download(name, revision=revision, ignore_patterns=["original/*"]))
+    except tuple(HUB_ERRORS) as problem:
+        says = next(text for kind, text in HUB_ERRORS.items() if isinstance(problem, kind))
+        at = f" (revision {revision})" if revision else ""
+        raise FileNotFoundError(f"{who + ': ' if who else ''}{name}{at} {says} "
+                                f"[{type(problem).__name__}]") from problem
 
 
 def load_agents(style, device="auto", dtype="auto", task="math", trust_remote_code=False,
                 ckpt_override=None, revision=None, models=None, inner_kind="2layer_ln_res",
-                thinking=False):
+                thinking=False, offload=False):
     """A system without outer links: every agent with its inner link, all frozen.
 
-    ckpt_override: {role: folder or hub id} used in place of a role's repo; models: {role: base
-    model}. A repo without a model (links trained here) goes with the role's base model.
-    inner_kind: for repos that do not say."""
+    device: one, or several with commas: each agent goes to the one with the least on it; only
+    thoughts, (B, m, d), cross over. ckpt_override: {role: folder or hub id} used in place of a
+    role's repo; models: {role: base model}. A repo without a model (links trained here) goes with
+    the role's base model. inner_kind: for repos that do not say."""
     style, override = get_style(style), ckpt_override or {}
-    for key in override:
-        if key != "outer" and key not in [role.name for role in style.roles]:
-            raise ValueError(f"ckpt_override names '{key}': choose one of outer, "
-                             + ", ".join(role.name for role in style.roles))
-    device, dtype = pick_device(device, dtype)
-    agents = {}
+    override = {key if key == "outer" else style.role(key).name: folder
+                for key, folder in override.items()}
+    places = [pick_device(name, dtype) for name in device.split(",")]
+    filled, bases, agents = [0] * len(places), {}, {}
     for role in style.roles:
-        folder = override.get(role.name, role.repo)
-        if not folder:
-            raise ValueError(f"style {style.name}: role {role.name} has no repo with an inner "
-                             "link: name one in the style or in ckpt_override")
-        folder = local_folder(folder, revision)
+        who = f"style {style.name}, role {role.name}"
+        if not override.get(role.name, role.repo):
+            raise ValueError(f"{who}: no repo with an inner link: name one in the style or in "
+                             "ckpt_override")
+        folder = local_folder(override.get(role.name, role.repo), revision, who)
         model = (models or {}).get(role.name)
         if not model:
             model = folder if (folder / "config.json").is_file() else role.model
-        agent = load_agent(local_folder(model), device, dtype, trust_remote_code, thinking)
-        agent.inner = load_inner(folder, agent.width, task, inner_kind).to(device)
+        base = local_folder(model, who=who).resolve()
+        if base not in bases:                           # two roles may share one frozen model
+            place = filled.index(min(filled))
+            bases[base] = load_agent(base, *places[place], trust_remote_code, thinking, offload)
+            filled[place] += bases[base].model.get_memory_footprint()
+        agent = agents[role.name] = copy.copy(bases[base])
+        agent.inner = load_inner(folder, agent.width, task, inner_kind).to(agent.device)
         agent.inner.requires_grad_(False)
-        agents[role.name] = agent
-    return MAS(style, agents, torch.nn.ModuleDict(), task)
+    return MAS(style, agents, torch.nn.ModuleDict(), task, offload)
 
 
 def load_mas_system(style, device="auto", dtype="auto", task="math", trust_remote_code=False,
-                    ckpt_override=None, revision=None, thinking=False):
+                    ckpt_override=None, revision=None, thinking=False, offload=False):
     """A whole system, ready to answer.
 
     style: a name or a Style; ckpt_override: {role or "outer": folder or hub id}; task chooses
-    among the links of repos that hold several. Raises ValueError or OSError, naming the file."""
+    among the links of repos that hold several; revision: of the style's repos. Raises ValueError or OSError, naming the file."""
     override = ckpt_override or {}
     mas = load_agents(style, device, dtype, task, trust_remote_code, override, revision,
-                      thinking=thinking)
+                      thinking=thinking, offload=offload)
     widths = {edge.key: (mas.agents[edge.src].width, mas.agents[edge.dst].width)
               for edge in mas.style.edges}
     folder = override.get("outer", mas.style.repo)
     if not folder:
         raise ValueError(f"style {mas.style.name} has no repo with outer links: name one in the "
                          "style or as outer in ckpt_override")
-    links = load_outer(local_folder(folder, revision), widths, task)
+    folder = local_folder(folder, revision, f"style {mas.style.name}, outer links")
+    links = load_outer(folder, widths, task)
     for edge in mas.style.edges:
         mas.outer[edge.key] = links[edge.key].to(mas.agents[edge.dst].device).requires_grad_(False)
     return mas

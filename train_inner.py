@@ -70,7 +70,7 @@ def readability(agent, style, role, examples, args):
     writes at that place. The first thought comes before any link, so it always does."""
     agreed, counted = torch.zeros(args.latent_length), torch.zeros(args.latent_length)
     for batch in chunks(examples, args.batch_size):
-        for _, past in common.read_examples(agent, style, role, batch, args.mas_task):
+        for _, past in common.read_examples(agent, style, role, batch):
             thoughts = agent.think(past, args.latent_length)                # (b, m, d)
             read_out = agent.head(thoughts).argmax(-1).cpu()                # (b, m)
             for row, ids in zip(read_out, agent.write(past, args.latent_length).ids):
@@ -90,7 +90,7 @@ def new_link(agent, args):
 
 def features_of(agent, style, role, examples, args):
     """[(states, tokens)] of all examples, computed once, or None if they exceed the budget."""
-    texts = agent.tokenize([text for _, _, text in examples])
+    texts = agent.tokenize([text for *_, text in examples])
     tokens = sum(min(len(ids), args.max_length) for ids in texts)
     size = tokens * agent.width * agent.embedding.weight.element_size() / 1e9
     fits = size <= args.feature_budget_gb
@@ -100,7 +100,7 @@ def features_of(agent, style, role, examples, args):
         return None
     features = []
     for chunk in tqdm(chunks(examples, args.batch_size), desc="hidden states", mininterval=1):
-        features += common.gold_states(agent, style, role, chunk, args.mas_task, args.max_length)
+        features += common.gold_states(agent, style, role, chunk, args.max_length)
     return features
 
 
@@ -111,7 +111,8 @@ def main():
         role = dataclasses.replace(role, target=(args.text_field,))
     rows = common.load_rows(args.dataset_name, args.dataset_split, args.dataset_json_field,
                             args.num_samples, args.seed)
-    examples = common.role_examples(style, role, common.keep_usable(rows, [role]))
+    rows = common.keep_usable(rows, [role])
+    examples = common.role_examples(style, role, rows, args.mas_task)
     if len(examples) >= 400:
         held_out, examples = examples[:200], examples[200:]        # for readability alone
     else:
@@ -119,8 +120,9 @@ def main():
         print("too few texts to hold any out: readability is measured on the training texts")
 
     device, dtype = pick_device(args.device, args.dtype)
-    agent = load_agent(local_folder(args.model_name_or_path or role.model), device, dtype,
-                       bool(args.trust_remote_code), bool(args.enable_thinking))
+    base = local_folder(args.model_name_or_path or role.model, who=f"role {role.name}")
+    agent = load_agent(base, device, dtype, bool(args.trust_remote_code),
+                       bool(args.enable_thinking))
     agent.inner = new_link(agent, args)
     before = readability(agent, style, role, held_out, args)
     features = features_of(agent, style, role, examples, args)
@@ -133,8 +135,7 @@ def main():
             batch = common.batch_of(features or examples, step * args.grad_accum_steps + micro,
                                     args.batch_size, args.seed)
             if not features:
-                batch = common.gold_states(agent, style, role, batch, args.mas_task,
-                                           args.max_length)
+                batch = common.gold_states(agent, style, role, batch, args.max_length)
             states = torch.cat([h for h, _ in batch])                   # (n, d)
             next_tokens = torch.cat([ids for _, ids in batch])          # (n,)
             loss, cosine, mse = inner_loss(agent.inner, agent.embedding, states, next_tokens, args)

@@ -105,13 +105,14 @@ def outer_loss(mas, rows, rounds, args):
 
         H, loss = run_turn(think, args)
         if loss is not None:
+            loss = loss.to(mas.agents[last_role].device)       # agents may sit on several cards
             role_losses.append(loss)
             if role == last_role:
                 early_answers.append(loss)
         return H
 
-    run = recurse(mas, [row["question"] for row in rows], rounds, args.latent_length,
-                  kind=args.mas_task, turn=turn)
+    run = recurse(mas, [common.question_of(row) for row in rows], rounds, args.latent_length,
+                  kind=[common.row_kind(row, args.mas_task) for row in rows], turn=turn)
     agent, role, round, read = run.last_turn
     final = run_turn(lambda: cross_entropy(agent, read(), role, round), args)
     weight = args.role_loss_weight
@@ -171,15 +172,14 @@ def warm_start(mas, rows, args, seed):
         if not known:
             continue
         role = mas.style.role(edge.src)
-        examples = common.role_examples(mas.style, role, rows)
+        examples = common.role_examples(mas.style, role, rows, args.mas_task)
         optimizer = torch.optim.AdamW(link.requires_grad_(True).parameters(), lr=4e-3,
                                       betas=(0.9, 0.95), weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.warm_start_steps)
         loss = torch.tensor(float("nan"))          # stays so if no text holds a shared token
         for step in tqdm(range(args.warm_start_steps), desc=edge.key, mininterval=1):
             batch = common.batch_of(examples, step, args.batch_size, seed)
-            pairs = common.gold_states(source, mas.style, role, batch, args.mas_task,
-                                       args.max_length)
+            pairs = common.gold_states(source, mas.style, role, batch, args.max_length)
             states = torch.cat([h for h, _ in pairs])                              # (n, d_src)
             wanted = [known.get(token, -1) for _, ids in pairs for token in ids.tolist()]
             wanted = torch.tensor(wanted, device=target.device)
@@ -249,10 +249,10 @@ def main():
         evaluate.need_matplotlib()
         if args.eval_samples < 2:
             raise ValueError("--eval_samples must be 0 (no comparison) or at least 2 (for shuffle)")
+    inner, models = ({name: given[f"{name}_{what}"] for name in names if given[f"{name}_{what}"]}
+                     for what in ("inner", "model"))
     mas = load_agents(style, args.device, args.dtype, args.mas_task, bool(args.trust_remote_code),
-                      {name: given[f"{name}_inner"] for name in names if given[f"{name}_inner"]},
-                      models={name: given[f"{name}_model"] for name in names
-                              if given[f"{name}_model"]},
+                      inner, args.revision, models,
                       inner_kind=args.inner_adapter_type_fallback,
                       thinking=bool(args.enable_thinking))
     trained = {}

@@ -7,13 +7,19 @@
 In a prompt `{question}`, `{answer_format}` and a slot `{role name}` for each role it hears are
 replaced; every other brace stays. `first` is the prompt of a role that has heard nothing yet;
 without it, each line of `prompt` that holds an unfilled slot is left out. A style is a file of
-this folder that makes a Style; nothing has to be registered.
+this folder that makes a Style, or any other .py file given by its path; nothing has to be
+registered.
+
+The prompts of all styles are our own words. The released links were trained under others, so they
+may score lower here than published; `evaluate.py --prompts FILE.json` puts other words in.
 """
 import dataclasses
 import importlib
+import importlib.util
 import pkgutil
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 # The published names of roles and styles, which flags and data may use as well.
 PUBLISHED_ROLES = {
@@ -31,6 +37,38 @@ ANSWER_FORMAT = {
     "code": "End with the whole program in one ```python block.",
     "search": "End with the shortest possible answer as \\boxed{...}.",
 }
+
+# What the prompts of the real styles are put together from (see per_kind).
+TASK = {
+    "math": "Problem:\n{question}",
+    "choice": "Multiple-choice question:\n{question}",
+    "code": "Programming task:\n{question}",
+    "search": "Question:\n{question}",
+}
+SOLVE = {
+    "math": "Solve the problem step by step. {answer_format}",
+    "choice": "Weigh the options one by one, then choose. {answer_format}",
+    "code": "Write the program. {answer_format}",
+    "search": "Put the facts together, then answer. {answer_format}",
+}
+
+
+def per_kind(*parts):
+    """{kind: prompt}, each put together from parts that are a str or a {kind: str}."""
+    return {kind: "\n\n".join(part if isinstance(part, str) else part[kind] for part in parts)
+            for kind in KINDS}
+
+
+def benchmark_settings(batch_size, latent_length, math500_tokens=2000):
+    """Style.settings for evaluate.py: the published decoding budgets, and {data set: m}."""
+    tokens = {"math500": math500_tokens, "aime25": 16000, "aime26": 16000, "gpqa": 4000,
+              "medqa": 4000, "mbppplus": 4000, "livecodebench": 4000}
+    settings = {name: {"max_new_tokens": count} for name, count in tokens.items()}
+    for name in ("mbppplus", "livecodebench"):
+        settings[name]["temperature"] = 0.2
+    for name, m in latent_length.items():
+        settings[name]["latent_length"] = m
+    return {"evaluate": {"batch_size": batch_size}, **settings}
 
 
 @dataclass(frozen=True)
@@ -87,8 +125,8 @@ class Style:
         if not heard and role.first:
             return by_kind(self, role, role.first, kind)
         unfilled = [f"{{{name}}}" for name in self.heard_by(role.name) if name not in heard]
-        lines = by_kind(self, role, role.prompt, kind).split("\n")
-        return "\n".join(line for line in lines if not any(slot in line for slot in unfilled))
+        text = by_kind(self, role, role.prompt, kind)
+        return without_lines(text, lambda line: any(slot in line for slot in unfilled))
 
     def alone(self):
         """The last role by itself, hearing its own last text: methods single and single_loop."""
@@ -98,15 +136,21 @@ class Style:
         def own(prompt):
             if isinstance(prompt, dict):
                 return {kind: own(text) for kind, text in prompt.items()}
-            kept = [line for line in prompt.split("\n") if slots[0] in line
-                    or "{question}" in line or not any(slot in line for slot in slots)]
-            text = "\n".join(kept)
+            text = without_lines(prompt, lambda line: not any(
+                part in line for part in ("{question}", slots[0])) and any(
+                slot in line for slot in slots))
             for slot in slots[1:]:
                 text = text.replace(slot, "")
             return text.replace(slots[0], f"{{{last.name}}}")
 
         return dataclasses.replace(self, edges=(Edge("own", last.name, last.name),),
                                    roles=(dataclasses.replace(last, prompt=own(last.prompt)),))
+
+
+def without_lines(text, left_out):
+    """The text without the lines for which left_out(line) holds, nor the gaps they leave."""
+    kept = "\n".join(line for line in text.split("\n") if not left_out(line))
+    return kept if kept == text else kept.replace("\n\n\n", "\n\n").strip("\n")
 
 
 def by_kind(style, role, prompt, kind):
@@ -201,12 +245,25 @@ def all_styles():
 
 
 def get_style(style):
-    """The Style called `style`, or `style` itself if it is one already.
+    """The Style called `style` in this folder, the one in a .py file given by its path, or `style`
+    itself if it is one already. Published design names work too.
 
     Raises ValueError for an unknown name, listing the known ones."""
     if isinstance(style, Style):
         return style
+    path, name = Path(style), PUBLISHED_DESIGNS.get(style, style)
+    if path.suffix == ".py":
+        if not path.is_file():
+            raise ValueError(f"style file {path} does not exist: check --style")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        made = [value for value in vars(module).values() if isinstance(value, Style)]
+        if len(made) != 1:
+            raise ValueError(f"style file {path} makes {len(made)} styles: let it make one")
+        return made[0]
     styles = all_styles()
-    if style not in styles:
-        raise ValueError(f"unknown style '{style}': choose one of {', '.join(sorted(styles))}")
-    return styles[style]
+    if name not in styles:
+        raise ValueError(f"unknown style '{style}': choose one of {', '.join(sorted(styles))}, or "
+                         "give a .py file that makes one")
+    return styles[name]

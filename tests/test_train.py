@@ -176,8 +176,8 @@ def test_inner_loss_is_the_equation(shipped):
 
 def test_gold_states_equal_a_plain_run(shipped):
     agent, role = shipped.agents["critic"], shipped.style.role("critic")
-    examples = common.role_examples(shipped.style, role, ROWS)[:3]
-    found = common.gold_states(agent, shipped.style, role, examples, "math", 100)
+    examples = common.role_examples(shipped.style, role, ROWS, "math")[:3]
+    found = common.gold_states(agent, shipped.style, role, examples, 100)
     for (question, heard, text), (states, tokens) in zip(examples, found):
         words = f"<bos> <|user|> {question} <|notes|> {heard['planner']} <|assistant|> {text}"
         ids = torch.tensor([agent.tokenizer.convert_tokens_to_ids(words.split())])

@@ -1,0 +1,43 @@
+"""Three experts side by side -> summarizer -> back to each expert: the paper's mixture style."""
+from styles import SOLVE, TASK, Edge, Role, Style, benchmark_settings, per_kind
+
+REPO = "RecursiveMAS/Mixture-"
+
+
+def expert(name, field, model, repo, target):
+    """One of the experts. In round 1 the lines about the summary are left out."""
+    return Role(
+        name, model, REPO + repo, target=target,
+        system=f"You are the {field} expert in a team of three experts and a summarizer.",
+        prompt=per_kind(
+            TASK, "What the summarizer made of the last round: {summarizer}",
+            f"Say what {field} contributes to the answer: the facts, methods and steps that "
+            "you are sure of, and where others are likely to go wrong."))
+
+
+mixture = Style(
+    name="mixture",
+    repo=REPO + "Outerlinks",
+    roles=(
+        expert("math", "mathematics", "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
+               "Math-DeepSeek-R1-Distill-Qwen-1.5B",
+               ("hie_math_expert", "math_expert", "expert_math")),
+        expert("code", "programming", "Qwen/Qwen2.5-Coder-3B-Instruct", "Code-Qwen2.5-Coder-3B",
+               ("hie_code_expert", "code_expert", "expert_code")),
+        expert("science", "natural and life sciences", "BioMistral/BioMistral-7B",
+               "Science-BioMistral-7B",
+               ("hie_science_expert", "science_expert", "expert_science")),
+        Role("summarizer", "Qwen/Qwen3.5-2B", REPO + "Summarizer-Qwen3.5-2B",
+             target=("hie_summarizer", "summary", "answer"),
+             system="You put together what a mathematician, a programmer and a scientist say: "
+                    "keep what holds, drop what does not.",
+             prompt=per_kind(TASK,
+                             "What is known so far, of mathematics: {math}\n"
+                             "Of programming: {code}\n"
+                             "Of science: {science}", SOLVE)),
+    ),
+    edges=(Edge("outer_1s", "math", "summarizer"), Edge("outer_2s", "code", "summarizer"),
+           Edge("outer_3s", "science", "summarizer"), Edge("outer_s1", "summarizer", "math"),
+           Edge("outer_s2", "summarizer", "code"), Edge("outer_s3", "summarizer", "science")),
+    settings=benchmark_settings(16, {}),
+)

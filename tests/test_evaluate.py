@@ -149,7 +149,7 @@ BAD_ROWS = '{"question": "start 1 s1 +1 s2 +1"}\n'
     (evaluate, ["--dtype", "int8"], "invalid choice"),
     (evaluate, ["--lat", "3"], "unrecognized arguments"),
     (evaluate, ["--ckpt_override", "outer"], "KEY=PATH"),
-    (evaluate, ["--ckpt_override", "judge=tiny/solver"], "one of outer, planner, critic, solver"),
+    (evaluate, ["--ckpt_override", "judge=tiny/solver"], "one of planner, critic, solver"),
     (evaluate, ["--ckpt_override", "outer="], "KEY=PATH"),
     (evaluate, ["--min_p", "2"], "at most 1.0"),
     (evaluate, ["--repetition_penalty", "0"], "at least 0.01"),

@@ -178,7 +178,8 @@ def test_gold_states_equal_a_plain_run(shipped):
     agent, role = shipped.agents["critic"], shipped.style.role("critic")
     examples = common.role_examples(shipped.style, role, ROWS, "math")[:3]
     found = common.gold_states(agent, shipped.style, role, examples, 100)
-    for (question, heard, text), (states, tokens) in zip(examples, found):
+    for (question, kind, heard, text), (states, tokens) in zip(examples, found):
+        assert kind == "math"
         words = f"<bos> <|user|> {question} <|notes|> {heard['planner']} <|assistant|> {text}"
         ids = torch.tensor([agent.tokenizer.convert_tokens_to_ids(words.split())])
         plain = agent.body(ids).last_hidden_state[0]

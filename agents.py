@@ -32,7 +32,7 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynam
                           PreTrainedTokenizerFast)
 from transformers.cache_utils import LinearAttentionLayer
 
-ATTENTION = ("full_attention", "sliding_attention")     # layers with keys and values
+RECURRENT = "linear_attention"         # Qwen3.5: layers with a state in place of keys and values
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -89,6 +89,22 @@ class RecurrentLayer(LinearAttentionLayer):
         self.recurrent_states[state_idx] = recurrent_states
         self.is_recurrent_states_initialized[state_idx] = True
         return recurrent_states
+
+
+def layer_kinds(config):
+    """The kinds of layers of a decoder, by its config: {full_attention, ..}."""
+    return set(getattr(config, "layer_types", None) or ["full_attention"])
+
+
+def new_cache(config):
+    """An empty cache for a decoder of this config. Sliding layers keep all positions too (their
+    mask does the sliding): only so can what was read be cut and moved."""
+    if RECURRENT not in layer_kinds(config):
+        return DynamicCache()
+    cache = DynamicCache(config=config)
+    cache.layers = [RecurrentLayer() if isinstance(layer, LinearAttentionLayer) else layer
+                    for layer in cache.layers]
+    return cache
 
 
 @dataclass
@@ -151,12 +167,11 @@ class Agent:
         if tokenizer.chat_template is None:
             raise ValueError(f"{tokenizer.name_or_path or 'this model'} has no chat template: take "
                              "the instruct model, or set tokenizer.chat_template")
-        layers = getattr(self.body.config, "layer_types", None) or []
-        odd = set(layers) - {*ATTENTION, "linear_attention"}
+        odd = layer_kinds(self.body.config) - {"full_attention", "sliding_attention", RECURRENT}
         if odd:
             raise ValueError(f"{tokenizer.name_or_path or 'this model'} has layers of a kind that "
                              f"is not supported ({', '.join(sorted(odd))}): choose another model")
-        self.recurrent = "linear_attention" in layers
+        self.recurrent = RECURRENT in layer_kinds(self.body.config)
         ends = [tokenizer.eos_token_id, model.generation_config.eos_token_id]
         self.end_tokens = {token for end in ends if end is not None
                            for token in (end if isinstance(end, list) else [end])}
@@ -256,16 +271,6 @@ class Agent:
 
     # ---- read, think, follow, write ---------------------------------------------------------
 
-    def new_cache(self):
-        """An empty cache. Sliding layers keep all positions too (their mask does the sliding):
-        only so can what is read be cut and moved."""
-        if not self.recurrent:
-            return DynamicCache()
-        cache = DynamicCache(config=self.body.config)
-        cache.layers = [RecurrentLayer() if isinstance(layer, LinearAttentionLayer)
-                        else layer for layer in cache.layers]
-        return cache
-
     def _forward(self, embeds, cache, mask):
         """Hidden states (B, T_new, d) of new positions; grows the cache. mask: (B, T_past+T_new)"""
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -embeds.shape[1]:]
@@ -274,7 +279,7 @@ class Agent:
 
     def read(self, embeds, mask, past=None):
         """Read embeds (B, T, d) with mask (B, T), after `past` if given: a new Past."""
-        cache = self.new_cache() if past is None else past.copy_cache()
+        cache = new_cache(self.body.config) if past is None else past.copy_cache()
         mask = mask if past is None else torch.cat([past.mask, mask], 1)
         states = self._forward(embeds, cache, mask)
         return Past(cache, mask, states[:, -1:])

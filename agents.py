@@ -125,6 +125,12 @@ class Past:
             vars(layer).update(states)
         return cache
 
+    def rows(self, places):
+        """The Past of these rows alone; a row may come several times."""
+        places, cache = torch.tensor(places, device=self.mask.device), self.copy_cache()
+        cache.reorder_cache(places)
+        return Past(cache, self.mask[places], self.last[places])
+
     def right_aligned(self, mask):
         """The first mask[b].sum() positions of each row b, moved to the row's right edge.
 

@@ -264,8 +264,8 @@ def show(mas, examples, options, rounds):
             words = agent.tokenizer.convert_ids_to_tokens(agent.head(H[0]).argmax(-1).tolist())
             print(f"  round {round}  {role:10s} thinks  {' '.join(words)}")
         mas.wake(run.last_turn[1])
-        texts = write(run, run.last_turn, [example.question], writing)
-        print(f"  round {rounds}  {mas.style.roles[-1].name:10s} writes  {texts[0]}")
+        draft = write(mas, run, run.last_turn, [example.question], writing)
+        print(f"  round {rounds}  {mas.style.roles[-1].name:10s} writes  {draft.text(0)}")
 
 
 # ---- the comparison at the end of train_outer ---------------------------------------------------

@@ -15,6 +15,7 @@ place; evaluation, benchmarks and the text baselines go through the same loop.
 import copy
 import dataclasses
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,8 +25,10 @@ from huggingface_hub import errors, snapshot_download
 from agents import Agent, apply_link, load_agent, pick_device
 from link import OuterLink, load_inner, load_outer
 from styles import ANSWER_FORMAT, KINDS, get_style
+from tools import next_call, run_tool
 
 PROJECT = Path(__file__).resolve().parent
+TOOL_TAGS, MAX_CALLS = ("</python>", "</search>"), 5       # calls per answer
 METHODS = ("latent", "zero", "shuffle", "text", "text_brief", "single", "single_loop")
 WORDS = ("text", "text_brief", "single", "single_loop")     # methods whose messages are texts
 
@@ -41,6 +44,7 @@ class Run:
     decoded_tokens: list = field(default_factory=list)    # per question, all roles
     latent_steps: int = 0                           # per question
     last_turn: tuple = ()                           # (agent, role, round, read): not taken yet
+    draft: object = None                            # what that turn wrote
 
 
 def recurse(mas, questions, rounds, latent_length, kind="math", method="latent", trace=False,
@@ -51,14 +55,15 @@ def recurse(mas, questions, rounds, latent_length, kind="math", method="latent",
     method: latent, or a control (zero: zeros are sent; shuffle: another question's latents), or
     in words (text; text_brief; single: the last role alone; single_loop: hearing itself). turn(
     agent, role, round, read) -> H replaces thinking, and is how the trainers look in. writing:
-    arguments of Agent.write, with `seed` and `brief`. trace keeps thoughts and messages."""
+    see Draft, with `brief`. trace keeps thoughts and messages."""
     check_request(questions, rounds, latent_length, kind, method)
     style = mas.style
     if method in ("single", "single_loop"):
         rounds = rounds * len(style.roles) if method == "single_loop" else 1
         style = style.alone()
     turn = turn or (lambda agent, role, round, read: agent.think(read(), latent_length))
-    run, prompts = Run(decoded_tokens=[0] * len(questions)), Prompts(mas, style, questions, kind)
+    run, prompts = Run(), Prompts(mas, style, questions, kind)
+    run.decoded_tokens = [0] * (len(questions) // (writing or {}).get("repeats", 1))
     heard = {role.name: {} for role in style.roles}
 
     for round in range(1, rounds + 1):
@@ -69,7 +74,8 @@ def recurse(mas, questions, rounds, latent_length, kind="math", method="latent",
                 run.last_turn = (agent, name, round, read)
                 return run
             if method in WORDS:
-                said = write(run, (agent, name, round, read), questions, writing, brief=method)
+                turn_now = (agent, name, round, read)
+                said = write(mas, run, turn_now, questions, writing, method).texts()
             else:
                 H = turn(agent, name, round, read)                            # (B, m, d)
                 run.latent_steps += len(H[0])
@@ -86,20 +92,93 @@ def recurse(mas, questions, rounds, latent_length, kind="math", method="latent",
                         run.sent[round, edge.key] = message
 
 
-def write(run, last_turn, questions, writing, brief=""):
-    """Let the agent of a turn write: B texts; counts and texts go into the run."""
-    agent, role, round, read = last_turn
-    options = {"max_new_tokens": 1000, **(writing or {})}
-    seed, brief_length = options.pop("seed", 42), options.pop("brief", None)
-    if brief == "text_brief":
+class Draft:
+    """What one turn writes: samples of an answer to each question, with what tools put between.
+
+    rows[p]: whose prompt draft p stands behind; told[p]: its tokens by now; decoded[p]: how many of
+    them were decoded, not put there. options: arguments of Agent.write, `seed`, `samples` (drafts
+    a prompt) and `repeats` (how often in a row each question stands in the list)."""
+
+    def __init__(self, turn, questions, options):
+        options = {"max_new_tokens": 1000, "seed": 42, "samples": 1, "repeats": 1, **options}
+        self.agent, role, round, self.read = turn
+        seed, samples = options.pop("seed"), options.pop("samples")
+        self.per_question = samples * options.pop("repeats")
+        self.stop = tuple(options.pop("stop", ()))
+        self.max_new_tokens, self.options = options.pop("max_new_tokens"), options
+        self.rows = [row for row in range(len(questions)) for _ in range(samples)]
+        self.seeds = [text_seed(seed, role, round, questions[row], p % self.per_question)
+                      for p, row in enumerate(self.rows)]
+        self.told, self.decoded = [[] for _ in self.rows], [0] * len(self.rows)
+        self.newest = [[] for _ in self.rows]                   # what go_on wrote last
+
+    def go_on(self, drafts, limits, stop=()):
+        """Write on in these drafts, up to so many words more in each, or to behind a stop string.
+
+        All samples of a question start from one reading of its prompt; what stands behind the
+        prompt by now is read along with it."""
+        rows, told = [self.rows[p] for p in drafts], [self.told[p] for p in drafts]
+        past = self.read(rows, told) if any(told) else self.read().rows(rows)
+        seeds = [text_seed(self.seeds[p], len(self.told[p])) for p in drafts]
+        said = self.agent.write(past, max(limits), seeds=seeds, stop=self.stop + stop,
+                                **self.options)
+        for p, ids, limit in zip(drafts, said.ids, limits):
+            self.newest[p] = ids[:limit]
+            self.told[p] = self.told[p] + self.newest[p]
+            self.decoded[p] += len(self.newest[p])
+
+    def add(self, p, text):
+        """Put text behind draft p, in place of its end token, as if it had been written."""
+        while self.told[p] and self.told[p][-1] in self.agent.end_tokens:
+            self.told[p] = self.told[p][:-1]
+        self.told[p] = self.told[p] + self.agent.tokenize([text])[0]
+
+    def use_tools(self, drafts, tools, search):
+        """Run the calls that drafts end in, side by side, and add the results; returns the drafts
+        that go on: those that called and have words left."""
+        calls = {}
+        for p in drafts:
+            text = self.agent.tokenizer.decode(self.newest[p])
+            ends = [text.find(tag) + len(tag) for tag in TOOL_TAGS if tag in text]
+            call = next_call(text[:min(ends)]) if ends else None     # a token may reach beyond it
+            if call and call[0] in tools and self.decoded[p] < self.max_new_tokens:
+                calls[p] = call
+        with ThreadPoolExecutor(MAX_CALLS) as pool:
+            results = pool.map(lambda call: run_tool(*call, search), calls.values())
+            for p, result in zip(calls, results):
+                self.add(p, result)
+        return list(calls)
+
+    def text(self, p):
+        """Draft p as it stands."""
+        return self.agent.tokenizer.decode(self.told[p], skip_special_tokens=True).strip()
+
+    def texts(self):
+        """One text a draft: a question's samples stand side by side."""
+        return [self.text(p) for p in range(len(self.rows))]
+
+
+def write(mas, run, turn, questions, writing, method=""):
+    """Let the agent of a turn write, tools included: a Draft; the run counts its tokens."""
+    options = dict(writing or {})
+    brief_length = options.pop("brief", None)
+    if method == "text_brief":
         if not brief_length:
             raise ValueError("method text_brief needs a task that has a brief message length")
-        options["max_new_tokens"] = min(brief_length, options["max_new_tokens"])
-    seeds = [text_seed(seed, role, round, question) for question in questions]
-    said = agent.write(read(), seeds=seeds, **options)
-    run.decoded_tokens = [count + len(ids) for count, ids in zip(run.decoded_tokens, said.ids)]
-    run.texts[round, role] = said.texts
-    return said.texts
+        options["max_new_tokens"] = min(brief_length, options.get("max_new_tokens", brief_length))
+    draft = Draft(turn, questions, options)
+    tools = mas.style.tools if turn[1] == mas.style.roles[-1].name else ()
+    drafts = list(range(len(draft.rows)))
+    for calls_left in range(MAX_CALLS if tools else 0, -1, -1):
+        limits = [draft.max_new_tokens - draft.decoded[p] for p in drafts]
+        draft.go_on(drafts, limits, TOOL_TAGS if calls_left else ())
+        drafts = draft.use_tools(drafts, tools, mas.search) if calls_left else []
+        if not drafts:
+            break
+    for p, count in enumerate(draft.decoded):
+        run.decoded_tokens[p // draft.per_question] += count
+    run.texts[turn[2], turn[1]] = draft.texts()
+    return draft
 
 
 def text_seed(*parts):
@@ -155,7 +234,8 @@ class Prompts:
         return self.segments[key]
 
     def reader(self, role, heard, reuse):
-        """read() -> Past of the role's prompts with `heard` in their slots.
+        """read(rows=None, told=None) -> Past of the role's prompts with `heard` in their slots; of
+        these rows alone and with `told`, a token list for each, behind them, if given.
 
         The part before the first slot never changes: it is read once, without gradient, and
         reused over rounds; reuse=False (a single round outside training) spares that detour."""
@@ -164,7 +244,17 @@ class Prompts:
             full = self._segments(role, self.style.heard_by(role.name))
             self.prefixes[role.name] = agent.read_prefix(full)
         prefix = self.prefixes.get(role.name)
-        return lambda: agent.read_prompt(segments, heard, prefix)
+
+        def read(rows=None, told=None):
+            if rows is None:
+                return agent.read_prompt(segments, heard, prefix)
+            part = [one if isinstance(one, str) else [one[row] for row in rows]
+                    for one in segments]
+            said = {name: [value[row] for row in rows] for name, value in heard.items()}
+            begun = prefix and ([prefix[0][row] for row in rows], prefix[1].rows(rows))
+            return agent.read_prompt([*part, told], said, begun)
+
+        return read
 
 
 # ---- the system ---------------------------------------------------------------------------------
@@ -174,12 +264,13 @@ class MAS:
     """A loaded system: agents by role, outer links by edge key (missing while untrained).
 
     offload: only the agent whose turn it is has its weights on its device, the others' rest in
-    main memory; for answering only."""
+    main memory; for answering only. search: query -> text, for styles with that tool."""
     style: object
     agents: dict
     outer: torch.nn.ModuleDict
     task: str = "math"
     offload: bool = False
+    search: object = None
 
     def wake(self, role):
         """The agent of a role, ready for its turn."""
@@ -219,10 +310,22 @@ class MAS:
 
     @torch.no_grad()
     def respond(self, questions, rounds=3, latent_length=32, kind="math", method="latent",
-                trace=False, **writing):
-        """One batch of questions, answered: (B texts, Run). `writing` goes to Agent.write."""
-        run = recurse(self, questions, rounds, latent_length, kind, method, trace, writing=writing)
-        return write(run, run.last_turn, questions, writing), run
+                trace=False, samples=1, **writing):
+        """One batch of B questions, answered: (B * samples texts, Run).
+
+        Samples share all that is no word: prompts, latents and the last prompt are read once. Where
+        the agents' messages are words, each sample is a run of its own. `writing`: see Draft."""
+        if samples > 1 and method in ("text", "text_brief", "single_loop"):
+            kinds = [kind] * len(questions) if isinstance(kind, str) else kind
+            questions = [question for question in questions for _ in range(samples)]
+            kind = [one for one in kinds for _ in range(samples)]
+            writing = {**writing, "repeats": samples}
+        else:
+            writing = {**writing, "samples": samples}
+        run = recurse(self, questions, rounds, latent_length, kind, method, trace,
+                      writing={**writing, "samples": 1})
+        run.draft = write(self, run, run.last_turn, questions, writing)
+        return run.draft.texts(), run
 
     def answer(self, questions, rounds=3, latent_length=32, kind="math", method="latent",
                max_new_tokens=1000, temperature=0.0, top_p=1.0, seed=42, batch_size=32, **writing):

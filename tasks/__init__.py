@@ -163,16 +163,13 @@ def no_hub(name, problem):
             f"give a local file of its rows ({reason})")
 
 
-def examples_from(rows, make, name, limit=None):
+def examples_from(rows, make, name, path=None, limit=None):
     """The first `limit` Examples of rows (Place, row), each made by make(place, row).
 
     Rows that `make` calls Unusable are left out, counted and printed. Raises ValueError for a
     row that is no object, an id that comes twice, and where nothing is left."""
-    examples, left_out, seen, file = [], [], {}, name
+    examples, left_out, seen = [], [], {}
     for place, row in rows:
-        if limit is not None and len(examples) >= limit:
-            break
-        file = place.file
         if not isinstance(row, dict):
             raise ValueError(f"{place} is not an object with columns: {str(row)[:60]!r}")
         try:
@@ -186,11 +183,13 @@ def examples_from(rows, make, name, limit=None):
                              "ids must differ")
         seen[example.id] = place.number
         examples.append(example)
+        if len(examples) == limit:             # before another row is read: it may be megabytes
+            break
     if left_out:
         print(f"left out {len(left_out)} of the rows: {'; '.join(left_out[:5])}"
               f"{'; ..' if len(left_out) > 5 else ''}", flush=True)
     if not examples:
-        raise ValueError(f"{file} holds no question that can be scored")
+        raise ValueError(f"{path or name} holds no question that can be scored")
     return examples
 
 
@@ -238,4 +237,4 @@ def last_box(text):
 def without_fonts(answer):
     r"""The words of a short LaTeX answer: `\text{(C)}` -> `(C)`, `\mathbf{Paris}` -> `Paris`."""
     answer = re.sub(r"\\(text\w*|math\w+|mbox|bf|rm|left|right)\b|\\[,;! ]|\$", "", answer)
-    return answer.replace("{", "").replace("}", "").strip()
+    return " ".join(answer.replace("{", "").replace("}", "").split())

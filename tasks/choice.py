@@ -42,10 +42,9 @@ STATED = re.compile(
 
 def load(name, path, limit=None, seed=42):
     """The first `limit` questions as Examples; `seed` decides the order of GPQA's options.
-
     Raises ValueError or OSError naming file and row."""
     rows = file_rows(path) if path else hub_rows(*SOURCES[name])
-    return examples_from(rows, functools.partial(make_example, seed=seed), name, limit)
+    return examples_from(rows, functools.partial(make_example, seed=seed), name, path, limit)
 
 
 def make_example(place, row, seed=42):
@@ -73,14 +72,11 @@ def option_texts(place, options):
         options = [f"{letter}. {options[letter]}" for letter in sorted(options) if options[letter]]
     if not isinstance(options, list) or not 2 <= len(options) <= len(LETTERS):
         raise ValueError(f"{place} needs 'options': 2 to {len(LETTERS)} texts, or {{letter: text}}")
-    if not all(isinstance(text, str) and text.strip() for text in options):
-        raise Unusable(f"{place} has an empty option")
-    marks = [MARK.match(text.strip()) for text in options]
-    if not all(marks):
-        return [text.strip() for text in options]
-    if "".join(mark[1] for mark in marks) != LETTERS[:len(options)]:
+    options = [str(text).strip() for text in options]
+    marks = [MARK.match(text) for text in options]
+    if all(marks) and "".join(mark[1] for mark in marks) != LETTERS[:len(options)]:
         raise Unusable(f"{place} has options that are not marked A, B, .. in order")
-    return [text.strip()[mark.end():].strip() for text, mark in zip(options, marks)]
+    return [MARK.sub("", text, count=1) for text in options] if all(marks) else options
 
 
 def right_text(place, row, options):
@@ -95,26 +91,21 @@ def right_text(place, row, options):
     return options[LETTERS.index(answer)]
 
 
-def plain(text):
-    """Text to be compared: without LaTeX fonts, and every run of blanks one blank."""
-    return " ".join(without_fonts(text).split())
-
-
 def score(example, text):
     """The letter chosen in `text` against example.gold."""
     options, letter, boxed = example.row["options"], None, last_box(text)
     if boxed is not None:
-        match = BOXED.match(plain(boxed))
-        same = [i for i, option in enumerate(options) if plain(option) == plain(boxed)]
-        if len(same) == 1 and len(plain(boxed)) > 1:           # an option may begin `C. ` itself
+        boxed = without_fonts(boxed)
+        same = [i for i, option in enumerate(options) if without_fonts(option) == boxed]
+        match = BOXED.match(boxed)
+        if len(same) == 1 and len(boxed) > 1:                  # an option may begin `C. ` itself
             letter = LETTERS[same[0]]
         elif match:
             letter = match[1].upper()
     else:
-        for match in STATED.finditer(re.sub(r"[*_`\\]", "", without_fonts(text))):
+        for match in STATED.finditer(re.sub(r"\\(text|math)\w*|[*_`$\\{}]", "", text)):
             letter = (match[1] or match[2]).upper()
-    if letter is None or letter not in LETTERS[:len(options)]:
-        return Score(False, None)
+    letter = letter if letter in set(LETTERS[:len(options)]) else None
     return Score(letter == example.gold, letter)
 
 

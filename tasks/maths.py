@@ -18,7 +18,6 @@ at the next answer. If we are killed ourselves, the clock or the end of its inpu
 """
 import atexit
 import functools
-import importlib.util
 import json
 import signal
 import subprocess
@@ -41,7 +40,7 @@ SECONDS, MEMORY_MB = 5, 4096    # what one comparison may take
 def load(name, path, limit=None):
     """The first `limit` questions as Examples. Raises ValueError or OSError naming the row."""
     rows = file_rows(path) if path else hub_rows(*SOURCES[name])
-    return examples_from(rows, make_example, name, limit)
+    return examples_from(rows, make_example, name, path, limit)
 
 
 def make_example(place, row):
@@ -61,9 +60,7 @@ def score(example, text):
 
 
 def ready(allow_unsafe=False):
-    """Raise ValueError, before anything is generated, if answers cannot be compared here."""
-    if importlib.util.find_spec("math_verify") is None:
-        raise ValueError("math-verify is missing, which compares answers: pip install math-verify")
+    """Raise ValueError, before anything is generated, if answers cannot be compared."""
     if not WORKER.ask(r"\frac{1}{2}", "0.5")["correct"] or WORKER.ask("5", "-5")["correct"]:
         raise ValueError("math-verify says that 1/2 is not 0.5, or 5 is -5: install version 0.9")
 
@@ -74,8 +71,6 @@ def task(name, path=None):
                 samples=10 if name.startswith("aime") else 1, ready=ready)
 
 
-# ---- the worker, as its parent sees it ----------------------------------------------------------
-
 class Worker:
     """The comparing process, started when first asked and again whenever it has died."""
 
@@ -83,9 +78,8 @@ class Worker:
         self.process, self.lock = None, threading.Lock()      # scorers may run in threads
 
     def ask(self, gold, answer):
-        """{"correct": bool, "read": bool, "note": str} for one pair of LaTeX answers.
-
-        An answer that takes too long is wrong. Raises ValueError if no worker can be started."""
+        """{"correct", "read", "note"} for one pair of LaTeX answers; what takes too long is wrong.
+        Raises ValueError if no worker can be started."""
         with self.lock:
             if self.process is None or self.process.poll() is not None:
                 self.start()
@@ -104,8 +98,8 @@ class Worker:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         if self.process.stdout.readline().strip() != "ready":
             self.stop()
-            raise ValueError("the process that compares answers does not start: see what `python "
-                             "-m tasks.maths` says")
+            raise ValueError("answers cannot be compared: pip install math-verify (if it is there, "
+                             "see what `python -m tasks.maths` says)")
 
     def stop(self):
         """End the process, if there is one."""
@@ -119,7 +113,7 @@ WORKER = Worker()
 atexit.register(WORKER.stop)
 
 
-# ---- the worker itself --------------------------------------------------------------------------
+# From here on: what runs in the worker.
 
 def compare(gold, answer):
     """The verdict on one pair. math-verify's own time limits are off: ours ends the process."""
@@ -132,8 +126,8 @@ def compare(gold, answer):
 
 def serve():
     """Answer JSON lines on stdin until it ends."""
-    import math_verify                          # noqa: F401  (now, and not at the first question)
-    if sys.platform == "linux":                 # elsewhere this limit is refused or has no effect
+    import math_verify  # noqa: F401  (now, so that no question's clock pays for it)
+    if sys.platform == "linux":                     # elsewhere this limit is refused or ignored
         import resource
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_MB * 2**20,) * 2)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -142,7 +136,7 @@ def serve():
         signal.alarm(SECONDS)
         try:
             verdict = compare(*json.loads(line))
-        except Exception as problem:            # sympy may raise anything over a model's words
+        except Exception as problem:                # sympy may raise anything over a model's words
             verdict = {"correct": False, "read": False, "note": type(problem).__name__}
         signal.alarm(0)
         print(json.dumps(verdict), flush=True)

@@ -8,9 +8,10 @@ r"""Questions to look up: Bamboogle and HotpotQA. Does the answer match, to the 
     score      Score(correct=True, parsed='the rikard nordraak.', note='exact match')
 
 Exact match as usual for such questions: lower case, no punctuation, no a/an/the, single blanks; any
-one gold answer will do. (Not as usual: 1.5 is not 15.) Where that fails a judge decides, if one is configured (API_KEY, API_MODEL
-and API_BASE_URL, see tools.py): `Score.note` says which of the two it was. HotpotQA brings ten
-paragraphs with each question; they are left out, for the agents are to search.
+one gold answer will do. (Not as usual: 1.5 is not 15.) Where that fails a judge decides, if one is
+configured (API_KEY, API_MODEL and API_BASE_URL, see tools.py): `Score.note` says which of the two
+it was. HotpotQA brings ten paragraphs with each question; they are left out, for the agents are to
+search.
 """
 import functools
 import re
@@ -30,7 +31,7 @@ NAMES = tuple(SOURCES)
 def load(name, path, limit=None):
     """The first `limit` questions as Examples. Raises ValueError or OSError naming the row."""
     rows = file_rows(path) if path else hub_rows(*SOURCES[name])
-    return examples_from(rows, make_example, name, limit)
+    return examples_from(rows, make_example, name, path, limit)
 
 
 def make_example(place, row):

@@ -1,21 +1,19 @@
 r"""Multiple choice: GPQA (diamond) and MedQA. Which letter was chosen?
 
     record     {"query": "Which vitamin does sunlight make in skin?", "answer": "Vitamin D",
-                "options": ["A. Vitamin A", "B. Vitamin C", "C. Vitamin D", "D. Vitamin K"]}
+                "options": ["A. Vitamin A", "B. Vitamin C", "C. Vitamin D"]}
     question   Which vitamin does sunlight make in skin?
                A. Vitamin A
                B. Vitamin C
                C. Vitamin D
-               D. Vitamin K
     gold       C
     answer     A good guess is vitamin A, but the sun makes D: \boxed{C}
     score      Score(correct=True, parsed='C', note='')
 
 The last box decides: a letter (`C`, `(C)`, `C. Vitamin D`), or the exact text of one option. Only
 without a box does the last statement like `the answer is (C)`, and its letter must stand alone:
-`the answer is A vitamin` or `C. difficile` names no option. All else is unparsed and wrong; who
-said nothing has not said A. A row without a right option, or with it twice, is left out, and named
-on the screen.
+`the answer is A vitamin` or `C. difficile` names no option. All else is unparsed and wrong (nobody
+who said nothing said A). A row without a right option, or with it twice, is left out and printed.
 """
 import functools
 import random

@@ -19,11 +19,11 @@ any the whole text, if it begins as a program does (import, from, def, class, @)
 when the text ends counts up to there. All else is unparsed and wrong.
 
 MBPP+ has a test script to run after the program. LiveCodeBench has texts to read and print, and
-functions (or methods of class Solution) to call with JSON values. There the output is compared
-here, as the benchmark does: by lines, those of numbers as exact decimals (1.50 is 1.5); JSON values
-by ==, floats to a millionth. Its hidden tests are megabytes a question, so of a .jsonl only their
-place is kept until scoring; and they are pickled. Unpickling can run anything that can be named, so
-ours is by a reader that knows no name.
+functions (or methods of class Solution) to call with JSON values. There we compare the output, as
+the benchmark does: by lines, those of numbers as exact decimals (1.50 is 1.5); JSON values by ==,
+floats to a millionth. The hidden tests are megabytes a question, so of a .jsonl only their place is
+kept until scoring. And they are pickled: what unpickling can name it can run, so our reader knows
+no name.
 '''
 import base64
 import decimal
@@ -42,14 +42,12 @@ NAMES = ("mbppplus", "livecodebench")
 MBPP, LIVE = ("evalplus/mbppplus", None, "test"), "livecodebench/code_generation_lite"
 LIVE_FILES = [f"test{number}.jsonl" for number in ("", 2, 3, 4, 5, 6)]      # together release v6
 MBPP_SECONDS, LIVE_SECONDS = 10, 6         # a script, a test
-MEMORY_MB = 2048                           # numpy, which MBPP+ tests import, does not start on less
-LARGEST = 2**30                            # bytes of a question's hidden tests
 BLOCK = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.M)
-# What LiveCodeBench lets a program take as given; builtins again, for math has another pow.
+FUTURE = re.compile(r"^from __future__ .*\n", re.M)                # has to stand before all else
+# What LiveCodeBench lets a program take as given; builtins last, for math has another pow.
 MODULES = "bisect collections copy functools heapq itertools math operator random re string typing"
 PRELUDE = "".join(f"from {module} import *\n" for module in (MODULES + " builtins").split()) + (
     f"import sys, {', '.join(MODULES.split())}\nsys.setrecursionlimit(50000)\n")
-METHOD = "\nif 'Solution' in globals():\n    {name} = Solution().{name}\n"
 
 
 def load(name, path, limit=None):
@@ -91,9 +89,9 @@ def live_example(place, row):
     question += (f"\n\nYour program must define {function}, which is called and returns its answer."
                  if function else
                  "\n\nYour program must read its input from stdin and print its answer.")
-    return Example(row_id(row, "question_id"), question, "tests pass", "code", {
-        "shown": shown, "function": function,
-        "hidden": hidden if place.offset is None else [place.file, place.offset]})
+    hidden = hidden if place.offset is None else [place.file, place.offset]
+    return Example(row_id(row, "question_id"), question, "tests pass", "code",
+                   {"shown": shown, "hidden": hidden, "function": function})
 
 
 class DataOnly(pickle.Unpickler):
@@ -113,8 +111,7 @@ def all_tests(example):
                 file.seek(text[1])
                 text = json.loads(file.readline())["private_test_cases"]
         if not text.lstrip().startswith("["):
-            packed = zlib.decompressobj().decompress(base64.b64decode(text), LARGEST)
-            text = DataOnly(io.BytesIO(packed)).load()
+            text = DataOnly(io.BytesIO(zlib.decompress(base64.b64decode(text)))).load()
         return [(test["input"], test["output"], test["testtype"] == "stdin")
                 for test in example.row["shown"] + json.loads(text)]
     except Exception as problem:     # bytes that are no pickle make it raise anything there is
@@ -139,7 +136,7 @@ def score(example, text):
         return Score(False, None)
     if "test" in example.row:
         from tools import passes
-        run = passes(code, example.row["test"], MBPP_SECONDS, MEMORY_MB)
+        run = passes(code, example.row["test"], MBPP_SECONDS)
         return Score(run.status == "ok", code, "" if run.status == "ok" else run.status)
     tests = all_tests(example)
     for number, test in enumerate(tests, start=1):
@@ -152,13 +149,13 @@ def score(example, text):
 def live_fault(code, function, given, expected, reads_stdin):
     """What is wrong with the program by one LiveCodeBench test, "" if nothing is."""
     from tools import call_function, run_python
+    code = "".join(FUTURE.findall(code)) + PRELUDE + FUTURE.sub("", code)
     if reads_stdin:
-        run = run_python(PRELUDE + code, given, LIVE_SECONDS, MEMORY_MB)
+        run = run_python(code, given, LIVE_SECONDS)
         right = run.status == "ok" and same_output(run.stdout, expected)
     else:
         arguments = [json.loads(line) for line in given.split("\n") if line.strip()]
-        run = call_function(PRELUDE + code + METHOD.format(name=function), function, arguments,
-                            LIVE_SECONDS, MEMORY_MB)
+        run = call_function(code, function, arguments, LIVE_SECONDS)
         right = run.status == "ok" and same_value(run.value, json.loads(expected))
     return "" if right else "wrong answer" if run.status == "ok" else run.status
 

@@ -73,7 +73,6 @@ def task(name, path=None):
 
 class Worker:
     """The comparing process, started when first asked and again whenever it has died."""
-
     def __init__(self):
         self.process, self.lock = None, threading.Lock()      # scorers may run in threads
 
@@ -98,8 +97,8 @@ class Worker:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         if self.process.stdout.readline().strip() != "ready":
             self.stop()
-            raise ValueError("answers cannot be compared: pip install math-verify (if it is there, "
-                             "see what `python -m tasks.maths` says)")
+            raise ValueError("answers cannot be compared: pip install math-verify (if that is "
+                             "there, see what `python -m tasks.maths` says)")
 
     def stop(self):
         """End the process, if there is one."""
@@ -113,10 +112,8 @@ WORKER = Worker()
 atexit.register(WORKER.stop)
 
 
-# From here on: what runs in the worker.
-
 def compare(gold, answer):
-    """The verdict on one pair. math-verify's own time limits are off: ours ends the process."""
+    """In the worker: the verdict on one pair, without math-verify's own time limits."""
     from math_verify import parse, verify
     # Boxed, an answer is taken as a whole; bare, math-verify would look for a formula within it.
     expected, found = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (gold, answer))
@@ -125,7 +122,7 @@ def compare(gold, answer):
 
 
 def serve():
-    """Answer JSON lines on stdin until it ends."""
+    """The worker: answer JSON lines on stdin until it ends."""
     import math_verify  # noqa: F401  (now, so that no question's clock pays for it)
     if sys.platform == "linux":                     # elsewhere this limit is refused or ignored
         import resource

@@ -59,7 +59,7 @@ def normalise(text):
 def score(example, text):
     """The last box of `text` by exact match, else by the judge.
 
-    Raises ValueError or OSError if a judge is configured and cannot be asked."""
+    Raises ValueError or tools.ServiceError if a judge is configured and cannot be asked."""
     boxed = last_box(text)
     answer = without_fonts(boxed) if boxed else ""
     if not normalise(answer):
@@ -69,7 +69,7 @@ def score(example, text):
     from tools import judge, judge_settings
     if judge_settings() is None:
         return Score(False, answer, "no exact match")
-    verdict = judge(example.question, example.gold, answer)
+    verdict = judge(example.question, example.row["answers"], answer)
     return Score(verdict == "correct", answer, f"judge: {verdict}")
 
 

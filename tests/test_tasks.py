@@ -130,31 +130,38 @@ def test_last_box(text, expected):
     # the same, written otherwise
     ("5", "5", True), ("5", "5.0", True), ("5", "+5", True), ("5", "x = 5", True),
     ("5", r"\text{5}", True), ("5", r"{5}", True), ("5", r"5\text{ apples}", True),
-    (r"\frac{1}{2}", "0.5", True), (r"\frac{1}{2}", "1/2", True), (r"\frac12", r"\dfrac{2}{4}", True),
+    (r"\frac{1}{2}", "0.5", True), (r"\frac{1}{2}", "1/2", True),
+    (r"\frac12", r"\dfrac{2}{4}", True),
     (r"-\frac{1}{3}", r"\frac{-1}{3}", True), (r"3\sqrt{13}", r"\sqrt{117}", True),
     ("1000", "1,000", True), (r"\$36", "36", True), (r"90^\circ", "90", True),
     (r"10\%", "10", True), ("p-q", "-q+p", True), ("6-5i", "-5i+6", True),
-    ("(x+1)^2", "x^2+2x+1", True), ("1, 2", "2, 1", True), (r"1\pm\sqrt{2}", r"1-\sqrt2, 1+\sqrt2", True),
+    ("(x+1)^2", "x^2+2x+1", True), ("1, 2", "2, 1", True),
+    (r"1\pm\sqrt{2}", r"1-\sqrt2, 1+\sqrt2", True),
     (r"\left(3, \frac{\pi}{2}\right)", r"(3, \pi/2)", True), (r"x \in [-2,7]", "[-2,7]", True),
     (r"\text{Evelyn}", "Evelyn", True), (r"\text{(C)}", "C", True), ("2^{10}", "1024", True),
     (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", True),
     ("33", "033", True), ("336^\\circ", "336", True), ("1.5", r"1\frac{1}{2}", True),
     # wrong but similar
     ("5", "-5", False), ("-5", "5", False), (r"\frac{1}{2}", "0.7", False),
-    (r"3\sqrt{13}", "3", False), (r"3\sqrt{13}", r"\sqrt{13}", False), (r"3\sqrt{13}", "10.8", False),
-    (r"\frac{3}{56}", "0.0536", False), (r"\frac{1}{3}", "0.333", False), (r"\frac{1}{3}", "0.3", False),
+    (r"3\sqrt{13}", "3", False), (r"3\sqrt{13}", r"\sqrt{13}", False),
+    (r"3\sqrt{13}", "10.8", False),
+    (r"\frac{3}{56}", "0.0536", False), (r"\frac{1}{3}", "0.333", False),
+    (r"\frac{1}{3}", "0.3", False),
     (r"\frac{1}{3}", "3", False), (r"\frac{2}{3}", r"\frac{3}{2}", False),
     (r"-\frac{1}{3}", r"\frac{1}{3}", False), (r"\pi", "3.14", False), (r"\sqrt{2}", "1.41", False),
     ("5", "5, 6", False), ("1, 2", "1", False), ("1", "1, 2", False), ("5", r"\pm 5", False),
-    (r"\pm 5", "5", False), ("(1,2)", "(2,1)", False), ("[1,2)", "(1,2]", False), ("(1,2)", "[1,2]", False),
+    (r"\pm 5", "5", False), ("(1,2)", "(2,1)", False), ("[1,2)", "(1,2]", False),
+    ("(1,2)", "[1,2]", False),
     ("6-5i", "6+5i", False), ("p-q", "q-p", False), ("x^2+1", "x^2-1", False), ("x", "y", False),
     ("x<3", "x>3", False), ("x<3", r"x \le 3", False), (r"\infty", r"-\infty", False),
     (r"(-\infty,2)\cup(3,\infty)", r"(-\infty,2]\cup(3,\infty)", False),
     (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 2 \\ 1 \end{pmatrix}", False),
     (r"\text{Evelyn}", r"\text{Angela}", False), (r"\text{even}", "odd", False), ("B", "C", False),
-    ("11", "11.001", False), ("100", "1000", False), ("70", "70.5", False), ("14", "14 or 15", False),
+    ("11", "11.001", False), ("100", "1000", False), ("70", "70.5", False),
+    ("14", "14 or 15", False),
     ("12", "1, 2", False), ("2", "2x", False), ("5", "five?", False), ("5", "...", False),
-    ("5", r"\frac{5}{", False), ("5", r"x_{1}", False), ("5", "\ud800", False), ("5", "ü" * 50, False),
+    ("5", r"\frac{5}{", False), ("5", r"x_{1}", False), ("5", "\ud800", False),
+    ("5", "ü" * 50, False),
     ("204", "240", False), ("3:5", "5:3", False),
 ])
 def test_maths_verdicts(gold, answer, right):
@@ -179,7 +186,7 @@ def test_maths_finds_the_answer(text, score):
     assert maths.score(Example("1", "", "5", "math"), text) == score
 
 
-def test_a_poisonous_answer_costs_seconds_and_the_next_is_scored(monkeypatch):
+def test_a_poisonous_answer_costs_seconds_and_the_next_is_scored():
     started = time.perf_counter()
     score = maths.score(Example("1", "", "5", "math"), r"\boxed{9^{9^{9^9}}}")
     assert score == Score(False, "9^{9^{9^9}}", "no verdict in 5 s")
@@ -243,7 +250,8 @@ OPTIONS = ["Vitamin A", "C. difficile", "Vitamin  C", "B cells"]          # the 
 CASES = [
     # letters in a box
     (box("D"), "D"), (box("(D)"), "D"), (box("D."), "D"), (box("D)"), "D"), (box("d"), "D"),
-    (box(r"\text{D}"), "D"), (box(r"\textbf{(D)}"), "D"), (box(r"\mathrm{D}"), "D"), (box("{D}"), "D"),
+    (box(r"\text{D}"), "D"), (box(r"\textbf{(D)}"), "D"), (box(r"\mathrm{D}"), "D"),
+    (box("{D}"), "D"),
     (box("D. B cells"), "D"), (box("D: B cells"), "D"), (box("(D) B cells"), "D"),
     (box("Option D"), "D"), (box("The answer is D"), "D"), (box(r"\boxed{D}"), "D"),
     (box("A") + box("D"), "D"), (box("D") + box("A"), "A"), (box("B"), "B"),
@@ -264,9 +272,11 @@ CASES = [
     ("The answer is A. No, the answer is D.", "D"), ("The answer is D because cells.", "D"),
     ("The correct option is D.", "D"), ("Answer: D. B cells", "D"), ("Answer: D) B cells", "D"),
     (HUGE + "The answer is (D). " + HUGE, "D"), ("The answer is D\x00", None),
-    ("The answer is A vitamin.", None), ("The answer is a vitamin.", None), ("The answer is d", None),
+    ("The answer is A vitamin.", None), ("The answer is a vitamin.", None),
+    ("The answer is d", None),
     ("The answer is C. difficile.", None), ("The answer is (A) or (D).", None),
-    ("The answer is A or D.", None), ("The answer is A, D.", None), ("The answer is not (D).", None),
+    ("The answer is A or D.", None), ("The answer is A, D.", None),
+    ("The answer is not (D).", None),
     ("The answer is Different.", None), ("The answer is E.", None), ("answer is D-dimer", None),
     ("The answers: D", None), ("My answerD is D", None),
     # a box decides, even one that says nothing
@@ -320,7 +330,8 @@ def test_gpqa_order_does_not_change_between_processes(tmp_path):
 
 MEDQA = {"question": "Which?", "answer": "iron", "answer_idx": "B",
          "options": {"A": "zinc", "B": "iron", "C": "lead", "D": "tin"}}
-LOCAL = {"query": "Which?", "answer": "iron", "options": ["A. zinc", "B. iron", "C. lead", "D. tin"]}
+LOCAL = {"query": "Which?", "answer": "iron",
+         "options": ["A. zinc", "B. iron", "C. lead", "D. tin"]}
 
 
 @pytest.mark.parametrize("change", [
@@ -399,7 +410,7 @@ def test_the_judge_decides_where_exact_match_fails(stub_tools, verdict, right):
     assert asked == []
     score = search.score(example, box("Paris, France"))
     assert score == Score(right, "Paris, France", f"judge: {verdict}")
-    assert asked == [("Where?", "Paris", "Paris, France")]
+    assert asked == [("Where?", ["Paris"], "Paris, France")]
 
 
 def test_ready_says_whether_there_is_a_judge(stub_tools, capsys):
@@ -454,10 +465,12 @@ def test_program_in(text, program):
 
 
 @pytest.mark.parametrize("printed, expected, same", [
-    ("1\n2\n", "1\n2", True), ("1 \n 2", "1\n2", True), ("1.50", "1.5", True), ("1.0 2", "1 2.00", True),
+    ("1\n2\n", "1\n2", True), ("1 \n 2", "1\n2", True), ("1.50", "1.5", True),
+    ("1.0 2", "1 2.00", True),
     ("Yes", "Yes", True), ("a  b", "a  b", True), ("nan", "nan", True), ("inf x", "inf x", True),
     ("", "\n", True), ("1\r\n2", "1\n2", True), ("-0", "0", True), ("1e3", "1000", True),
-    ("1\n2\n3", "1\n2", False), ("1", "1\n2", False), ("1.5000001", "1.5", False), ("0.3333", "0.33", False),
+    ("1\n2\n3", "1\n2", False), ("1", "1\n2", False), ("1.5000001", "1.5", False),
+    ("0.3333", "0.33", False),
     ("yes", "Yes", False), ("1 2", "2 1", False), ("12", "1 2", False), ("-1", "1", False),
     ("", "1", False), ("1\n\n2", "1\n2", False), ("a b", "a  b", False), ("[1, 2]", "1 2", False),
     ("9" * 5000, "9" * 5001, False), ("9" * 5000, "9" * 5000, True), ("1", "one", False),
@@ -467,12 +480,16 @@ def test_same_output(printed, expected, same):
 
 
 @pytest.mark.parametrize("value, expected, same", [
-    (1, 1, True), ("a", "a", True), ([1, [2]], [1, [2]], True), (0.1 + 0.2, 0.3, True), (2, 2.0, True),
+    (1, 1, True), ("a", "a", True), ([1, [2]], [1, [2]], True), (0.1 + 0.2, 0.3, True),
+    (2, 2.0, True),
     ([0.1 + 0.2], [0.3], True), (None, None, True), (True, True, True), ([], [], True),
     ({"a": 1}, {"a": 1}, True), (1e9 + 1e-4, 1e9, True),
-    (1, 2, False), (1, "1", False), ("1", 1.0, False), ([1, 2], [2, 1], False), ([1], [1, 1], False),
-    (0.30001, 0.3, False), (None, 0, False), (None, 0.0, False), ([1], 1, False), (-1.0, 1.0, False),
-    (10**400, 1.0, False), (float("nan"), 1.0, False), ({"a": 1}, {"a": 2}, False), (False, None, False),
+    (1, 2, False), (1, "1", False), ("1", 1.0, False), ([1, 2], [2, 1], False),
+    ([1], [1, 1], False),
+    (0.30001, 0.3, False), (None, 0, False), (None, 0.0, False), ([1], 1, False),
+    (-1.0, 1.0, False),
+    (10**400, 1.0, False), (float("nan"), 1.0, False), ({"a": 1}, {"a": 2}, False),
+    (False, None, False),
 ])
 def test_same_value(value, expected, same):
     assert coding.same_value(value, expected) is same
@@ -565,13 +582,15 @@ def sandbox():
     return pytest.importorskip("tools", reason="tools.py, which runs programs, is not there yet")
 
 
-MBPP = {"task_id": 2, "prompt": "Write a function to add two numbers.", "code": "", "source_file": "",
-        "test_imports": ["import math"], "test_list": [f"assert add(1, {i}) == {i + 1}" for i in range(5)],
+MBPP = {"task_id": 2, "prompt": "Write a function to add two numbers.", "code": "",
+        "source_file": "", "test_imports": ["import math"],
+        "test_list": [f"assert add(1, {i}) == {i + 1}" for i in range(5)],
         "test": "import numpy as np\nassert add(np.int64(2), math.floor(1.5)) == 3"}
 
 
 @pytest.mark.parametrize("body, right", [
-    ("return a + b", True), ("return a - b", False), ("return", False), ("raise SystemExit(0)", False),
+    ("return a + b", True), ("return a - b", False), ("return", False),
+    ("raise SystemExit(0)", False),
     ("import os; os._exit(0)", False), ("return a +", False), ("print('ok'); return 0", False)])
 def test_mbpp_verdicts(sandbox, tmp_path, body, right):
     task = get_task("mbppplus", write_rows(tmp_path / "mbpp.json", [MBPP]))
@@ -591,6 +610,7 @@ READS = "a, b = map(int, input().split())\nprint(a {} b)"
     ("print(3)", False, "test 2 of 3: wrong answer"), ("1 / 0", False, "test 1 of 3: error"),
     ("import sys\nprint(sum(map(int, sys.stdin.read().split())))", True, ""),
     ("if __name__ == '__main__':\n    " + READS.format("+").replace("\n", "\n    "), True, ""),
+    ("from __future__ import annotations\n" + READS.format("+"), True, ""),
     ("print(pow(2, 3, 5) * 0 + sum(map(int, input().split())))", True, ""),
 ])
 def test_live_stdin_verdicts(sandbox, tmp_path, code, right, note):
@@ -601,7 +621,7 @@ def test_live_stdin_verdicts(sandbox, tmp_path, code, right, note):
 
 
 @pytest.mark.parametrize("code, right", [
-    ("class Solution:\n    def add(self, a: List[int], b: int):\n        return [x + b for x in a]", True),
+    ("class Solution:\n    def add(self, a: List[int], b):\n        return [x + b for x in a]", True),
     ("def add(a, b):\n    return tuple(x + b for x in a)", True),
     ("def add(a, b):\n    return a", False), ("def add(a):\n    return a", False),
     ("def plus(a, b):\n    return a", False), ("class Solution:\n    pass", False),
@@ -615,7 +635,8 @@ def test_live_function_verdicts(sandbox, tmp_path, code, right):
 
 def test_live_without_tests_is_never_right(tmp_path):
     example = live_example(tmp_path, live_row("[]", public_test_cases="[]"))
-    assert coding.score(example, "```python\nx = 1\n```") == Score(False, "x = 1", "there are no tests")
+    score = coding.score(example, "```python\nx = 1\n```")
+    assert score == Score(False, "x = 1", "there are no tests")
 
 
 # ---- loading ------------------------------------------------------------------------------------
@@ -777,7 +798,7 @@ def test_a_gated_set_says_what_to_do(hub):
     from datasets.exceptions import DatasetNotFoundError
     hub.problem = DatasetNotFoundError("Dataset 'Idavidrein/gpqa' is a gated dataset on the Hub.\n"
                                        "You must be authenticated to access it.")
-    with pytest.raises(OSError, match="gated: accept its terms .*hf auth login.*local file") as caught:
+    with pytest.raises(OSError, match="accept its terms .*hf auth login.*local file") as caught:
         get_task("gpqa").load()
     assert "\n" not in str(caught.value)
 
@@ -795,11 +816,12 @@ def test_livecodebench_is_fetched_file_by_file(monkeypatch, tmp_path):
 
     def download(repo, file, repo_type):
         fetched.append((repo, file, repo_type))
-        number = len(fetched)
-        return write_rows(tmp_path / file, [live_row("[]", question_id=f"{number}-{i}") for i in "ab"])
+        rows = [live_row("[]", question_id=f"{len(fetched)}-{i}") for i in "ab"]
+        return write_rows(tmp_path / file, rows)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert [example.id for example in get_task("livecodebench").load(limit=3)] == ["1-a", "1-b", "2-a"]
+    first = get_task("livecodebench").load(limit=3)
+    assert [example.id for example in first] == ["1-a", "1-b", "2-a"]
     assert fetched == [("livecodebench/code_generation_lite", file, "dataset")
                        for file in ("test.jsonl", "test2.jsonl")]
     fetched.clear()

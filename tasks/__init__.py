@@ -236,5 +236,6 @@ def last_box(text):
 
 def without_fonts(answer):
     r"""The words of a short LaTeX answer: `\text{(C)}` -> `(C)`, `\mathbf{Paris}` -> `Paris`."""
-    answer = re.sub(r"\\(text\w*|math\w+|mbox|bf|rm|left|right)\b|\\[,;! ]|\$", "", answer)
+    answer = re.sub(r"\\(text\w*|math\w+|operatorname|displaystyle|mbox|left|right)\b"
+                    r"|\\[,;! ]|\$", "", answer)
     return " ".join(answer.replace("{", "").replace("}", "").split())

@@ -301,23 +301,32 @@ def confined_run(code, stdin, timeout_s, memory_mb, layers, orders=""):
 
 
 def wait_and_end(process, timeout_s):
-    """Wait for a process and end what it started -> whether it ended in time."""
+    """Wait for a process and end all that it started -> whether it ended in time."""
     try:
         process.wait(timeout_s)
         return True
     except subprocess.TimeoutExpired:
         return False
     finally:
-        # The first process of a namespace takes all others along, and unshare, its parent, ends
-        # after that: killed in this order, nothing is left once the wait is over.
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        first = children.read_text().split() if process.poll() is None and children.exists() else ()
-        with contextlib.suppress(ProcessLookupError):          # gone by itself
-            for child in first:
+        if process.poll() is None:
+            # The first process of a namespace takes all others along, and only when they are gone
+            # does unshare, its parent, end: so that one is killed, not unshare.
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+            first = children.read_text().split() if children.exists() else ()
+            for child in first or [process.pid]:
                 os.kill(int(child), signal.SIGKILL)
-            if not first:
-                os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+            process.wait()
+        end_group(process.pid)
+
+
+def end_group(group):
+    """Kill a process group until nobody is left in it: a killed process takes a moment to go."""
+    for _ in range(50):            # and a dead one that nobody waits for never does
+        try:
+            os.killpg(group, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+        time.sleep(0.005)
 
 
 @contextlib.contextmanager
@@ -641,7 +650,10 @@ def read_verdict(reply):
     """The judge's verdict: the last line, which must be one word. Anything else is "invalid"."""
     if not isinstance(reply, str):
         return "invalid"                       # null: the model spent all its tokens on thinking
-    lines = reply.rpartition("</think>")[2].strip().splitlines()
+    reply = reply.rpartition("</think>")[2]
+    if "<think>" in reply:
+        return "invalid"                       # cut off while it was still thinking
+    lines = reply.strip().splitlines()
     word = lines[-1].strip(" \t*_`'\".").lower() if lines else ""
     return word if word in ("incorrect", "correct") else "invalid"
 

@@ -5,14 +5,23 @@
     for example in task.load(limit=4):
         print(example.question, task.score(example, "s2 +1 7 answer 7 ."))
 
+    get_task("math500")                        rows from the hub
+    get_task("math500", "my/rows.jsonl")       rows from a local file with the same columns
+    get_task("choice", "my/rows.json")         any layout that tasks/choice.py can read
+
 A file of this folder names the data sets it knows in NAMES and makes a Task of each in `task()`.
 Adding a data set means adding a file (or a name to one); nothing else needs to hear of it.
 """
 import importlib
+import json
 import math
 import pkgutil
-from dataclasses import dataclass, field
-from typing import Callable
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+LONGEST_ANSWER = 2000    # characters in a box; longer ones answer nothing and cost a scorer minutes
 
 
 @dataclass(frozen=True)
@@ -27,9 +36,11 @@ class Example:
 
 @dataclass(frozen=True)
 class Score:
-    """`parsed` is the answer found in the text; None = unparsed, which always counts as wrong."""
+    """`parsed` is the answer found in the text; None = unparsed, which always counts as wrong.
+    `note` says what decided where that is not plain: `judge: correct`, `test 3 of 9: timeout`."""
     correct: bool
     parsed: str | None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,16 +53,25 @@ class Task:
     train_rows: Callable | None = None    # train_rows(n, seed) -> [row]: generated training data
     brief: int | None = None     # tokens that hold all a message needs (method text_brief)
     ceiling: Callable | None = None       # ceiling(examples, rounds) -> best accuracy possible
+    samples: int = 1             # answers to draw per question, as the publishers did (pass@k)
+    ready: Callable | None = None         # ready(allow_unsafe=False): can answers be scored here?
 
 
 def get_task(name, path=None):
-    """The Task of data set `name`, its rows read from `path` if one is given.
+    """The Task of data set `name`, its rows read from `path` if one is given. With a path, name
+    may also be a file of this folder (`maths`): rows in any layout that file can read.
 
     Raises ValueError for an unknown name, listing the known ones."""
-    for module in task_modules():
+    families = {module.__name__.rpartition(".")[2]: module for module in task_modules()}
+    for module in families.values():
         if name in module.NAMES:
             return module.task(name, path)
-    raise ValueError(f"unknown data set '{name}': choose one of {', '.join(task_names())}")
+    if name not in families:
+        raise ValueError(f"unknown data set '{name}': choose one of {', '.join(task_names())}")
+    if path is None:
+        raise ValueError(f"'{name}' is a kind of task, not a data set: give it a .json or .jsonl "
+                         f"file, or choose one of {', '.join(families[name].NAMES)}")
+    return families[name].task(name, path)
 
 
 def task_modules():
@@ -72,3 +92,150 @@ def pass_at_k(n, c, k):
     if not 1 <= k <= n or not 0 <= c <= n:
         raise ValueError(f"pass_at_k needs 1 <= k <= n and 0 <= c <= n, got n={n}, c={c}, k={k}")
     return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+# ---- rows ---------------------------------------------------------------------------------------
+
+class Place(NamedTuple):
+    """Where a row stands: the file or data set, its number from 1, its first byte in a .jsonl."""
+    file: str
+    number: int
+    offset: int | None = None
+
+    def __str__(self):
+        return f"{self.file} row {self.number}"
+
+
+class Unusable(ValueError):
+    """A row that no answer to it could be scored by: it is left out, and said so."""
+
+
+def file_rows(path):
+    """Yields (Place, row) from a local .jsonl, or a .json that holds a list or {"data": list}.
+
+    A .jsonl is read line by line. Raises ValueError or OSError naming file and row."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: give a .json or .jsonl file of questions")
+    if path.suffix not in (".json", ".jsonl"):
+        raise ValueError(f"{path} is neither .json nor .jsonl: convert it")
+    if path.suffix == ".json":
+        content = parse_json(path.read_bytes(), path)
+        rows = content.get("data") if isinstance(content, dict) else content
+        if not isinstance(rows, list):
+            raise ValueError(f'{path} must hold a list of rows, or {{"data": [rows]}}')
+        yield from ((Place(str(path), number), row) for number, row in enumerate(rows, start=1))
+        return
+    with open(path, "rb") as file:
+        offset = 0
+        for number, line in enumerate(file, start=1):
+            place = Place(str(path), number, offset)
+            offset += len(line)
+            if line.strip():
+                yield place, parse_json(line, place)
+
+
+def parse_json(text, name):
+    """json.loads whose ValueError says in one line what `name` is at fault."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as problem:
+        raise ValueError(f"{name} is not JSON ({problem}): mend or remove it") from problem
+
+
+def hub_rows(name, config, split):
+    """Yields (Place, row) of a data set on the hub. Raises OSError with what to do."""
+    import datasets                            # takes a second to import: only where it is needed
+    try:
+        rows = datasets.load_dataset(name, config, split=split)
+    except (OSError, ValueError) as problem:
+        raise OSError(no_hub(name, problem)) from problem
+    yield from ((Place(name, number), row) for number, row in enumerate(rows, start=1))
+
+
+def no_hub(name, problem):
+    """One line on why a data set did not come from the hub, and what to do."""
+    reason = str(problem).strip().split("\n")[0]
+    if "gated" in f"{type(problem).__name__} {problem}".lower():
+        return (f"{name} is gated: accept its terms at https://huggingface.co/datasets/{name} and "
+                f"run `hf auth login`, or give a local file of its rows ({reason})")
+    return (f"{name} could not be read from the hub: check the network (and HF_HUB_OFFLINE), or "
+            f"give a local file of its rows ({reason})")
+
+
+def examples_from(rows, make, name, path=None, limit=None):
+    """The first `limit` Examples of rows (Place, row), each made by make(place, row).
+
+    Rows that `make` calls Unusable are left out, counted and printed. Raises ValueError for a
+    row that is no object, an id that comes twice, and where nothing is left."""
+    examples, left_out, seen = [], [], {}
+    for place, row in rows:
+        if not isinstance(row, dict):
+            raise ValueError(f"{place} is not an object with columns: {str(row)[:60]!r}")
+        try:
+            example = make(place, row)
+        except Unusable as problem:
+            left_out.append(str(problem))
+            continue
+        example = replace(example, id=example.id or f"{name}-{place.number}")
+        if example.id in seen:
+            raise ValueError(f"{place} has the id '{example.id}' of row {seen[example.id]}: "
+                             "ids must differ")
+        seen[example.id] = place.number
+        examples.append(example)
+        if len(examples) == limit:             # before another row is read: it may be megabytes
+            break
+    if left_out:
+        print(f"left out {len(left_out)} of the rows: {'; '.join(left_out[:5])}"
+              f"{'; ..' if len(left_out) > 5 else ''}", flush=True)
+    if not examples:
+        raise ValueError(f"{path or name} holds no question that can be scored")
+    return examples
+
+
+def column(place, row, *names):
+    """The first of the columns `names` that the row has, as a string.
+
+    Raises ValueError if it has none of them, Unusable if the cell is empty."""
+    for name in names:
+        if name in row:
+            value = row[name]
+            if isinstance(value, (str, int, float)) and str(value).strip():
+                return str(value)
+            raise Unusable(f"{place} has no text in '{name}'")
+    raise ValueError(f"{place} has no column {' or '.join(map(repr, names))}; its columns are "
+                     f"{', '.join(map(str, row)) or 'none'}")
+
+
+def row_id(row, *names):
+    """The id in the first column of `names` that is there, or "": it is then numbered."""
+    return next((str(row[name]) for name in names if row.get(name) not in (None, "")), "")
+
+
+# ---- answers ------------------------------------------------------------------------------------
+
+def last_box(text):
+    r"""What stands in the last \boxed{..} whose braces balance, or None if there is none.
+
+    Of boxes within boxes the outermost counts, and the inner ones are unwrapped: `\boxed{x =
+    \boxed{5}}` gives `x = {5}`. One pass, so 200 kB of braces take no longer than 200 kB of text.
+    """
+    opened, found = [], None
+    for mark in re.finditer(r"\\boxed\s*\{|\\[{}]|[{}]", text):
+        if mark[0] == "}" and opened:
+            start = opened.pop()
+            found = (start, mark.start()) if start is not None else found
+        elif mark[0] == "{":
+            opened.append(None)
+        elif mark[0].startswith("\\boxed"):
+            opened.append(mark.end())
+    if found is None or found[1] - found[0] > LONGEST_ANSWER:
+        return None
+    return text[slice(*found)].replace("\\boxed", "").replace("\0", "").strip() or None
+
+
+def without_fonts(answer):
+    r"""The words of a short LaTeX answer: `\text{(C)}` -> `(C)`, `\mathbf{Paris}` -> `Paris`."""
+    answer = re.sub(r"\\(text\w*|math\w+|operatorname|displaystyle|mbox|left|right)\b"
+                    r"|\\[,;! ]|\$", "", answer)
+    return " ".join(answer.replace("{", "").replace("}", "").split())

@@ -1,0 +1,859 @@
+"""tasks/: what is read from rows, what is found in answers, and what counts as right."""
+import ast
+import base64
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+import threading
+import time
+import types
+import zlib
+
+import pytest
+
+from conftest import PROJECT
+from tasks import (Example, Score, choice, coding, get_task, last_box, maths, search,
+                   task_names)
+
+HUGE = "so we go on. " * 15_000                         # 200 kB of talk
+NAMES = ("math500", "aime25", "aime26", "gpqa", "medqa", "mbppplus", "livecodebench", "bamboogle",
+         "hotpotqa")
+
+
+def box(answer):
+    return f"So the answer is \\boxed{{{answer}}}."
+
+
+def write_rows(path, rows):
+    """The rows as .jsonl, or as .json with a data field."""
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        path.write_text(json.dumps({"data": rows}))
+    return str(path)
+
+
+# ---- the documented examples --------------------------------------------------------------------
+
+def documented(module):
+    """{label: text} of the indented example at the head of a file."""
+    fields, label = {}, None
+    for line in module.__doc__.split("\n")[1:]:
+        start = re.match(r"    (record|question|gold|answer|score) +(.*)", line)
+        if start:
+            label = start[1]
+            fields[label] = start[2]
+        elif label and (line.startswith(" " * 15) or not line.strip()):
+            fields[label] += "\n" + line[15:]
+        else:
+            label = None
+    return {label: text.rstrip("\n") for label, text in fields.items()}
+
+
+@pytest.mark.parametrize("module", [maths, choice, search, coding], ids=lambda m: m.__name__)
+def test_documented_example(module, tmp_path, stub_tools):
+    shown = documented(module)
+    path = write_rows(tmp_path / "rows.jsonl", [json.loads(shown["record"])])
+    task = module.task(module.NAMES[0], path)
+    example, = task.load()
+    assert example.question == shown["question"]
+    assert example.gold == shown["gold"]
+    score = task.score(example, shown["answer"])
+    assert ast.unparse(ast.parse(shown["score"])) == repr(score)
+
+
+@pytest.fixture
+def stub_tools(monkeypatch):
+    """A tools.py without judge, whose sandbox runs in this process: for our own programs only."""
+    def passes(code, test, timeout_s=10, memory_mb=1024):
+        names = {}
+        exec(code, names)
+        exec(test, names)
+        return types.SimpleNamespace(status="ok")
+
+    stub = types.SimpleNamespace(judge_settings=lambda: None, judge=None, passes=passes)
+    monkeypatch.setitem(sys.modules, "tools", stub)
+    return stub
+
+
+# ---- boxes --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, expected", [
+    (r"\boxed{5}", "5"),
+    (r"\boxed{1} then \boxed{2}", "2"),
+    (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+    (r"\boxed {5}", "5"),
+    (r"\boxed{ 5 }", "5"),
+    (r"$\boxed{5}$", "5"),
+    (r"\\boxed{5}", "5"),
+    (r"\boxed{x = \boxed{5}}", "x = {5}"),
+    (r"\boxed{\boxed{5}}", "{5}"),
+    (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+    (r"\boxed{\left\{1\right.}", r"\left\{1\right."),
+    (r"\boxed{4} and, cut off, \boxed{5", "4"),
+    (r"\boxed{3 and later \boxed{4}", "4"),
+    (r"f(x) = { \boxed{5}", "5"),
+    (r"} } \boxed{5} }", "5"),
+    (r"\boxed{{5}", None),
+    (r"\boxed{5", None),
+    (r"\boxed{}", None),
+    (r"\boxed{  }", None),
+    (r"\boxed 5", None),
+    (r"boxed{5}", None),
+    ("the answer is 5", None),
+    ("", None),
+    ("\\boxed{a\nb}", "a\nb"),
+    ("\\boxed{\x005}", "5"),
+    ("\\boxed{\x00}", None),
+    (HUGE + r"\boxed{5}", "5"),
+    (r"\boxed{5}" + HUGE, "5"),
+    (r"\boxed{" + HUGE + "}", None),
+    (r"\boxed{5} \boxed{" + "9" * 200_000 + "}", None),
+    (r"\boxed{" * 28_000, None),
+    (r"\boxed{" * 28_000 + "5" + "}" * 28_000, None),
+    ("{" * 200_000 + r"\boxed{5}", "5"),
+    ("}" * 200_000 + r"\boxed{5}", "5"),
+    (r"\boxed" * 33_000 + "{5}", "5"),
+])
+def test_last_box(text, expected):
+    started = time.perf_counter()
+    assert last_box(text) == expected
+    assert time.perf_counter() - started < 2
+
+
+# ---- mathematics --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("gold, answer, right", [
+    # the same, written otherwise
+    ("5", "5", True), ("5", "5.0", True), ("5", "+5", True), ("5", "x = 5", True),
+    ("5", r"\text{5}", True), ("5", r"{5}", True), ("5", r"5\text{ apples}", True),
+    (r"\frac{1}{2}", "0.5", True), (r"\frac{1}{2}", "1/2", True),
+    (r"\frac12", r"\dfrac{2}{4}", True),
+    (r"-\frac{1}{3}", r"\frac{-1}{3}", True), (r"3\sqrt{13}", r"\sqrt{117}", True),
+    ("1000", "1,000", True), (r"\$36", "36", True), (r"90^\circ", "90", True),
+    (r"10\%", "10", True), ("p-q", "-q+p", True), ("6-5i", "-5i+6", True),
+    ("(x+1)^2", "x^2+2x+1", True), ("1, 2", "2, 1", True),
+    (r"1\pm\sqrt{2}", r"1-\sqrt2, 1+\sqrt2", True),
+    (r"\left(3, \frac{\pi}{2}\right)", r"(3, \pi/2)", True), (r"x \in [-2,7]", "[-2,7]", True),
+    (r"\text{Evelyn}", "Evelyn", True), (r"\text{(C)}", "C", True), ("2^{10}", "1024", True),
+    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", True),
+    ("x>3", r"(3, \infty)", True), ("5", "2+3=5", True), ("x>3", "3<x", True),
+    ("33", "033", True), ("336^\\circ", "336", True), ("1.5", r"1\frac{1}{2}", True),
+    # wrong but similar
+    ("5", "-5", False), ("-5", "5", False), (r"\frac{1}{2}", "0.7", False),
+    (r"3\sqrt{13}", "3", False), (r"3\sqrt{13}", r"\sqrt{13}", False),
+    (r"3\sqrt{13}", "10.8", False),
+    (r"\frac{3}{56}", "0.0536", False), (r"\frac{1}{3}", "0.333", False),
+    (r"\frac{1}{3}", "0.3", False),
+    (r"\frac{1}{3}", "3", False), (r"\frac{2}{3}", r"\frac{3}{2}", False),
+    (r"-\frac{1}{3}", r"\frac{1}{3}", False), (r"\pi", "3.14", False), (r"\sqrt{2}", "1.41", False),
+    ("5", "5, 6", False), ("1, 2", "1", False), ("1", "1, 2", False), ("5", r"\pm 5", False),
+    (r"\pm 5", "5", False), ("(1,2)", "(2,1)", False), ("[1,2)", "(1,2]", False),
+    ("(1,2)", "[1,2]", False),
+    ("6-5i", "6+5i", False), ("p-q", "q-p", False), ("x^2+1", "x^2-1", False), ("x", "y", False),
+    ("x<3", "x>3", False), ("x<3", r"x \le 3", False), (r"\infty", r"-\infty", False),
+    (r"(-\infty,2)\cup(3,\infty)", r"(-\infty,2]\cup(3,\infty)", False),
+    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 2 \\ 1 \end{pmatrix}", False),
+    (r"\text{Evelyn}", r"\text{Angela}", False), (r"\text{even}", "odd", False), ("B", "C", False),
+    ("11", "11.001", False), ("100", "1000", False), ("70", "70.5", False),
+    ("14", "14 or 15", False),
+    ("12", "1, 2", False), ("2", "2x", False), ("5", "five?", False), ("5", "...", False),
+    ("5", r"\frac{5}{", False), ("5", r"x_{1}", False), ("5", "\ud800", False),
+    ("5", "ü" * 50, False),
+    ("204", "240", False), ("3:5", "5:3", False),
+])
+def test_maths_verdicts(gold, answer, right):
+    assert maths.score(Example("1", "", gold, "math"), box(answer)).correct is right
+
+
+@pytest.mark.parametrize("text, score", [
+    ("The answer is 5.", Score(False, None)),
+    (r"\boxed{}", Score(False, None)),
+    (r"\boxed{5", Score(False, None)),
+    ("", Score(False, None)),
+    (HUGE, Score(False, None)),
+    (r"\boxed{4} no, \boxed{5}", Score(True, "5")),
+    (r"\boxed{5} no, \boxed{4}", Score(False, "4")),
+    (r"\boxed{5}, \boxed{6}", Score(False, "6")),
+    (HUGE + r"\boxed{5}" + HUGE, Score(True, "5")),
+    ("\\boxed{\x005\x00}", Score(True, "5")),
+    (r"\boxed{\boxed{5}}", Score(True, "{5}")),
+    (r"\boxed{" + "5+" * 100_000 + "5}", Score(False, None)),
+])
+def test_maths_finds_the_answer(text, score):
+    assert maths.score(Example("1", "", "5", "math"), text) == score
+
+
+def test_a_poisonous_answer_costs_seconds_and_the_next_is_scored():
+    started = time.perf_counter()
+    score = maths.score(Example("1", "", "5", "math"), r"\boxed{9^{9^{9^9}}}")
+    assert score == Score(False, "9^{9^{9^9}}", "no verdict in 5 s")
+    assert time.perf_counter() - started < 3 * maths.SECONDS
+    assert maths.score(Example("1", "", "5", "math"), r"\boxed{5}").correct
+
+
+def test_a_killed_worker_is_replaced():
+    maths.ready()
+    maths.WORKER.process.kill()
+    maths.WORKER.process.wait()
+    assert maths.score(Example("1", "", "5", "math"), r"\boxed{5}").correct
+
+
+def test_threads_share_the_worker():
+    verdicts, start = {}, threading.Barrier(24)
+
+    def ask(i):
+        start.wait()
+        verdicts[i] = [maths.score(Example("1", "", str(i % 2), "math"), box(i - repeat)).correct
+                       for repeat in range(8)]
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(24)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert verdicts == {i: [i % 2 == i - repeat for repeat in range(8)] for i in range(24)}
+
+
+def alive(pid):
+    """Does the process run? (A zombie does not.)"""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
+@pytest.mark.parametrize("end", ["pass", "import os; os._exit(1)"])
+def test_no_worker_outlives_its_parent(end):
+    """It goes when we end, and soon when we are killed."""
+    code = ("from tasks import maths; maths.ready()\n"
+            f"print(maths.WORKER.process.pid, flush=True)\n{end}")
+    run = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
+    pid = int(run.stdout)
+    deadline = time.time() + 5
+    while alive(pid) and time.time() < deadline:
+        time.sleep(0.05)
+    assert not alive(pid)
+
+
+def test_a_worker_that_cannot_start_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(ValueError, match="pip install math-verify"):
+        maths.Worker().ask("1", "1")
+
+
+# ---- multiple choice ----------------------------------------------------------------------------
+
+OPTIONS = ["Vitamin A", "C. difficile", "Vitamin  C", "B cells"]          # the last one is right
+CASES = [
+    # letters in a box
+    (box("D"), "D"), (box("(D)"), "D"), (box("D."), "D"), (box("D)"), "D"), (box("d"), "D"),
+    (box(r"\text{D}"), "D"), (box(r"\textbf{(D)}"), "D"), (box(r"\mathrm{D}"), "D"),
+    (box("{D}"), "D"),
+    (box(r"\operatorname{D}"), "D"), (box(r"\left(D\right)"), "D"),
+    (box("D. B cells"), "D"), (box("D: B cells"), "D"), (box("(D) B cells"), "D"),
+    (box("Option D"), "D"), (box("The answer is D"), "D"), (box(r"\boxed{D}"), "D"),
+    (box("A") + box("D"), "D"), (box("D") + box("A"), "A"), (box("B"), "B"),
+    # an option's text in a box
+    (box("B cells"), "D"), (box(r"\text{B cells}"), "D"), (box("C. difficile"), "B"),
+    (box("Vitamin C"), "C"), (box("vitamin c"), None), (box("Vitamin"), None), (box("cells"), None),
+    # nothing chosen
+    (box("E"), None), (box("A or D"), None), (box("A, D"), None), (box("A and D"), None),
+    (box("A) and D)"), None), (box("AD"), None), (box("A vitamin"), None), (box("?"), None),
+    (box("4"), None), (box("..."), None), (box("A large dose"), None), (box("D" * 3000), None),
+    ("", None), ("I do not know.", None), ("A", None), ("D", None), (HUGE, None),
+    ("A patient came. The answer depends.", None), ("(A) (B) (C) (D)", None),
+    # a statement, where there is no box
+    ("The answer is D.", "D"), ("The answer is (D).", "D"), ("the answer is (d)", "D"),
+    ("Answer: D", "D"), ("**Answer:** D", "D"), ("The correct answer is **D**.", "D"),
+    ("The answer is: D\nbecause of B.", "D"), (r"The answer is \text{D}.", "D"),
+    ("The answer is option D.", "D"), (r"Answer: \(D\)", "D"), ("The answer is $D$", "D"),
+    ("The answer is A. No, the answer is D.", "D"), ("The answer is D because cells.", "D"),
+    ("The correct option is D.", "D"),
+    ("Answer:\nD", "D"), ("**Answer: D. Half**", "D"), ("Answer: D. B cells", "D"),
+    ("Answer: D) B cells", "D"),
+    (HUGE + "The answer is (D). " + HUGE, "D"), ("The answer is D\x00", None),
+    ("The answer is A vitamin.", None), ("The answer is a vitamin.", None),
+    ("The answer is d", None),
+    ("The answer is C. difficile.", None), ("The answer is (A) or (D).", None),
+    ("The answer is A or D.", None), ("The answer is A, D.", None),
+    ("The answer is not (D).", None),
+    ("The answer is Different.", None), ("The answer is E.", None), ("answer is D-dimer", None),
+    ("The answers: D", None), ("My answerD is D", None),
+    # a box decides, even one that says nothing
+    ("The answer is (D). \\boxed{?}", None), ("The answer is (D). \\boxed{A}", "A"),
+    ("The answer is (D). \\boxed{}", "D"),
+]
+
+
+@pytest.mark.parametrize("text, letter", CASES, ids=range(len(CASES)))
+def test_choice_verdicts(text, letter):
+    example = Example("1", "", "D", "choice", {"options": OPTIONS})
+    assert choice.score(example, text) == Score(letter == "D", letter)
+
+
+def test_letters_that_are_options_texts():
+    """In a box a single letter is a letter, whatever the options say."""
+    example = Example("1", "", "B", "choice", {"options": ["B", "A", "AB", "0"]})
+    assert choice.score(example, box("B")) == Score(True, "B")
+    assert choice.score(example, box("AB")) == Score(False, "C")
+    assert choice.score(example, box("0")) == Score(False, None)
+
+
+GPQA = {"Question": "What is left?", "Correct Answer": "port\n", "Incorrect Answer 1": "starboard",
+        "Incorrect Answer 2": "bow", "Incorrect Answer 3": "stern", "Record ID": "rec1"}
+
+
+def test_gpqa_shuffle_is_by_seed_and_question(tmp_path):
+    rows = [{**GPQA, "Question": f"q{i}", "Record ID": f"r{i}"} for i in range(40)]
+    whole = get_task("gpqa", write_rows(tmp_path / "a.jsonl", rows)).load()
+    last = get_task("gpqa", write_rows(tmp_path / "b.jsonl", rows[-1:]))
+    assert last.load()[0] == whole[-1]
+    assert {example.gold for example in whole} == set("ABCD")
+    assert [example.gold for example in whole] == [example.gold for example in get_task(
+        "gpqa", str(tmp_path / "a.jsonl")).load(seed=42)]
+    other = get_task("gpqa", str(tmp_path / "a.jsonl")).load(seed=43)
+    assert [example.gold for example in whole] != [example.gold for example in other]
+    for example in whole + other:
+        assert example.question.split("\n")["ABCD".index(example.gold) + 1][3:] == "port"
+    assert whole[0].gold == choice.make_example("here", rows[0]).gold
+
+
+def test_gpqa_order_does_not_change_between_processes(tmp_path):
+    """A seed of Python's own hash() would: it is salted in each process."""
+    code = ("from tasks import choice\nimport json, sys\n"
+            "print(choice.make_example('here', json.loads(sys.argv[1])).question)")
+    runs = [subprocess.run([sys.executable, "-c", code, json.dumps(GPQA)], cwd=PROJECT, text=True,
+                           capture_output=True, env={**os.environ, "PYTHONHASHSEED": seed}).stdout
+            for seed in ("1", "2")]
+    assert runs[0] == runs[1] == choice.make_example("here", GPQA).question + "\n"
+
+
+MEDQA = {"question": "Which?", "answer": "iron", "answer_idx": "B",
+         "options": {"A": "zinc", "B": "iron", "C": "lead", "D": "tin"}}
+LOCAL = {"query": "Which?", "answer": "iron",
+         "options": ["A. zinc", "B. iron", "C. lead", "D. tin"]}
+
+
+@pytest.mark.parametrize("change", [
+    {}, {"answer": "B"}, {"answer": "B. iron"}, {"answer": " iron "},
+    {"options": ["zinc", "iron", "lead", "tin"]}, {"options": ["(A) zinc", "(B) iron", "(C) lead"]},
+    {"options": ["A) zinc", "B) iron", "C) zinc", "D) tin"]},      # two wrong ones may be the same
+    {"options": {"D": "tin", "A": "zinc", "C": "lead", "B": "iron"}},
+    {"answer_idx": "B", "answer": "whatever"},
+])
+def test_medqa_layouts(tmp_path, change):
+    example, = get_task("medqa", write_rows(tmp_path / "rows.json", [{**LOCAL, **change}])).load()
+    assert example.gold == "B"
+    assert example.question.split("\n")[:3] == ["Which?", "A. zinc", "B. iron"]
+    assert example.question == choice.make_example("here", {**LOCAL, **change}).question
+
+
+@pytest.mark.parametrize("row", [
+    {**LOCAL, "answer": ""}, {**LOCAL, "answer": None}, {**LOCAL, "answer": "E"},
+    {**LOCAL, "answer": "gold"}, {**LOCAL, "answer": "Iron"}, {**MEDQA, "answer_idx": "E"},
+    {**MEDQA, "answer_idx": None}, {**LOCAL, "options": ["A. iron", "B. iron", "C. lead"]},
+    {**LOCAL, "options": ["A. zinc", "A. iron"]}, {**LOCAL, "options": ["B. iron", "A. zinc"]},
+    {**MEDQA, "options": {"A": "zinc", "C": "iron"}}, {**LOCAL, "query": " "},
+    {**GPQA, "Incorrect Answer 2": "port"}, {**GPQA, "Correct Answer": None},
+])
+def test_rows_that_cannot_be_scored_are_left_out_aloud(tmp_path, capsys, row):
+    path = write_rows(tmp_path / "rows.jsonl", [LOCAL, row, MEDQA])
+    examples = get_task("choice", path).load()
+    assert [example.id for example in examples] == ["choice-1", "choice-3"]
+    printed = capsys.readouterr().out
+    assert printed.startswith("left out 1 of the rows: ") and "rows.jsonl row 2 " in printed
+    assert len(get_task("choice", path).load(limit=2)) == 2        # not one of two
+    with pytest.raises(ValueError, match="no question that can be scored"):
+        get_task("choice", write_rows(tmp_path / "bad.json", [row])).load()
+
+
+# ---- questions to look up -----------------------------------------------------------------------
+
+@pytest.mark.parametrize("golds, answer, right", [
+    (["Paris"], "Paris", True), (["Paris"], "paris", True), (["Paris"], "Paris.", True),
+    (["Paris"], r"\text{Paris}", True), (["The Beatles"], "Beatles", True),
+    (["Beatles"], "the Beatles", True), (["U.S."], "US", True), (["New York"], "New   York", True),
+    (["O'Neil"], "O\u2019Neil", True), (["1,000"], "1000", True), (["yes"], "Yes!", True),
+    (["A"], "A", True), (["Paris", "Lutetia"], "Lutetia", True), (["1.5"], "1.5", True),
+    (["St. John"], "st john", True), (["An apple a day"], "apple day", True), (["$5"], "5", True),
+    (["Paris"], "Paris, France", False), (["Paris"], "London", False), (["Paris"], "Pari", False),
+    (["1.5"], "15", False), (["1990"], "1991", False), (["A"], "the", False), (["A"], "B", False),
+    (["yes"], "no", False), (["Theodore"], "odore", False), (["Anna"], "nna", False),
+    (["New York"], "NewYork", False), (["George Bush"], "George H. W. Bush", False),
+    (["Paris", "Lutetia"], "Paris or Lutetia", False), (["Zürich"], "Zurich", False),
+    (["Paris"], "?", False), (["Paris"], "not Paris", False), (["Paris"], "P" * 1500, False),
+])
+def test_exact_match(stub_tools, golds, answer, right):
+    example = Example("1", "?", " or ".join(golds), "search", {"answers": golds})
+    score = search.score(example, box(answer))
+    assert score.correct is right
+    assert score.note == ("exact match" if right else "" if answer == "?" else "no exact match")
+
+
+@pytest.mark.parametrize("text", [
+    "Paris", "The answer is Paris.", r"\boxed{}", r"\boxed{Paris", "", HUGE, r"\boxed{?!}",
+    r"\boxed{" + HUGE + "}"])
+def test_no_box_is_unparsed_and_never_judged(stub_tools, text):
+    stub_tools.judge_settings = lambda: {"model": "m"}
+    example = Example("1", "?", "Paris", "search", {"answers": ["Paris"]})
+    assert search.score(example, text) == Score(False, None)
+
+
+@pytest.mark.parametrize("verdict, right", [("correct", True), ("incorrect", False),
+                                            ("invalid", False)])
+def test_the_judge_decides_where_exact_match_fails(stub_tools, verdict, right):
+    asked = []
+    stub_tools.judge_settings = lambda: {"model": "m"}
+    stub_tools.judge = lambda *words: asked.append(words) or verdict
+    example = Example("1", "Where?", "Paris", "search", {"answers": ["Paris"]})
+    assert search.score(example, box("the Paris")) == Score(True, "the Paris", "exact match")
+    assert asked == []
+    score = search.score(example, box("Paris, France"))
+    assert score == Score(right, "Paris, France", f"judge: {verdict}")
+    assert asked == [("Where?", ["Paris"], "Paris, France")]
+
+
+def test_ready_says_whether_there_is_a_judge(stub_tools, capsys):
+    search.ready()
+    assert "no judge is configured" in capsys.readouterr().out
+    stub_tools.judge_settings = lambda: {"model": "m"}
+    search.ready()
+    assert "sent to the configured judge" in capsys.readouterr().out
+
+
+# ---- programs -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, program", [
+    ("```python\nx = 1\n```", "x = 1"),
+    ("a\n```python\nx = 1\n```\nb\n```python\nx = 2\n```\nc", "x = 2"),
+    ("```py\nx = 1\n```", "x = 1"),
+    ("```Python3\nx = 1\n```", "x = 1"),
+    ("``` python\nx = 1\n```", "x = 1"),
+    ("```python title=a.py\nx = 1\n```", "x = 1"),
+    ("```\nx = 1\n```", "x = 1"),
+    ("```python\nx = 1\n```\nIt prints:\n```\n1\n```", "x = 1"),
+    ("```python\nx = 1\n```\n```json\n{}\n```", "x = 1"),
+    ("  ```python\n  x = 1\n  ```", "  x = 1"),
+    ("```python\nx = '''a```b'''\n```", "x = '''a```b'''"),
+    ("```python\nx = 1", "x = 1"),
+    ("```python\nx = 1\n```\n```python\nx = 2", "x = 2"),
+    ("import sys\nprint(1)", "import sys\nprint(1)"),
+    ("\nfrom math import pi\n", "from math import pi"),
+    ("def f():\n    return 1", "def f():\n    return 1"),
+    ("class Solution:\n    pass", "class Solution:\n    pass"),
+    ("```python\n```", None),
+    ("```python\n\n```", None),
+    ("```java\nint x;\n```", None),
+    ("```json\n{}\n```", None),
+    ("I would import sys first.", None),
+    ("From the problem we import nothing.", None),
+    ("from here it is easy", None),
+    ("x = 1", None),
+    ("print(1)", None),
+    ("Use `def f(): pass`.", None),
+    ("```python x = 1```", None),
+    ("42", None),
+    ("", None),
+    ("```python\n" + "x = 1\n" * 33_000 + "```", ("x = 1\n" * 33_000).strip()),
+    ("`" * 200_000, None),
+    ("```\n" * 50_000, None),
+])
+def test_program_in(text, program):
+    started = time.perf_counter()
+    assert coding.program_in(text) == program
+    assert time.perf_counter() - started < 2
+
+
+@pytest.mark.parametrize("printed, expected, same", [
+    ("1\n2\n", "1\n2", True), ("1 \n 2", "1\n2", True), ("1.50", "1.5", True),
+    ("1.0 2", "1 2.00", True),
+    ("Yes", "Yes", True), ("a  b", "a  b", True), ("nan", "nan", True), ("inf x", "inf x", True),
+    ("", "\n", True), ("1\r\n2", "1\n2", True), ("-0", "0", True), ("1e3", "1000", True),
+    ("1\n2\n3", "1\n2", False), ("1", "1\n2", False), ("1.5000001", "1.5", False),
+    ("0.3333", "0.33", False),
+    ("yes", "Yes", False), ("1 2", "2 1", False), ("12", "1 2", False), ("-1", "1", False),
+    ("", "1", False), ("1\n\n2", "1\n2", False), ("a b", "a  b", False), ("[1, 2]", "1 2", False),
+    ("9" * 5000, "9" * 5001, False), ("9" * 5000, "9" * 5000, True), ("1", "one", False),
+])
+def test_same_output(printed, expected, same):
+    assert coding.same_output(printed, expected) is same
+
+
+@pytest.mark.parametrize("value, expected, same", [
+    (1, 1, True), ("a", "a", True), ([1, [2]], [1, [2]], True), (0.1 + 0.2, 0.3, True),
+    (2, 2.0, True),
+    ([0.1 + 0.2], [0.3], True), (None, None, True), (True, True, True), ([], [], True),
+    ({"a": 1}, {"a": 1}, True), (1e9 + 1e-4, 1e9, True),
+    (1, 2, False), (1, "1", False), ("1", 1.0, False), ([1, 2], [2, 1], False),
+    ([1], [1, 1], False),
+    (0.30001, 0.3, False), (None, 0, False), (None, 0.0, False), ([1], 1, False),
+    (-1.0, 1.0, False),
+    (10**400, 1.0, False), (float("nan"), 1.0, False), ({"a": 1}, {"a": 2}, False),
+    (False, None, False),
+])
+def test_same_value(value, expected, same):
+    assert coding.same_value(value, expected) is same
+
+
+class Poison:
+    """A pickle that writes a file when a plain reader loads it."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def packed(value):
+    """As LiveCodeBench packs its hidden tests."""
+    return base64.b64encode(zlib.compress(pickle.dumps(value))).decode()
+
+
+def live_row(hidden, **change):
+    return {"question_title": "Sum", "question_content": "Add two numbers.", "starter_code": "",
+            "question_id": "q1", "public_test_cases": json.dumps([stdin_test("1 2", "3")]),
+            "private_test_cases": hidden, "metadata": "{}", **change}
+
+
+def stdin_test(given, expected):
+    return {"input": given, "output": expected, "testtype": "stdin"}
+
+
+def call_test(given, expected):
+    return {"input": given, "output": expected, "testtype": "functional"}
+
+
+def live_example(tmp_path, row, suffix=".jsonl"):
+    return get_task("livecodebench", write_rows(tmp_path / f"live{suffix}", [row])).load()[0]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+@pytest.mark.parametrize("pack", [packed, str])
+def test_hidden_tests_packed_and_plain(tmp_path, suffix, pack):
+    tests = [stdin_test(f"{i} 1", str(i + 1)) for i in range(5)]
+    example = live_example(tmp_path, live_row(pack(json.dumps(tests))), suffix)
+    assert coding.all_tests(example) == [("1 2", "3", True)] + [
+        (test["input"], test["output"], True) for test in tests]
+
+
+def test_hidden_tests_are_read_from_their_own_row(tmp_path):
+    rows = [live_row(packed(json.dumps([stdin_test("ä", str(i))])), question_id=f"q{i}")
+            for i in range(4)]
+    examples = get_task("coding", write_rows(tmp_path / "rows.jsonl", rows)).load(limit=3)
+    assert [coding.all_tests(example)[1][1] for example in examples] == ["0", "1", "2"]
+    assert all(len(json.dumps(example.row)) < 300 for example in examples)     # only the place
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path):
+    poison = packed(Poison(str(tmp_path / "ran")))
+    pickle.loads(zlib.decompress(base64.b64decode(poison)))
+    assert (tmp_path / "ran").exists()                             # a plain reader does run it
+    (tmp_path / "ran").unlink()
+    with pytest.raises(ValueError, match="tests of q1 are damaged .*asks for .*open"):
+        coding.all_tests(live_example(tmp_path, live_row(poison)))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("hidden", [
+    "rubbish!", "AAAA", packed("no json"), packed(7), packed(["a"]), packed('[{"input": "1"}]'),
+    base64.b64encode(zlib.compress(b"\x80\x05X")).decode(), base64.b64encode(b"x").decode(), "[1,",
+    packed(os.system), packed(Score)])
+def test_damaged_tests_are_named(tmp_path, hidden):
+    with pytest.raises(ValueError, match="the tests of q1 are damaged"):
+        coding.all_tests(live_example(tmp_path, live_row(hidden)))
+
+
+def test_live_framing(tmp_path):
+    stdin = live_example(tmp_path, live_row("[]"))
+    assert stdin.question == ("Add two numbers.\n\nYour program must read its input from stdin and "
+                              "print its answer.")
+    starter = "class Solution:\n    def add(self, a: int) -> int:\n        "
+    called = live_example(tmp_path, live_row("[]", starter_code=starter,
+                                             metadata='{"func_name": "add"}'))
+    assert called.question == (
+        "Add two numbers.\n\nStart from this code:\nclass Solution:\n    def add(self, a: int) -> "
+        "int:\n\nYour program must define add, which is called and returns its answer.")
+
+
+@pytest.fixture
+def sandbox():
+    """The real tools.py."""
+    return pytest.importorskip("tools", reason="tools.py, which runs programs, is not there yet")
+
+
+MBPP = {"task_id": 2, "prompt": "Write a function to add two numbers.", "code": "",
+        "source_file": "", "test_imports": ["import math"],
+        "test_list": [f"assert add(1, {i}) == {i + 1}" for i in range(5)],
+        "test": "import numpy as np\nassert add(np.int64(2), math.floor(1.5)) == 3"}
+
+
+@pytest.mark.parametrize("body, right", [
+    ("return a + b", True), ("return a - b", False), ("return", False),
+    ("raise SystemExit(0)", False),
+    ("import os; os._exit(0)", False), ("return a +", False), ("print('ok'); return 0", False)])
+def test_mbpp_verdicts(sandbox, tmp_path, body, right):
+    task = get_task("mbppplus", write_rows(tmp_path / "mbpp.json", [MBPP]))
+    example, = task.load()
+    assert example.question.count("assert") == 3 and example.gold == "tests pass"
+    score = task.score(example, f"Here:\n```python\ndef add(a, b):\n    {body}\n```")
+    assert score.correct is right
+    assert score.parsed == f"def add(a, b):\n    {body}"
+    assert task.score(example, "I cannot.") == Score(False, None)
+
+
+READS = "a, b = map(int, input().split())\nprint(a {} b)"
+
+
+@pytest.mark.parametrize("code, right, note", [
+    (READS.format("+"), True, ""), (READS.format("-"), False, "test 1 of 3: wrong answer"),
+    ("print(3)", False, "test 2 of 3: wrong answer"), ("1 / 0", False, "test 1 of 3: error"),
+    ("import sys\nprint(sum(map(int, sys.stdin.read().split())))", True, ""),
+    ("if __name__ == '__main__':\n    " + READS.format("+").replace("\n", "\n    "), True, ""),
+    ("from __future__ import annotations\n" + READS.format("+"), True, ""),
+    ("print(pow(2, 3, 5) * 0 + sum(map(int, input().split())))", True, ""),
+])
+def test_live_stdin_verdicts(sandbox, tmp_path, code, right, note):
+    hidden = packed(json.dumps([stdin_test("4 5\n", "9\n"), stdin_test("-1 1", "0")]))
+    example = live_example(tmp_path, live_row(hidden))
+    score = coding.score(example, f"```python\n{code}\n```")
+    assert (score.correct, score.note) == (right, note)
+
+
+@pytest.mark.parametrize("code, right", [
+    ("class Solution:\n    def add(self, a: List[int], b):\n        return [x + b for x in a]",
+     True),
+    ("def add(a, b):\n    return tuple(x + b for x in a)", True),
+    ("def add(a, b):\n    return a", False), ("def add(a):\n    return a", False),
+    ("def plus(a, b):\n    return a", False), ("class Solution:\n    pass", False),
+])
+def test_live_function_verdicts(sandbox, tmp_path, code, right):
+    row = live_row(json.dumps([call_test("[1, 2]\n3", "[4, 5]")]), metadata='{"func_name": "add"}',
+                   public_test_cases=json.dumps([call_test("[]\n3", "[]")]))
+    example = live_example(tmp_path, row)
+    assert coding.score(example, f"```python\n{code}\n```").correct is right
+
+
+def test_live_without_tests_is_never_right(tmp_path):
+    example = live_example(tmp_path, live_row("[]", public_test_cases="[]"))
+    score = coding.score(example, "```python\nx = 1\n```")
+    assert score == Score(False, "x = 1", "there are no tests")
+
+
+# ---- loading ------------------------------------------------------------------------------------
+
+ROWS = {
+    "math500": {"problem": "1+1?", "solution": "", "answer": "2", "subject": "a", "level": 1,
+                "unique_id": "test/1.json"},
+    "aime25": {"problem": "1+1?", "answer": "2", "id": "0"},
+    "aime26": {"problem_idx": 1, "problem": "1+1?", "answer": 2},
+    "gpqa": GPQA,
+    "medqa": MEDQA,
+    "mbppplus": MBPP,
+    "livecodebench": live_row("[]"),
+    "bamboogle": {"Question": "Where?", "Answer": "Here"},
+    "hotpotqa": {"id": "h1", "question": "Where?", "answer": "Here", "type": "bridge",
+                 "level": "hard", "supporting_facts": {}, "context": {"title": ["T"]}},
+}
+EXPECTED = {       # id, kind, gold, how the question begins
+    "math500": ("test/1.json", "math", "2", "1+1?"), "aime25": ("0", "math", "2", "1+1?"),
+    "aime26": ("1", "math", "2", "1+1?"), "gpqa": ("rec1", "choice", None, "What is left?\nA. "),
+    "medqa": ("medqa-1", "choice", "B", "Which?\nA. zinc\nB. iron"),
+    "mbppplus": ("2", "code", "tests pass", "Write a function"),
+    "livecodebench": ("q1", "code", "tests pass", "Add two numbers."),
+    "bamboogle": ("bamboogle-1", "search", "Here", "Where?"),
+    "hotpotqa": ("h1", "search", "Here", "Where?"),
+}
+FAMILY = {"math": "maths", "choice": "choice", "code": "coding", "search": "search"}
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_set_loads_from_a_local_file(tmp_path, name, suffix):
+    path = write_rows(tmp_path / f"rows{suffix}", [ROWS[name]])
+    task = get_task(name, path)
+    example, = task.load()
+    identity, kind, gold, start = EXPECTED[name]
+    assert (task.name, task.kind, example.id, example.kind) == (name, kind, identity, kind)
+    assert example.gold == gold or gold is None
+    assert example.question.startswith(start)
+    assert json.loads(json.dumps(example.row)) == example.row
+    assert task.samples == (10 if name.startswith("aime") else 1)
+    again, = get_task(FAMILY[kind], path).load()
+    assert (again.question, again.gold) == (example.question, example.gold)
+
+
+def test_all_names_are_known_and_families_need_a_file():
+    assert set(NAMES) | {"tiny"} == set(task_names())
+    with pytest.raises(ValueError, match="'choice' is a kind of task.* gpqa, medqa"):
+        get_task("choice")
+    with pytest.raises(ValueError, match="unknown data set 'nonsense': choose one of aime25"):
+        get_task("nonsense")
+
+
+def test_limit_reads_no_further(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(ROWS["aime26"]) + "\n\n{damaged")
+    assert len(get_task("aime26", str(path)).load(limit=1)) == 1
+    with pytest.raises(ValueError, match="rows.jsonl row 3 is not JSON"):
+        get_task("aime26", str(path)).load()
+
+
+MATHS = {"problem": "1+1?", "answer": "2"}
+
+
+@pytest.mark.parametrize("name, content, complaint", [
+    ("rows.jsonl", '{"problem": "1"\n', "row 1 is not JSON"),
+    ("rows.jsonl", "[1, 2]\n", "row 1 is not an object"),
+    ("rows.jsonl", "", "holds no question"),
+    ("rows.jsonl", b"\xff\xfe{}", "row 1 is not JSON"),
+    ("rows.jsonl", "[" * 100_000, "row 1 is not JSON"),
+    ("rows.json", "{}", "must hold a list of rows"),
+    ("rows.json", '{"data": 5}', "must hold a list of rows"),
+    ("rows.json", "[]", "holds no question"),
+    ("rows.json", '["a"]', "row 1 is not an object"),
+    ("rows.json", "{", "rows.json is not JSON"),
+    ("rows.csv", "a,b", "neither .json nor .jsonl"),
+    ("rows.json", json.dumps([MATHS, {"problem": "?"}]), "row 2 has no column 'answer'"),
+    ("rows.json", json.dumps([{"text": "?"}]), "row 1 has no column 'problem' or 'question'"),
+    ("rows.json", json.dumps([{**MATHS, "id": 7}, MATHS, {**MATHS, "id": "7"}]),
+     "row 3 has the id '7' of row 1"),
+])
+def test_bad_files_are_one_clear_line(tmp_path, name, content, complaint):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=re.escape(complaint)) as caught:
+        get_task("maths", str(path)).load()
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("name, row, complaint", [
+    ("choice", {"question": "?", "answer": "x"}, "needs 'options'"),
+    ("choice", {"question": "?", "answer": "x", "options": "A. x"}, "needs 'options'"),
+    ("choice", {"question": "?", "answer": "x", "options": ["x"]}, "needs 'options'"),
+    ("choice", {"options": ["x", "y"], "answer": "x"}, "no column 'question' or 'query'"),
+    ("choice", {"Question": "?", "Correct Answer": "x"}, "no column 'Incorrect Answer 1'"),
+    ("coding", {"prompt": "?"}, "no column 'test'"),
+    ("coding", {"test": "?"}, "no column 'prompt'"),
+    ("coding", live_row("[]", public_test_cases="{"), "row 1 is not JSON"),
+    ("coding", {"question_content": "?"}, "no column 'public_test_cases'"),
+    ("search", {"question": "?"}, "no column 'Answer' or 'answer'"),
+    ("search", {"answer": "?"}, "no column 'Question' or 'question'"),
+])
+def test_missing_columns_are_named(tmp_path, name, row, complaint):
+    path = write_rows(tmp_path / "rows.json", [row])
+    with pytest.raises(ValueError, match=f"rows.json row 1 .*{complaint}|.*{complaint}"):
+        get_task(name, path).load()
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing.json does not exist"):
+        get_task("gpqa", str(tmp_path / "nothing.json")).load()
+
+
+def test_several_gold_answers(tmp_path, stub_tools):
+    path = write_rows(tmp_path / "rows.json", [{"question": "?", "answer": ["NYC", "New York"]}])
+    example, = get_task("search", path).load()
+    assert example.gold == "NYC or New York"
+    assert search.score(example, box("new york")).correct
+
+
+# ---- the hub ------------------------------------------------------------------------------------
+
+@pytest.fixture
+def hub(monkeypatch):
+    """datasets.load_dataset answers with rows, or raises what it is given."""
+    import datasets
+    state = types.SimpleNamespace(rows=[], asked=[], problem=None)
+
+    def load_dataset(name, config, split):
+        state.asked.append((name, config, split))
+        if state.problem:
+            raise state.problem
+        return datasets.Dataset.from_list(state.rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return state
+
+
+HUB = {            # the published ids
+    "math500": ("HuggingFaceH4/MATH-500", None, "test"),
+    "aime25": ("math-ai/aime25", None, "test"),
+    "aime26": ("MathArena/aime_2026", None, "train"),
+    "gpqa": ("Idavidrein/gpqa", "gpqa_diamond", "train"),
+    "medqa": ("GBaker/MedQA-USMLE-4-options", None, "test"),
+    "mbppplus": ("evalplus/mbppplus", None, "test"),
+    "bamboogle": ("chiayewken/bamboogle", None, "test"),
+    "hotpotqa": ("hotpotqa/hotpot_qa", "distractor", "validation"),
+}
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_hub_sets_load(hub, name):
+    hub.rows = [ROWS[name]] if name != "hotpotqa" else [{"question": "Where?", "answer": "Here"}]
+    assert len(get_task(name).load(limit=3)) == 1
+    assert hub.asked == [HUB[name]]
+
+
+def test_a_gated_set_says_what_to_do(hub):
+    from datasets.exceptions import DatasetNotFoundError
+    hub.problem = DatasetNotFoundError("Dataset 'Idavidrein/gpqa' is a gated dataset on the Hub.\n"
+                                       "You must be authenticated to access it.")
+    with pytest.raises(OSError, match="accept its terms .*hf auth login.*local file") as caught:
+        get_task("gpqa").load()
+    assert "\n" not in str(caught.value)
+
+
+def test_no_network_says_what_to_do(hub):
+    hub.problem = ConnectionError("Couldn't reach 'x' on the Hub")
+    with pytest.raises(OSError, match="check the network .*local file") as caught:
+        get_task("hotpotqa").load()
+    assert "\n" not in str(caught.value)
+
+
+def test_livecodebench_is_fetched_file_by_file(monkeypatch, tmp_path):
+    import huggingface_hub
+    fetched = []
+
+    def download(repo, file, repo_type):
+        fetched.append((repo, file, repo_type))
+        rows = [live_row("[]", question_id=f"{len(fetched)}-{i}") for i in "ab"]
+        return write_rows(tmp_path / file, rows)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    first = get_task("livecodebench").load(limit=3)
+    assert [example.id for example in first] == ["1-a", "1-b", "2-a"]
+    assert fetched == [("livecodebench/code_generation_lite", file, "dataset")
+                       for file in ("test.jsonl", "test2.jsonl")]
+    fetched.clear()
+    assert len(get_task("livecodebench").load()) == 12
+
+
+def test_livecodebench_offline_says_what_to_do(monkeypatch):
+    import huggingface_hub
+
+    def download(*args, **kwargs):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(OSError, match="livecodebench/code_generation_lite could not be read"):
+        get_task("livecodebench").load(limit=1)
+
+
+# ---- the rest -----------------------------------------------------------------------------------
+
+def test_ready_of_maths():
+    get_task("aime25").ready(allow_unsafe=True)
+
+
+def test_importing_tasks_is_light():
+    """Nothing heavy is imported before it is needed."""
+    code = "import sys, tasks; tasks.task_names(); print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
+    assert not {"torch", "datasets", "sympy", "math_verify", "tools"} & set(run.stdout.split())

@@ -114,6 +114,7 @@ def early_flags():
     early.add_argument("--style", default="tiny")
     early.add_argument("--mas_design", default="")
     early.add_argument("--dataset", default="tiny")
+    early.add_argument("--task", default="")
     known, _ = early.parse_known_args([arg for arg in sys.argv[1:] if arg not in ("-h", "--help")])
     return known
 

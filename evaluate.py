@@ -2,7 +2,8 @@
 
     python evaluate.py                                  # the shipped tiny links, all methods
     python evaluate.py --show 2                         # what the latents say, agent by agent
-    python evaluate.py --method latent text --num_recursive_rounds 1 2 3 4 --out out/four
+    python evaluate.py --style sequential_light --dataset math500 --method latent text single
+    python evaluate.py --style sequential_light --dataset my.jsonl --task choice
 
 Methods: `latent` is the system. Baselines in words: `text` (agents exchange texts), `text_brief`
 (texts cut to their essence), `single` (the last agent alone), `single_loop` (it hears its own text
@@ -10,6 +11,7 @@ for as many turns). Controls: `untrained` (fresh outer links), `zero` (zeros are
 (another question's latents). All share prompts, loop, decoding and scoring.
 
 OUT/results.jsonl has a line a question and method, OUT/summary.json and OUT/summary.png the table.
+An answer that cannot be read is asked for once more (--answer_retry); what stays unread is wrong.
 """
 import dataclasses
 import importlib.util
@@ -17,8 +19,10 @@ import itertools
 import json
 import math
 import os
+import random
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -28,7 +32,8 @@ import common
 from link import read_json, write_json, write_whole
 from recurse import WORDS, chunks, load_mas_system, recurse, write
 from styles import get_style
-from tasks import get_task
+from tasks import get_task, pass_at_k
+from tools import read_keys, require_sandbox, search_web
 
 ALL_METHODS = ("text", "text_brief", "single", "single_loop", "untrained", "zero", "shuffle",
                "latent")
@@ -40,12 +45,22 @@ def flags():
     parser = common.Parser(__doc__.split("\n")[0])
     common.add_system_flags(parser)
     add = parser.add_argument
-    add("--dataset", default="tiny", help="a data set of tasks/")
+    add("--dataset", default="tiny", help="a data set of tasks/, or a .json/.jsonl file")
+    add("--task", default="", help="what a file holds: a data set of tasks/, or maths, choice, "
+                                   "coding, search")
+    add("--dataset_split", default="", help="of a data set on the hub, in place of the usual one")
     add("--offload", action="store_true",
         help="one agent on the device at a time, the others in main memory")
     add("--method", nargs="+", default=list(ALL_METHODS), choices=ALL_METHODS)
     add("--num_recursive_rounds", nargs="+", type=common.at_least(1), default=[1, 2, 3])
     add("--num_samples", type=common.sample_count, default=-1, help="questions, -1 for all")
+    add("--sample_seed", type=int, default=None,
+        help="draw num_samples questions by this seed, in place of the first ones")
+    add("--num_rollouts", type=common.at_least(1), default=None,
+        help="answers drawn per question (default: 10 for the AIME, else 1); more than one gives "
+             "pass@k")
+    add("--answer_retry", type=int, default=1, choices=[0, 1],
+        help="where no answer can be read, put `Final Answer: \\boxed{` behind it and go on")
     add("--batch_size", type=common.at_least(1), default=32)
     add("--latent_length", type=common.LATENT_LENGTH, default=32, help="m")
     add("--max_new_tokens", type=common.at_least(1), default=2000)
@@ -58,12 +73,16 @@ def flags():
         help="a role's folder, or outer=FOLDER for the outer links")
     add("--prompts", default="",
         help="JSON {role: {prompt or first: text or {kind: text}, system: text}}: other words")
+    add("--tavily_keys_file", default="", help="keys for web search, one a line")
+    add("--allow_unsafe_code", action="store_true",
+        help="run model-written programs even where there is no sandbox")
     add("--out", default="out/evaluate")
     add("--show", type=common.at_least(0), default=0, metavar="N",
         help="instead of scoring, print N problems with the latents in words")
     early = common.early_flags()
     style = get_style(early.style)
-    settings = {**style.settings.get("evaluate", {}), **style.settings.get(early.dataset, {})}
+    settings = {**style.settings.get("evaluate", {}),
+                **style.settings.get(early.task or early.dataset, {})}
     return common.parse_flags(parser, settings), style
 
 
@@ -98,8 +117,28 @@ def answer_batch(mas, task, batch, method, rounds, options):
     """Answer and score one batch of Examples: result lines, one per question.
 
     For `untrained` the system comes with fresh outer links, and is asked as for `latent`.
-    options: latent_length and the arguments of Agent.write."""
-    writing = {key: value for key, value in options.items() if key != "latent_length"}
+    options: latent_length, samples, answer_retry and the arguments of Agent.write. Where a batch
+    breaks (out of memory), its questions are asked one by one; one that breaks alone is recorded
+    with its error."""
+    line = {"style": mas.style.name, "dataset": task.name, "method": method, "rounds": rounds}
+    try:
+        answers = answers_to(mas, task, batch, method, rounds, options)
+    except RuntimeError as problem:
+        if len(batch) > 1 and method != "shuffle":
+            return [line for example in batch
+                    for line in answer_batch(mas, task, [example], method, rounds, options)]
+        failed = {"outputs": [], "parsed": [None], "correct": [False], "retried": 0,
+                  "error": f"{type(problem).__name__}: {str(problem).strip().splitlines()[0]}",
+                  "decoded_tokens": 0, "latent_steps": 0, "seconds": 0.0, "peak_memory_mb": 0.0}
+        answers = [failed for _ in batch]
+    return [{**line, "id": example.id, "question": example.question, "gold": example.gold,
+             **answer} for example, answer in zip(batch, answers)]
+
+
+def answers_to(mas, task, batch, method, rounds, options):
+    """Outputs, scores and costs of one batch, a dict per question."""
+    writing = {key: value for key, value in options.items()
+               if key not in ("latent_length", "answer_retry")}
     cards = {agent.device for agent in mas.agents.values() if agent.device.type == "cuda"}
     for card in cards:
         torch.cuda.reset_peak_memory_stats(card)
@@ -110,17 +149,45 @@ def answer_batch(mas, task, batch, method, rounds, options):
                              brief=task.brief, **writing)
     for card in cards:
         torch.cuda.synchronize(card)
-    seconds = (time.perf_counter() - started) / len(batch)
-    lines = []
-    for example, text, tokens in zip(batch, texts, run.decoded_tokens):
-        score = task.score(example, text)
-        lines.append({
-            "style": mas.style.name, "dataset": task.name, "method": method, "rounds": rounds,
-            "id": example.id, "question": example.question, "gold": example.gold,
-            "outputs": [text], "parsed": [score.parsed], "correct": [score.correct],
-            "decoded_tokens": tokens, "latent_steps": run.latent_steps, "seconds": seconds,
+    seconds = time.perf_counter() - started
+    count = options["samples"]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:        # programs and judges run side by side
+        asked = [example for example in batch for _ in range(count)]
+        scores = list(pool.map(task.score, asked, texts))
+        unread = [p for p, score in enumerate(scores) if score.parsed is None]
+        if task.retry and options["answer_retry"] and unread:
+            started = time.perf_counter()
+            texts = retry(run, task, unread)
+            seconds += time.perf_counter() - started
+            again = pool.map(task.score, [asked[p] for p in unread], [texts[p] for p in unread])
+            for p, score in zip(unread, again):
+                scores[p] = score
+        else:
+            unread = []
+    answers = []
+    for i, tokens in enumerate(run.decoded_tokens):
+        mine = slice(i * count, (i + 1) * count)
+        answers.append({
+            "outputs": texts[mine], "parsed": [score.parsed for score in scores[mine]],
+            "correct": [score.correct for score in scores[mine]],
+            "notes": [score.note for score in scores[mine]],
+            "retried": sum(p // count == i for p in unread), "decoded_tokens": tokens,
+            "latent_steps": run.latent_steps, "seconds": seconds / len(batch),
             "peak_memory_mb": peak_memory_mb(cards)})
-    return lines
+    return answers
+
+
+@torch.no_grad()
+def retry(run, task, unread):
+    """Put the beginning of an answer behind the drafts that hold none, and let them go on: all
+    texts, anew."""
+    beginning, words = task.retry
+    for p in unread:
+        run.draft.add(p, beginning)
+    run.draft.go_on(unread, [words] * len(unread))
+    for p in unread:
+        run.decoded_tokens[p // run.draft.per_question] += len(run.draft.newest[p])
+    return run.draft.texts()
 
 
 def in_batches(examples, size):
@@ -170,16 +237,35 @@ def summarise(lines):
 
 
 def summary_row(lines):
-    """The row of the lines of one method and number of rounds."""
-    n, right = len(lines), sum(line["correct"][0] for line in lines)
+    """The row of the lines of one method and number of rounds.
+
+    accuracy: the share of right answers, and where several were drawn per question also pass@k,
+    k being all of them. Intervals: Wilson, or a bootstrap over the questions."""
+    n, shares = len(lines), [sum(line["correct"]) / len(line["correct"]) for line in lines]
+    samples = max(len(line["correct"]) for line in lines)
     names = ("style", "dataset", "method", "rounds", "seed")
     row = {key: lines[0][key] for key in names if key in lines[0]}
-    row.update(n=n, accuracy=right / n, ci95=wilson(right, n),
-               unparsed=sum(line["parsed"][0] is None for line in lines) / n)
+    interval = wilson(sum(shares), n) if samples == 1 else bootstrap(shares)
+    row.update(n=n, accuracy=sum(shares) / n, ci95=interval)
+    if samples > 1:
+        passed = [pass_at_k(len(line["correct"]), sum(line["correct"]), len(line["correct"]))
+                  for line in lines]
+        row.update(samples=samples, pass_at_k=sum(passed) / n, pass_at_k_ci95=bootstrap(passed))
+    parsed = [text for line in lines for text in line["parsed"]]
+    row.update(unparsed=parsed.count(None) / len(parsed),
+               retried=sum(line["retried"] for line in lines) / len(parsed),
+               errors=sum("error" in line for line in lines))
     for key in ("decoded_tokens", "latent_steps", "seconds"):
         row[key] = sum(line[key] for line in lines) / n
     row["peak_memory_mb"] = max(line["peak_memory_mb"] for line in lines)
     return row
+
+
+def bootstrap(values, resamples=2000):
+    """95 % interval [low, high] of the mean of values, drawn anew with replacement."""
+    rng, n = random.Random(0), len(values)
+    means = sorted(sum(rng.choices(values, k=n)) / n for _ in range(resamples))
+    return [means[int(0.025 * resamples)], means[int(0.975 * resamples)]]
 
 
 # ---- tables and pictures ------------------------------------------------------------------------
@@ -190,9 +276,11 @@ def print_table(rows, interval="95 % interval"):
           f"{'unparsed':>8s} {'tokens':>7s} {'latent':>6s} {'ms':>7s}   (means per question)")
     for row in rows:
         low, high = row["ci95"]
+        more = f"  pass@{row['samples']} {row['pass_at_k']:.3f}" if "samples" in row else ""
+        more += f"  {row['errors']} failed" if row["errors"] else ""
         print(f"{row['method']:12s} {row['rounds']:6d} {row['accuracy']:8.3f}  "
               f"{low:.3f} - {high:.3f}    {row['unparsed']:8.3f} {row['decoded_tokens']:7.1f} "
-              f"{row['latent_steps']:6.0f} {1000 * row['seconds']:7.2f}")
+              f"{row['latent_steps']:6.0f} {1000 * row['seconds']:7.2f}{more}")
 
 
 def print_comparison(rows, task, examples):
@@ -202,6 +290,8 @@ def print_comparison(rows, task, examples):
     for other in ("text", "text_brief"):
         if (other, deepest) in by and ("latent", deepest) in by:
             theirs, ours = by[other, deepest], by["latent", deepest]
+            if not theirs["decoded_tokens"] or not ours["seconds"]:
+                continue                                 # all questions failed
             fewer = 1 - ours["decoded_tokens"] / theirs["decoded_tokens"]
             print(f"latent against {other} at {deepest} rounds: "
                   f"{100 * (ours['accuracy'] - theirs['accuracy']):+.1f} points, "
@@ -254,7 +344,8 @@ def need_matplotlib():
 @torch.no_grad()
 def show(mas, examples, options, rounds):
     """Print problems with the latents of every turn, read through the vocabulary head."""
-    writing = {key: value for key, value in options.items() if key != "latent_length"}
+    writing = {key: value for key, value in options.items()
+               if key not in ("latent_length", "answer_retry", "samples")}
     for example in examples:
         run = recurse(mas, [example.question], rounds, options["latent_length"], example.kind,
                       trace=True)
@@ -279,7 +370,8 @@ def compare(trained, args, folder):
     task, seeds = get_task(args.dataset_name), list(trained)
     style = trained[seeds[0]][1].style
     options = {"batch_size": 32, "max_new_tokens": 1000, "temperature": 0.0,
-               **style.settings.get(task.name, {}), "latent_length": args.latent_length}
+               **style.settings.get(task.name, {}), "latent_length": args.latent_length,
+               "samples": 1, "answer_retry": 0}
     batches = in_batches(task.load(args.eval_samples), options.pop("batch_size"))
     methods = [method for method in ALL_METHODS if method != "text_brief" or task.brief]
     plan = make_plan(methods, range(1, args.num_recursive_rounds + 1), batches)
@@ -348,27 +440,68 @@ def open_results(out, settings, resume, sizes):
     return lines
 
 
-def main():
-    args, style = flags()
-    if not args.show:
-        need_matplotlib()
-    if args.prompts:
-        style = with_prompts(style, args.prompts)
-    task = get_task(args.dataset)
-    examples = task.load(args.num_samples if args.num_samples > 0 else None)
-    batches = in_batches(examples, args.batch_size)
+def choose_questions(args):
+    """(task, its questions): all, the first --num_samples, or as many drawn by --sample_seed."""
+    is_file = args.dataset.endswith((".json", ".jsonl"))
+    if is_file and not args.task:
+        raise ValueError(f"--dataset {args.dataset} is a file: say what it holds with --task "
+                         "(math500, .., or maths, choice, coding, search)")
+    if args.task and not is_file:
+        raise ValueError("--task says what a file holds: give a .json or .jsonl as --dataset")
+    task = get_task(args.task, args.dataset) if is_file else get_task(args.dataset)
+    split, count = args.dataset_split or None, args.num_samples if args.num_samples > 0 else None
+    if args.sample_seed is None or count is None:
+        return task, task.load(count, split)
+    examples = task.load(None, split)
+    return task, random.Random(args.sample_seed).sample(examples, min(count, len(examples)))
+
+
+def check_methods(args, task, batches):
+    """Raise ValueError now for a method that this task or these batches cannot serve."""
     if "text_brief" in args.method and not task.brief:
         raise ValueError(f"method text_brief: {task.name} has no brief message length; leave it "
                          "away")
     if "shuffle" in args.method and min(map(len, batches)) < 2 and not args.show:
         raise ValueError("method shuffle needs at least two questions in a batch: raise "
                          "--batch_size or --num_samples, or leave it away")
+
+
+def give_tools(mas, args):
+    """Check the sandbox, and the keys for web search, of a style that has tools."""
+    if "python" in mas.style.tools:
+        require_sandbox(args.allow_unsafe_code)
+    if "search" in mas.style.tools:
+        try:
+            keys = read_keys(args.tavily_keys_file or None)
+        except ValueError as problem:
+            if args.tavily_keys_file:
+                raise
+            print(f"note: the search tool will say that it is not available ({problem})")
+        else:
+            mas.search = lambda query: search_web(query, keys)
+
+
+def main():
+    args, style = flags()
+    if not args.show:
+        need_matplotlib()
+    if args.prompts:
+        style = with_prompts(style, args.prompts)
+    task, examples = choose_questions(args)
+    batches = in_batches(examples, args.batch_size)
+    if args.method == list(ALL_METHODS) and not task.brief:
+        args.method.remove("text_brief")            # nobody asked for it by name
+    check_methods(args, task, batches)
+    if task.ready and not args.show:
+        task.ready(args.allow_unsafe_code)
     options = {key: getattr(args, key) for key in (
         "latent_length", "max_new_tokens", "temperature", "top_p", "top_k", "min_p",
-        "repetition_penalty", "seed")}
+        "repetition_penalty", "seed", "answer_retry")}
+    options["samples"] = args.num_rollouts = args.num_rollouts or task.samples
     mas = load_mas_system(style, args.device, args.dtype, task.kind, bool(args.trust_remote_code),
                           parse_override(args.ckpt_override), args.revision,
                           bool(args.enable_thinking), args.offload)
+    give_tools(mas, args)
     if args.show:
         show(mas, examples[:args.show], options, max(args.num_recursive_rounds))
         return

@@ -48,13 +48,14 @@ class Task:
     """A data set with its scorer; `load` and `score` are plain functions of the task's file."""
     name: str
     kind: str
-    load: Callable               # load(limit=None) -> [Example]
+    load: Callable               # load(limit=None, split=None) -> [Example]; split: of a hub set
     score: Callable              # score(example, text) -> Score
     train_rows: Callable | None = None    # train_rows(n, seed) -> [row]: generated training data
     brief: int | None = None     # tokens that hold all a message needs (method text_brief)
     ceiling: Callable | None = None       # ceiling(examples, rounds) -> best accuracy possible
     samples: int = 1             # answers to draw per question, as the publishers did (pass@k)
     ready: Callable | None = None         # ready(allow_unsafe=False): can answers be scored here?
+    retry: tuple | None = None   # (text put behind an answer that cannot be read, words more)
 
 
 def get_task(name, path=None):
@@ -143,6 +144,13 @@ def parse_json(text, name):
         raise ValueError(f"{name} is not JSON ({problem}): mend or remove it") from problem
 
 
+def source_rows(source, path=None, split=None):
+    """Yields (Place, row) of the file `path`, or of source = (hub id, config, usual split)."""
+    if path and split:
+        raise ValueError(f"{path} is a file and has no split '{split}': leave --dataset_split away")
+    return file_rows(path) if path else hub_rows(*source[:2], split or source[2])
+
+
 def hub_rows(name, config, split):
     """Yields (Place, row) of a data set on the hub. Raises OSError with what to do."""
     import datasets                            # takes a second to import: only where it is needed
@@ -210,6 +218,10 @@ def column(place, row, *names):
 def row_id(row, *names):
     """The id in the first column of `names` that is there, or "": it is then numbered."""
     return next((str(row[name]) for name in names if row.get(name) not in (None, "")), "")
+
+
+BOXED_RETRY = ("\nFinal Answer: \\boxed{", 16)         # as the publishers did
+CODE_RETRY = ("\nFinal Answer:\n```python\n", 256)
 
 
 # ---- answers ------------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ import functools
 import random
 import re
 
-from tasks import (Example, Score, Task, Unusable, column, examples_from, file_rows, hub_rows,
-                   last_box, row_id, without_fonts)
+from tasks import (BOXED_RETRY, Example, Score, Task, Unusable, column, examples_from, last_box,
+                   row_id, source_rows, without_fonts)
 
 SOURCES = {                     # name: hub id, config, split
     "gpqa": ("Idavidrein/gpqa", "gpqa_diamond", "train"),
@@ -38,10 +38,10 @@ STATED = re.compile(
     r"(?! *(?:,|/|or\b|and\b) *\(?[A-J]\b)", re.MULTILINE)     # not A or B
 
 
-def load(name, path, limit=None, seed=42):
+def load(name, path, limit=None, split=None, seed=42):
     """The first `limit` questions as Examples; `seed` decides the order of GPQA's options.
     Raises ValueError or OSError naming file and row."""
-    rows = file_rows(path) if path else hub_rows(*SOURCES[name])
+    rows = source_rows(SOURCES.get(name), path, split)
     return examples_from(rows, functools.partial(make_example, seed=seed), name, path, limit)
 
 
@@ -109,4 +109,4 @@ def score(example, text):
 
 def task(name, path=None):
     """The Task."""
-    return Task(name, "choice", functools.partial(load, name, path), score)
+    return Task(name, "choice", functools.partial(load, name, path), score, retry=BOXED_RETRY)

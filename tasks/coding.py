@@ -35,8 +35,8 @@ import pickle
 import re
 import zlib
 
-from tasks import (Example, Score, Task, column, examples_from, file_rows, hub_rows, no_hub,
-                   parse_json, row_id)
+from tasks import (CODE_RETRY, Example, Score, Task, column, examples_from, file_rows, no_hub,
+                   parse_json, row_id, source_rows)
 
 NAMES = ("mbppplus", "livecodebench")
 MBPP, LIVE = ("evalplus/mbppplus", None, "test"), "livecodebench/code_generation_lite"
@@ -50,15 +50,18 @@ PRELUDE = "".join(f"from {module} import *\n" for module in (MODULES + " builtin
     f"import sys, {', '.join(MODULES.split())}\nsys.setrecursionlimit(50000)\n")
 
 
-def load(name, path, limit=None):
+def load(name, path, limit=None, split=None):
     """The first `limit` questions as Examples. Raises ValueError or OSError naming the row."""
-    rows = file_rows(path) if path else hub_rows(*MBPP) if name == "mbppplus" else live_rows()
+    live = name == "livecodebench" and not path
+    rows = live_rows(split) if live else source_rows(MBPP, path, split)
     return examples_from(rows, make_example, name, path, limit)
 
 
-def live_rows():
+def live_rows(split=None):
     """Yields (Place, row) of LiveCodeBench's files, each fetched when its turn comes (`datasets`
     no longer runs the script that made the set). Raises OSError with what to do."""
+    if split not in (None, "test"):
+        raise ValueError(f"{LIVE} has no split '{split}': leave --dataset_split away")
     from huggingface_hub import hf_hub_download
     for file in LIVE_FILES:
         try:
@@ -192,4 +195,5 @@ def ready(allow_unsafe=False):
 
 def task(name, path=None):
     """The Task."""
-    return Task(name, "code", functools.partial(load, name, path), score, ready=ready)
+    return Task(name, "code", functools.partial(load, name, path), score, ready=ready,
+                retry=CODE_RETRY)

@@ -25,8 +25,8 @@ import sys
 import threading
 from pathlib import Path
 
-from tasks import (Example, Score, Task, column, examples_from, file_rows, hub_rows,
-                   last_box, row_id)
+from tasks import (BOXED_RETRY, Example, Score, Task, column, examples_from, last_box, row_id,
+                   source_rows)
 
 SOURCES = {                     # name: hub id, config, split
     "math500": ("HuggingFaceH4/MATH-500", None, "test"),
@@ -37,9 +37,9 @@ NAMES = tuple(SOURCES)
 SECONDS, MEMORY_MB = 5, 4096    # what one comparison may take
 
 
-def load(name, path, limit=None):
+def load(name, path, limit=None, split=None):
     """The first `limit` questions as Examples. Raises ValueError or OSError naming the row."""
-    rows = file_rows(path) if path else hub_rows(*SOURCES[name])
+    rows = source_rows(SOURCES.get(name), path, split)
     return examples_from(rows, make_example, name, path, limit)
 
 
@@ -68,7 +68,7 @@ def ready(allow_unsafe=False):
 def task(name, path=None):
     """The Task: ten samples a question for the AIME, whose published figure is pass@10."""
     return Task(name, "math", functools.partial(load, name, path), score,
-                samples=10 if name.startswith("aime") else 1, ready=ready)
+                samples=10 if name.startswith("aime") else 1, ready=ready, retry=BOXED_RETRY)
 
 
 class Worker:

@@ -18,8 +18,8 @@ import re
 import string
 import unicodedata
 
-from tasks import (Example, Score, Task, Unusable, column, examples_from, file_rows, hub_rows,
-                   last_box, row_id, without_fonts)
+from tasks import (BOXED_RETRY, Example, Score, Task, Unusable, column, examples_from, last_box,
+                   row_id, source_rows, without_fonts)
 
 SOURCES = {                     # name: hub id, config, split
     "bamboogle": ("chiayewken/bamboogle", None, "test"),
@@ -28,9 +28,9 @@ SOURCES = {                     # name: hub id, config, split
 NAMES = tuple(SOURCES)
 
 
-def load(name, path, limit=None):
+def load(name, path, limit=None, split=None):
     """The first `limit` questions as Examples. Raises ValueError or OSError naming the row."""
-    rows = file_rows(path) if path else hub_rows(*SOURCES[name])
+    rows = source_rows(SOURCES.get(name), path, split)
     return examples_from(rows, make_example, name, path, limit)
 
 
@@ -83,4 +83,5 @@ def ready(allow_unsafe=False):
 
 def task(name, path=None):
     """The Task."""
-    return Task(name, "search", functools.partial(load, name, path), score, ready=ready)
+    return Task(name, "search", functools.partial(load, name, path), score, ready=ready,
+                retry=BOXED_RETRY)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from link import DAMAGED, read_json, write_json, write_whole
 from styles import ANSWER_FORMAT, KINDS, get_style
-from tasks import get_task, task_names
+from tasks import generated_task
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_SKIPPED = 10       # steps with a NaN or infinite loss, in a row, before training gives up
@@ -163,8 +163,8 @@ def load_rows(name, split="train", field="data", limit=-1, seed=42):
     if not name:
         raise ValueError("no training data: give --dataset_name")
     path = Path(name)
-    if name in task_names():
-        return get_task(name).train_rows(limit if limit > 0 else 4800, seed)
+    if generated_task(name):
+        return generated_task(name).train_rows(limit if limit > 0 else 4800, seed)
     if path.suffix in (".json", ".jsonl"):
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist: check --dataset_name")

@@ -34,7 +34,7 @@ from agents import apply_link
 from link import KINDS, save_outer
 from recurse import load_agents, recurse
 from styles import get_style
-from tasks import task_names
+from tasks import generated_task
 
 
 def flags():
@@ -244,7 +244,7 @@ def main():
     (args, style), started = flags(), time.time()
     folder, given = Path(args.save_dir), vars(args)
     names = [role.name for role in style.roles]
-    compared = args.eval_samples and args.dataset_name in task_names()
+    compared = args.eval_samples and generated_task(args.dataset_name)
     if compared:
         evaluate.need_matplotlib()
         if args.eval_samples < 2:
@@ -262,8 +262,9 @@ def main():
     if compared:
         evaluate.compare(trained, args, folder)
     links = folder / f"seed_{args.seeds[0]}" if args.seeds else folder
+    override = " ".join(f"{name}={folder}" for name, folder in {**inner, "outer": links}.items())
     print(f"{time.time() - started:.0f} s in all; links and log.jsonl are in {links}. Ask them:\n"
-          f"python evaluate.py --style {style.name} --ckpt_override outer={links} --show 2")
+          f"python evaluate.py --style {args.style} --ckpt_override {override} --show 2")
 
 
 if __name__ == "__main__":

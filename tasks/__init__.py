@@ -86,6 +86,12 @@ def task_names():
     return sorted(name for module in task_modules() for name in module.NAMES)
 
 
+def generated_task(name):
+    """The Task of that name if it makes its own training rows (as `tiny` does), else None."""
+    task = get_task(name) if name in task_names() else None
+    return task if task and task.train_rows else None
+
+
 def pass_at_k(n, c, k):
     """Unbiased estimate of P(at least one of k samples is right), from c right ones among n.
 

@@ -1,0 +1,351 @@
+"""Real systems, end to end, on local folders laid out like the published hub repositories.
+
+The models are tiny and random, of the real architectures; widths are the published ones / 64. All
+command lines are the published ones, with the script's path changed and the sizes cut down.
+"""
+import dataclasses
+import hashlib
+import json
+import random
+import re
+import shutil
+import sys
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from conftest import (PROJECT, QUESTIONS, THREE, TOLERANCE, VOCABULARY, largest_difference,
+                      new_agent, new_mas, new_model, randomise, word_tokenizer)
+from huggingface_hub import errors
+from huggingface_hub.utils import hf_raise_for_status
+from safetensors.torch import load_file
+from test_recurse import plain_recursion
+from test_train import outer_args, outer_gradients
+from tokenizers import AddedToken
+
+import common
+import evaluate
+import recurse
+import train_inner
+import train_outer
+from agents import Agent
+from link import InnerLink, OuterLink, load_inner, load_outer, save_inner, save_outer
+from recurse import MAS, load_mas_system
+from styles import ANSWER_FORMAT, Edge, Role, Style, get_style
+from tasks import tiny
+
+STYLES = ("sequential_light", "sequential_scaled", "mixture", "distillation", "deliberation")
+PER_TASK = ("sequential_light", "sequential_scaled", "distillation")    # a link for math and code
+
+# ---- chat templates in the manner of each family ------------------------------------------------
+
+CHATML = ("{% for m in messages %}<|im_start|> {{ m.role }}\n{{ m.content }} <|im_end|>\n"
+          "{% endfor %}<|im_start|> assistant\n")
+TEMPLATES = {
+    "qwen3": CHATML + "{% if enable_thinking is defined and not enable_thinking %}"
+                      "<think>\n\n</think>\n\n{% endif %}",
+    "qwen2": "{% if messages[0].role != 'system' %}<|im_start|> system\nYou are a helpful "
+             "assistant. <|im_end|>\n{% endif %}" + CHATML,
+    "llama": "{{ bos_token }}{% for m in messages %}<|header|> {{ m.role }} <|end_header|>\n\n"
+             "{% if m.role == 'system' %}Today Date: {{ date_string }}\n\n{% endif %}"
+             "{{ m.content | trim }} <|eot|>{% endfor %}<|header|> assistant <|end_header|>\n\n",
+    # No system role, and turns have to alternate.
+    "gemma": "{{ bos_token }}{% for m in messages %}"
+             "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+             "{{ raise_exception('Conversation roles must alternate user/assistant/..') }}"
+             "{% endif %}<|turn|> {{ m.role }}\n{{ m.content | trim }} <|end_turn|>\n"
+             "{% endfor %}<|turn|> model\n",
+    "mistral": "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}"
+               "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}"
+               "<|inst|> {{ m.content }} <|end_inst|>{% endfor %}",
+    # Thinks whatever it is told.
+    "deepseek": "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}"
+                "{{ m.content }}{% else %}<|User|> {{ m.content }}{% endif %}{% endfor %}"
+                "<|Assistant|><think>\n",
+}
+SPECIAL = ("<|im_start|>", "<|im_end|>", "<|header|>", "<|end_header|>", "<|eot|>", "<|turn|>",
+           "<|end_turn|>", "<|inst|>", "<|end_inst|>", "<|User|>", "<|Assistant|>", "<think>",
+           "</think>")
+
+BASES = {       # base model: family, width, template, tokenizer class as released
+    "Qwen/Qwen3-1.7B": ("qwen3", 32, "qwen3", "Qwen2Tokenizer"),
+    "meta-llama/Llama-3.2-1B-Instruct": ("llama", 32, "llama", "PreTrainedTokenizerFast"),
+    "Qwen/Qwen2.5-Math-1.5B-Instruct": ("qwen2", 24, "qwen2", "Qwen2Tokenizer"),
+    "google/gemma-3-4b-it": ("gemma3_conditional", 40, "gemma", "GemmaTokenizer"),
+    "meta-llama/Llama-3.2-3B-Instruct": ("llama", 48, "llama", "PreTrainedTokenizerFast"),
+    "Qwen/Qwen3.5-4B": ("qwen3_5_conditional", 40, "qwen3", "TokenizersBackend"),
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": ("qwen2", 24, "deepseek", "LlamaTokenizerFast"),
+    "Qwen/Qwen2.5-Coder-3B-Instruct": ("qwen2", 32, "qwen2", "Qwen2Tokenizer"),
+    "BioMistral/BioMistral-7B": ("mistral", 64, "mistral", "LlamaTokenizer"),
+    "Qwen/Qwen3.5-2B": ("qwen3_5_conditional", 32, "qwen3", "Qwen2Tokenizer"),
+    "Qwen/Qwen3.5-9B": ("qwen3_5_conditional", 64, "qwen3", "Qwen2Tokenizer"),
+}
+
+# ---- training sets: the published columns -------------------------------------------------------
+
+SEQUENTIAL = "question plan refined_plan answer answer_field"
+DISTILLATION = ("question refined_plan answer distill_expert distill_learner task_family domain "
+                "type source")
+SUMMARIZER = ("question answer hie_summarizer hie_math_expert hie_code_expert hie_science_expert "
+              "type task_family domain fn_name")
+SETS = {
+    "Sequential-Math": SEQUENTIAL, "Sequential-Code": SEQUENTIAL + " type",
+    "Distillation-Math": DISTILLATION, "Distillation-Code": DISTILLATION,
+    "Mixture-Math": "question answer hie_math_expert type task_family domain",
+    "Mixture-Code": "question answer hie_code_expert type task_family domain",
+    "Mixture-Science": "question answer hie_science_expert type task_family domain",
+    "Mixture-Summarizer": SUMMARIZER, "Mixture-Outer": SUMMARIZER,
+    "Deliberation": ("question answer deliberation_reflector deliberation_toolcaller task_family "
+                     "domain tool_type type source source_idx"),
+}
+
+
+def rows_of(name):
+    """Four rows of a training set; the mixed sets hold a question of each kind."""
+    kinds = {"Code": "code", "Science": "choice"}.get(name.split("-")[-1], "math")
+    kinds = [kinds] * 4
+    if name in ("Mixture-Summarizer", "Mixture-Outer", "Deliberation"):
+        kinds = ["math", "code", "choice", "math"]
+    rows = []
+    for i, kind in enumerate(kinds):
+        row = {column: f"{'s1 x7 ' * (i + 1)}{column} ." for column in SETS[name].split()}
+        row.update(question=QUESTIONS[i], type="function" if kind == "code" else None)
+        for column, value in (("task_family", kind), ("source_idx", i),
+                              ("fn_name", "flip" if kind == "code" else None)):
+            if column in row:
+                row[column] = value
+        rows.append(row)
+    return rows
+
+
+def all_words():
+    """Every word that the prompts, the templates and the training sets hold."""
+    texts = [*TEMPLATES.values(), *ANSWER_FORMAT.values(), "system user 26 Jul 2024",
+             "The function has to be called `flip`."]
+    for style in map(get_style, STYLES):
+        for role in style.roles:
+            for prompts in (role.prompt, role.first or {}, {"": role.system}):
+                texts += prompts.values()
+    texts += [str(value) for name in SETS for row in rows_of(name) for value in row.values()]
+    return [*VOCABULARY, *SPECIAL,
+            *(word for text in texts for word in re.sub(r"{\w+}|{[{%].*?[%}]}", " ", text).split())]
+
+
+# ---- the hub in a folder ------------------------------------------------------------------------
+
+def released(link):
+    """A link's weights as released: a bf16 state dict."""
+    return {name: value.bfloat16() for name, value in link.state_dict().items()}
+
+
+def write_base(folder, name, seed):
+    """A base model's repo: model, tokenizer, chat template."""
+    family, width, template, tokenizer_class = BASES[name]
+    words = list(dict.fromkeys(all_words()))
+    random.Random(seed).shuffle(words)               # no two families share their token ids
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = word_tokenizer(TEMPLATES[template], vocabulary)
+    tokenizer.add_tokens([AddedToken(word, special=True) for word in SPECIAL], special_tokens=True)
+    new_model(family, seed, vocabulary, width).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["tokenizer_class"] = tokenizer_class
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def write_agent(folder, base, width, per_task, seed):
+    """A released agent's repo: the whole base model and the inner link, or one for each task."""
+    shutil.copytree(base, folder)
+    links = {"adapter.pt": InnerLink(width)}
+    if per_task:
+        links = {f"adapter({task}).pt": InnerLink(width) for task in ("math", "code")}
+        (folder / "innerlink_config.json").write_text(json.dumps({"tasks": {
+            task: {"adapter.pt": f"adapter({task}).pt"} for task in ("math", "code")}}))
+    for i, (name, link) in enumerate(links.items()):
+        torch.save(released(randomise(link, 0.12, seed + i)), folder / name)
+    (folder / "adapter_config.json").write_text('{"adapter_type": "ln_res_adapter"}')
+
+
+def write_outer(folder, style, widths, per_task):
+    """A released repo of outer links, its manifest flat or a list for each task."""
+    folder.mkdir(parents=True)
+
+    def adapters(task):
+        entries = []
+        for i, (key, (source, target)) in enumerate(widths.items()):
+            name = f"{key}({task}).pt" if task else f"{key}.pt"
+            link = randomise(OuterLink(source, target), 0.12, seed=300 + i + 50 * (task == "code"))
+            torch.save(released(link), folder / name)
+            entries.append({"legacy_key": key, "filename": name, "in_dim": source,
+                            "out_dim": target, "adapter_type": "outer_ln_res_adapter"})
+        return entries
+
+    config = {"format_version": 1, "paradigm": style.name,
+              "legacy_config_filename": "outer_adapter_config.json"}
+    if per_task:
+        config["tasks"] = {task: {"adapters": adapters(task)} for task in ("math", "code")}
+    else:
+        config["adapters"] = adapters("")
+    (folder / "outerlink_config.json").write_text(json.dumps(config))
+
+
+def widths_of(style):
+    width = {role.name: BASES[role.model][1] for role in style.roles}
+    return {edge.key: (width[edge.src], width[edge.dst]) for edge in style.edges}
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory):
+    """A folder with all base models, released agents, outer links and training sets."""
+    folder = tmp_path_factory.mktemp("hub")
+    for seed, name in enumerate(BASES):
+        write_base(folder / name, name, seed)
+    for name in STYLES:
+        style = get_style(name)
+        for seed, role in enumerate(style.roles):
+            write_agent(folder / role.repo, folder / role.model, BASES[role.model][1],
+                        name in PER_TASK, 20 * seed)
+        write_outer(folder / style.repo, style, widths_of(style), name in PER_TASK)
+    for name in SETS:
+        (folder / "RecursiveMAS" / name).mkdir()
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows_of(name)),
+                                    folder / "RecursiveMAS" / name / "train-0-of-1.parquet")
+    return folder
+
+
+def contents(folder):
+    """{path: hash of its bytes} of all files below a folder."""
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def at_hub(hub, monkeypatch, tmp_path_factory):
+    """The hub's ids are folders here; afterwards no file has been added, changed or removed."""
+    monkeypatch.chdir(hub)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    before = contents(hub)
+    yield hub
+    assert contents(hub) == before
+
+
+def holds(link, path):
+    """Whether a link's weights are exactly those in a released file."""
+    state, own = torch.load(path, weights_only=True), link.state_dict()
+    return set(own) == set(state) and all(torch.equal(own[k], state[k].float()) for k in own)
+
+
+def same_weights(model, path):
+    """Whether a model's weights are those in a folder (names differ by the text part's prefix)."""
+    def plain(state):
+        return {key.replace("language_model.", "").removeprefix("model."): value
+                for key, value in state.items()}
+
+    saved = plain(load_file(path / "model.safetensors"))
+    own = plain(model.state_dict())
+    own = {key: value for key, value in own.items() if key in saved or "lm_head" not in key}
+    return own.keys() <= saved.keys() and all(torch.equal(own[k], saved[k]) for k in own)
+
+
+def run(script, monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, argv)])
+    script.main()
+
+
+# ---- loading ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("task", ["math", "code"])
+@pytest.mark.parametrize("name", STYLES)
+def test_a_released_system_loads_by_its_hub_ids(name, task, at_hub):
+    """Oracle: the files themselves. The task chooses the file where a repo holds two."""
+    mas = load_mas_system(name, device="cpu", task=task)
+    ending = f"({task})" if name in PER_TASK else ""
+    for role in mas.style.roles:
+        agent = mas.agents[role.name]
+        assert holds(agent.inner, at_hub / role.repo / f"adapter{ending}.pt")
+        assert same_weights(agent.model, at_hub / role.repo)
+        assert agent.width == BASES[role.model][1]
+    for edge in mas.style.edges:
+        assert holds(mas.outer[edge.key], at_hub / mas.style.repo / f"{edge.key}{ending}.pt")
+    texts = mas.answer(QUESTIONS[:2], rounds=2, latent_length=2, kind=task, max_new_tokens=3)
+    assert len(texts) == 2 and all(isinstance(text, str) for text in texts)
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_prompts_are_made_of_known_words(name, at_hub):
+    """The rendered chat of each role and kind: the question once, whole, and no slot left over;
+    the templates that know no system role still say the system text."""
+    mas = load_mas_system(name, device="cpu")
+    for role in mas.style.roles:
+        agent = mas.agents[role.name]
+        heard = mas.style.heard_by(role.name)
+        for kind in ("math", "choice", "code", "search"):
+            segments = agent.prompt(role.system, mas.style.prompt(role, kind, heard), heard,
+                                    QUESTIONS[:1], ANSWER_FORMAT[kind])
+            assert [part for part in segments if isinstance(part, str)] == heard
+            ids = [token for part in segments if not isinstance(part, str) for token in part[0]]
+            words = agent.tokenizer.convert_ids_to_tokens(ids)
+            text = " ".join(words)
+            assert "<unk>" not in words and "{question}" not in text
+            assert text.count(QUESTIONS[0]) == 1
+            assert " ".join(role.system.split()) in text
+            assert (ANSWER_FORMAT[kind] in text) == (role is mas.style.roles[-1])
+
+
+def test_the_published_quick_start(at_hub):
+    """Only the import is ours."""
+    mas = load_mas_system(style="sequential_light", device="cpu", trust_remote_code=True)
+    planner, critic, solver = (mas.agents[role].model for role in ("planner", "critic", "solver"))
+    assert [type(model).__name__ for model in (planner, critic, solver)] == [
+        "Qwen3ForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM"]
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="use --device cpu"):
+            load_mas_system(style="sequential_light", device="cuda", trust_remote_code=True)
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_ckpt_override_by_local_folder(name, at_hub, tmp_path):
+    """Each role's folder and the outer links', one at a time; the others stay as they were."""
+    style, released_mas = get_style(name), load_mas_system(name, device="cpu")
+    role = style.roles[0]
+    link = randomise(InnerLink(BASES[role.model][1]), 1.0, seed=9)
+    write_agent(tmp_path / "agent", at_hub / role.model, BASES[role.model][1], False, seed=0)
+    torch.save(released(link), tmp_path / "agent/adapter.pt")
+    mas = load_mas_system(name, device="cpu", ckpt_override={role.name: str(tmp_path / "agent")})
+    for other in style.roles:
+        same = largest_difference(mas.agents[other.name].inner.proj1.weight,
+                                  released_mas.agents[other.name].inner.proj1.weight) == 0
+        assert same == (other is not role)
+    assert holds(mas.agents[role.name].inner, tmp_path / "agent/adapter.pt")
+    fresh = mas.with_fresh_outer()
+    save_outer(fresh.outer, tmp_path / "outer", name, "pt")
+    mas = load_mas_system(name, device="cpu", ckpt_override={"outer": str(tmp_path / "outer")})
+    for edge in style.edges:
+        assert holds(mas.outer[edge.key], tmp_path / f"outer/{edge.key}.pt")
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_links_as_the_published_trainer_writes_them(name, at_hub, tmp_path):
+    """adapter.pt beside the whole model; outer_XX.pt beside two manifests. The role's own repo
+    and model are not looked at."""
+    style, override = get_style(name), {"outer": str(tmp_path / "outer")}
+    style = dataclasses.replace(style, repo="no/outer", roles=tuple(
+        dataclasses.replace(role, repo="no/repo") for role in style.roles))
+    for role in style.roles:
+        override[role.name] = str(tmp_path / role.name)
+        write_agent(tmp_path / role.name, at_hub / role.model, BASES[role.model][1], False, 3)
+        (tmp_path / role.name / "train_args.json").write_text('{"mas_role": "x", "seed": 42}')
+    style = dataclasses.replace(style, roles=tuple(
+        dataclasses.replace(role, model="no/model") for role in style.roles))
+    write_outer(tmp_path / "outer", style, widths_of(get_style(name)), False)
+    (tmp_path / "outer/outer_adapter_config.json").write_text("{}")
+    before = contents(tmp_path)
+    mas = load_mas_system(style, device="cpu", ckpt_override=override)
+    for role in style.roles:
+        assert holds(mas.agents[role.name].inner, tmp_path / role.name / "adapter.pt")
+    for edge in style.edges:
+        assert holds(mas.outer[edge.key], tmp_path / f"outer/{edge.key}.pt")
+    assert len(mas.answer(QUESTIONS[:1], 1, 2, max_new_tokens=2)) == 1
+    assert contents(tmp_path) == before

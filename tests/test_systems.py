@@ -16,6 +16,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+import transformers
 from conftest import (PROJECT, QUESTIONS, THREE, TOLERANCE, VOCABULARY, largest_difference,
                       new_agent, new_mas, new_model, randomise, word_tokenizer)
 from huggingface_hub import errors
@@ -148,7 +149,10 @@ def write_base(folder, name, seed):
     vocabulary = {word: i for i, word in enumerate(words)}
     tokenizer = word_tokenizer(TEMPLATES[template], vocabulary)
     tokenizer.add_tokens([AddedToken(word, special=True) for word in SPECIAL], special_tokens=True)
-    new_model(family, seed, vocabulary, width).save_pretrained(folder)
+    model = new_model(family, seed, vocabulary, width)
+    if family == "mistral":
+        model.config.sliding_window = 4096      # as released: the tests' own would hide the slots
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config["tokenizer_class"] = tokenizer_class
@@ -194,6 +198,13 @@ def write_outer(folder, style, widths, per_task):
 def widths_of(style):
     width = {role.name: BASES[role.model][1] for role in style.roles}
     return {edge.key: (width[edge.src], width[edge.dst]) for edge in style.edges}
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """Loading draws no progress bars, as in the scripts."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 @pytest.fixture(scope="session")
@@ -349,3 +360,172 @@ def test_links_as_the_published_trainer_writes_them(name, at_hub, tmp_path):
         assert holds(mas.outer[edge.key], tmp_path / f"outer/{edge.key}.pt")
     assert len(mas.answer(QUESTIONS[:1], 1, 2, max_new_tokens=2)) == 1
     assert contents(tmp_path) == before
+
+
+# ---- the published command lines ----------------------------------------------------------------
+
+INNER = {       # style: (design, role, task, training set), as published
+    "sequential_light": [("sequential", "planner", "math", "Sequential-Math"),
+                         ("sequential", "refiner", "math", "Sequential-Math"),
+                         ("sequential", "solver", "math", "Sequential-Math")],
+    "sequential_scaled": [("sequential", "planner", "math", "Sequential-Math"),
+                          ("sequential", "refiner", "math", "Sequential-Math"),
+                          ("sequential", "solver", "math", "Sequential-Math")],
+    # Published with the tasks code and choice for the second and third: see the test below.
+    "mixture": [("hie", "hie_math_expert", "math", "Mixture-Math"),
+                ("hie", "hie_code_expert", "math", "Mixture-Code"),
+                ("hie", "hie_science_expert", "choice", "Mixture-Science"),
+                ("hie", "hie_summarizer", "math", "Mixture-Summarizer")],
+    "distillation": [("distill", "distill_expert", "math", "Distillation-Math"),
+                     ("distill", "distill_learner", "math", "Distillation-Math")],
+    "deliberation": [("deliberation", "deliberation_reflector", "math", "Deliberation"),
+                     ("deliberation", "deliberation_toolcaller", "math", "Deliberation")],
+}
+OUTER = {       # style: (task, training set, the roles' names in flags)
+    "sequential_light": ("math", "Sequential-Math", ["agent1", "agent2", "agent3"]),
+    "sequential_scaled": ("math", "Sequential-Math", ["agent1", "agent2", "agent3"]),
+    "mixture": ("math", "Mixture-Outer", ["agent1", "agent2", "agent3", "agent4"]),
+    "distillation": ("math", "Distillation-Math", ["expert", "learner"]),
+    "deliberation": ("math", "Deliberation", ["reflector", "toolcaller"]),
+}
+OPTIMIZER = ("--lr_scheduler_type cosine --weight_decay 0 --warmup_steps 1 --max_grad_norm 1.0 "
+             "--log_every 1 --save_steps 0 --seed 42 --enable_thinking 0 --solver_pre_question 1 "
+             "--num_train_epochs 1 --dataset_split train --dataset_json_field data "
+             "--trust_remote_code --dtype float32 --batch_size 2 --max_steps 3").split()
+INNER_FLAGS = [*OPTIMIZER, *(
+    "--max_length 2048 --adapter_lr 5e-4 --grad_accum_steps 1 --adapter_dtype auto --adapter_type "
+    "ln_res_adapter --adapter_cos_weight 1.0 --adapter_mse_weight 0.0 --latent_length 3").split()]
+OUTER_FLAGS = [*OPTIMIZER, *(
+    "--num_samples -1 --shuffle --max_length 4096 --max_latent_tokens 80 --outer_lr 5e-4 "
+    "--num_recursive_rounds 2 --supervise_final_only 1 --non_last_loss_weight 0.1 "
+    "--outer_adapter_type outer_ln_res_adapter --inner_adapter_type_fallback ln_res_adapter "
+    "--gradient_checkpointing 1 --outer_dtype auto --device cpu --latent_length 3").split()]
+
+
+def train_inner_links(name, monkeypatch, folder):
+    """{role: folder} of the inner links of a style, trained by the published command lines."""
+    style, folders = get_style(name), {}
+    for design, role, task, data in INNER[name]:
+        role_name = style.role(role).name
+        folders[role_name] = folder / role_name
+        run(train_inner, monkeypatch, "--model_name_or_path", style.role(role).model,
+            "--mas_design", design, "--mas_role", role, "--mas_task", task, "--dataset_name",
+            f"RecursiveMAS/{data}", "--save_dir", folder / role_name, *INNER_FLAGS)
+    return folders
+
+
+def outer_command(name, inner, save_dir):
+    """The published command line of the outer loop, with its flags for each role."""
+    style, (task, data, names) = get_style(name), OUTER[name]
+    argv = ["--style", name, "--mas_task", task, "--dataset_name", f"RecursiveMAS/{data}",
+            "--save_dir", save_dir, *OUTER_FLAGS]
+    for flag, role in zip(names, style.roles):
+        argv += [f"--{flag}_model_name_or_path", role.model,
+                 f"--{flag}_inner_aligner_path", inner[role.name]]
+    return argv + [f"--{style.edges[0].key}_type", "outer_ln_res_adapter"]
+
+
+def finite_losses(folder):
+    losses = [line["loss"] for line in common.read_json_lines(folder / "log.jsonl")]
+    return len(losses) == 3 and all(isinstance(loss, float) for loss in losses)
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_a_style_trains_and_answers_by_the_published_command_lines(name, at_hub, tmp_path,
+                                                                   monkeypatch):
+    """Inner loop of each role, outer loop, evaluation. Oracles: finite losses, links that differ
+    from what they began with, and (at_hub) base models that do not change."""
+    style = get_style(name)
+    inner = train_inner_links(name, monkeypatch, tmp_path)
+    for role in style.roles:
+        width = BASES[role.model][1]
+        torch.manual_seed(42)
+        began = InnerLink(width)
+        link = load_inner(inner[role.name], width, OUTER[name][0])
+        assert finite_losses(inner[role.name])
+        assert not torch.equal(link.proj1.weight, began.proj1.weight)
+        assert largest_difference(link.proj1.weight, began.proj1.weight) < 3e-3     # few steps
+    run(train_outer, monkeypatch, *outer_command(name, inner, tmp_path / "outer"))
+    assert finite_losses(tmp_path / "outer")
+    override = {**inner, "outer": tmp_path / "outer"}
+    mas = load_mas_system(name, device="cpu", task=OUTER[name][0], ckpt_override=override)
+    before = mas.with_fresh_outer(seed=42)
+    for edge in style.edges:
+        assert not torch.equal(mas.outer[edge.key].proj1.weight,
+                               before.outer[edge.key].proj1.weight), edge.key
+    run(evaluate, monkeypatch, "--style", name, "--dataset", "tiny", "--device", "cpu",
+        "--num_samples", 4, "--seed", 42, "--num_recursive_rounds", 2, "--batch_size", 3,
+        "--latent_length", 3, "--temperature", 0.6, "--top_p", 0.95, "--top_k", 5, "--min_p", 0.01,
+        "--repetition_penalty", 1.1, "--trust_remote_code", 1, "--method", "latent", "text",
+        "single", "--max_new_tokens", 4, "--out", tmp_path / "out", "--ckpt_override",
+        *(f"{key}={folder}" for key, folder in override.items()))
+    rows = json.loads((tmp_path / "out/summary.json").read_text())["rows"]
+    assert [(row["style"], row["method"], row["n"]) for row in rows] == [
+        (name, method, 4) for method in ("text", "single", "latent")]
+    assert len(common.read_json_lines(tmp_path / "out/results.jsonl")) == 12
+
+
+@pytest.mark.parametrize("name", ["sequential_light", "distillation"])
+def test_a_style_trains_for_code(name, at_hub, tmp_path, monkeypatch):
+    """With the -Code sets and --mas_task code; found again as the task's links, and only so."""
+    monkeypatch.setitem(INNER, name, [(design, role, "code", data.replace("Math", "Code"))
+                                      for design, role, _, data in INNER[name]])
+    monkeypatch.setitem(OUTER, name, ("code", OUTER[name][1].replace("Math", "Code"),
+                                      OUTER[name][2]))
+    inner = train_inner_links(name, monkeypatch, tmp_path)
+    run(train_outer, monkeypatch, *outer_command(name, inner, tmp_path / "outer"))
+    assert finite_losses(tmp_path / "outer")
+    override = {**inner, "outer": tmp_path / "outer"}
+    mas = load_mas_system(name, device="cpu", task="code", ckpt_override=override)
+    assert len(mas.answer(QUESTIONS[:1], 2, 2, kind="code", max_new_tokens=2)) == 1
+    with pytest.raises(FileNotFoundError, match="no inner link for task 'math'"):
+        load_mas_system(name, device="cpu", task="math", ckpt_override=override)
+
+
+@pytest.mark.xfail(strict=True, raises=FileNotFoundError, reason="filed under code: not found")
+def test_mixture_with_the_code_expert_trained_for_code(at_hub, tmp_path, monkeypatch):
+    """As published: its inner link is trained with --mas_task code, the outer ones with math."""
+    monkeypatch.setitem(INNER, "mixture", [INNER["mixture"][0], (
+        "hie", "hie_code_expert", "code", "Mixture-Code"), *INNER["mixture"][2:]])
+    inner = train_inner_links("mixture", monkeypatch, tmp_path)
+    run(train_outer, monkeypatch, *outer_command("mixture", inner, tmp_path / "outer"))
+
+
+def test_other_flags_of_the_inner_loop(at_hub, tmp_path, monkeypatch):
+    """--load_dir goes on from a link (at a learning rate of 0: stays there), --text_field takes
+    another column, a local .json has its rows under a field; both give what the hub's set gives."""
+    common_flags = ["--mas_design", "sequential", "--mas_role", "planner", "--mas_task", "math",
+                    "--model_name_or_path", "Qwen/Qwen3-1.7B"]
+    (tmp_path / "rows.json").write_text(json.dumps({"inside": rows_of("Sequential-Math")}))
+    (tmp_path / "rows.jsonl").write_text("".join(
+        json.dumps({**row, "plan": None, "mine": row["plan"]}) + "\n"
+        for row in rows_of("Sequential-Math")))
+    for name, *flags in (
+            ("hub", "--dataset_name", "RecursiveMAS/Sequential-Math"),
+            ("json", "--dataset_name", tmp_path / "rows.json", "--dataset_json_field", "inside"),
+            ("jsonl", "--dataset_name", tmp_path / "rows.jsonl", "--text_field", "mine"),
+            ("again", "--dataset_name", "RecursiveMAS/Sequential-Math", "--load_dir",
+             tmp_path / "hub", "--adapter_lr", 0)):
+        run(train_inner, monkeypatch, *common_flags, *INNER_FLAGS, *flags, "--save_dir",
+            tmp_path / name)
+        assert contents(tmp_path / name)["adapter(math).safetensors"] == contents(
+            tmp_path / "hub")["adapter(math).safetensors"], name
+
+
+@pytest.mark.parametrize("flags", [
+    ["--supervise_final_only", 0], ["--latents", "teacher"], ["--latents", "teacher_aligned"],
+    ["--role_loss_weight", 0.5, "--warm_start_steps", 2, "--random_rounds", 1],
+    ["--enable_thinking", 1, "--solver_pre_question", 0, "--lr_scheduler_type", "constant"],
+    ["--outer_12_type", "outer_ln_adapter"], ["--outer_adapter_type", "outer_linear_res_adapter"],
+    ["--dtype", "bfloat16"]], ids=lambda flags: flags[0])
+def test_other_flags_of_the_outer_loop(flags, at_hub, tmp_path, monkeypatch):
+    """On the released agents of the style with three families; saved in the released layout."""
+    style = get_style("sequential_scaled")
+    inner = {role.name: role.repo for role in style.roles}
+    argv = outer_command("sequential_scaled", inner, tmp_path)[:-2]
+    run(train_outer, monkeypatch, *argv, "--save_format", "pt", *flags)
+    assert finite_losses(tmp_path)
+    widths = widths_of(style)
+    links = load_outer(tmp_path, widths)
+    for key in widths:
+        assert holds(links[key], tmp_path / f"{key}.pt")

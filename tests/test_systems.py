@@ -761,7 +761,8 @@ def test_what_the_hub_refuses(case, monkeypatch):
 @pytest.mark.xfail(strict=True, reason="an httpx error is no OSError")
 @pytest.mark.parametrize("problem", [httpx.ProxyError("403 Forbidden"),
                                      httpx.RemoteProtocolError("peer closed connection"),
-                                     httpx.ReadError("broken pipe")], ids=lambda p: type(p).__name__)
+                                     httpx.ReadError("broken pipe")],
+                         ids=lambda problem: type(problem).__name__)
 def test_a_proxy_or_a_connection_that_breaks_off(problem, monkeypatch):
     """snapshot_download lets these through as they are."""
     def refuse(name, **_):
@@ -831,7 +832,8 @@ def test_outer_links_of_the_same_edges_but_other_models(at_hub):
     outer = get_style("sequential_scaled").repo
     with pytest.raises(ValueError) as problem:
         load_mas_system("sequential_light", device="cpu", ckpt_override={"outer": outer})
-    assert says(problem, "outerlink_config.json", "outer_12", "40 -> 48", "32 -> 32", "other models")
+    assert says(problem, f"{outer}/outerlink_config.json", "outer_12", "40 -> 48", "32 -> 32",
+                "other models")
 
 
 def test_links_of_another_task(at_hub, tmp_path):
@@ -1141,7 +1143,8 @@ def test_offload_keeps_one_agent_awake_and_answers_the_same(name, method, at_hub
 def test_offload_by_flag_gives_the_same_results(at_hub, tmp_path, monkeypatch):
     """evaluate.py --offload, --device cpu,cpu and neither: the same lines but for the times."""
     lines = {}
-    for name, flags in (("plain", []), ("offload", ["--offload"]), ("two", ["--device", "cpu,cpu"])):
+    ways = {"plain": [], "offload": ["--offload"], "two": ["--device", "cpu,cpu"]}
+    for name, flags in ways.items():
         run(evaluate, monkeypatch, "--style", "mixture", "--num_samples", 4, "--latent_length", 2,
             "--num_recursive_rounds", 2, "--method", "latent", "single", "zero", "untrained",
             "--max_new_tokens", 3, "--out", tmp_path / name, *flags)

@@ -34,9 +34,8 @@ import train_inner
 import train_outer
 from agents import Agent
 from link import InnerLink, OuterLink, load_inner, load_outer, save_inner, save_outer
-from recurse import MAS, load_mas_system
-from styles import ANSWER_FORMAT, Edge, Role, Style, get_style
-from tasks import tiny
+from recurse import load_mas_system
+from styles import ANSWER_FORMAT, get_style
 
 STYLES = ("sequential_light", "sequential_scaled", "mixture", "distillation", "deliberation")
 PER_TASK = ("sequential_light", "sequential_scaled", "distillation")    # a link for math and code

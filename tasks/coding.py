@@ -73,8 +73,8 @@ def make_example(place, row):
     if "question_content" in row:
         return live_example(place, row)
     lines = [column(place, row, "prompt").strip(), "", "Your program must pass tests like these:"]
-    question = "\n".join(lines + [str(test) for test in row.get("test_list", [])[:3]])
-    script = "\n".join([*row.get("test_imports", []), column(place, row, "test")])
+    question = "\n".join(lines + [str(test) for test in (row.get("test_list") or [])[:3]])
+    script = "\n".join([*(row.get("test_imports") or []), column(place, row, "test")])
     return Example(row_id(row, "task_id"), question, "tests pass", "code", {"test": script})
 
 
@@ -89,7 +89,7 @@ def live_example(place, row):
     question += (f"\n\nYour program must define {function}, which is called and returns its answer."
                  if function else
                  "\n\nYour program must read its input from stdin and print its answer.")
-    hidden = hidden if place.offset is None else [place.file, place.offset]
+    pass
     return Example(row_id(row, "question_id"), question, "tests pass", "code",
                    {"shown": shown, "hidden": hidden, "function": function})
 

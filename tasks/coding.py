@@ -89,7 +89,7 @@ def live_example(place, row):
     question += (f"\n\nYour program must define {function}, which is called and returns its answer."
                  if function else
                  "\n\nYour program must read its input from stdin and print its answer.")
-    pass
+    hidden = hidden if place.offset is None else [place.file, place.offset]
     return Example(row_id(row, "question_id"), question, "tests pass", "code",
                    {"shown": shown, "hidden": hidden, "function": function})
 

@@ -284,6 +284,8 @@ CASES = [
     ("The answer is A or D.", None), ("The answer is A, D.", None),
     ("The answer is not (D).", None),
     ("The answer is Different.", None), ("The answer is E.", None), ("answer is D-dimer", None),
+    ("The wrong option is D.", None), ("An incorrect answer is D.", None), ("Option: D", None),
+    ("The answer is B. The wrong choice is D.", "B"), ("The best choice is (D).", "D"),
     ("The answers: D", None), ("My answerD is D", None),
     # a box decides, even one that says nothing
     ("The answer is (D). \\boxed{?}", None), ("The answer is (D). \\boxed{A}", "A"),

@@ -62,16 +62,17 @@ RESULT_CAP = 6000              # characters of a tool's result that go back into
 # ways, priorities, affinity; modes, owners, times and attributes of files, which landlock leaves
 # open; what would outlive the program (shared memory, queues, keys), and mounts and namespaces.
 # Allowed with conditions: clone for threads, kill and tgkill of itself, prlimit of itself.
+# (Those of aarch64 were compared with the kernel's table; only x86_64 has been run so far.)
 SYSTEM_CALLS = {
     "x86_64": {"arch": 0xC000003E, "clone": 56, "kill": [62, 234], "prlimit": 302, "denied": [
         41, 425, 57, 58, 101, 310, 311, 312, 438, 440,
         129, 200, 297, 424, 141, 142, 144, 203, 251, 256, 279, 314,
         76, 90, 91, 92, 93, 94, 132, 188, 189, 190, 197, 198, 199, 235, 260, 261, 268, 280, 452,
-        463, 466, 29, 64, 68, 240, 248, 249, 250, 165, 272, 298, 308, 321, 323]},
+        463, 466, 469, 29, 64, 68, 240, 248, 249, 250, 165, 272, 298, 308, 321, 323]},
     "aarch64": {"arch": 0xC00000B7, "clone": 220, "kill": [129, 131], "prlimit": 261, "denied": [
         198, 425, 117, 270, 271, 272, 438, 440,
         130, 138, 240, 424, 118, 119, 122, 140, 30, 238, 239, 274,
-        45, 5, 6, 7, 14, 15, 16, 52, 53, 54, 55, 88, 452, 463, 466,
+        45, 5, 6, 7, 14, 15, 16, 52, 53, 54, 55, 88, 452, 463, 466, 469,
         180, 186, 190, 194, 217, 218, 219, 40, 97, 241, 268, 280, 282]},
 }
 
@@ -294,9 +295,9 @@ def confined_run(code, stdin, timeout_s, memory_mb, layers, orders=""):
             raise SandboxError(f"the sandbox did not start: {stderr.strip()[-300:]}")
         proof.seek(0)
         told = proof.read().decode("utf-8", "replace")
-    code = process.returncode
+    ended = process.returncode                     # negative: by a signal
     status = {0: "ok", OUT_OF_MEMORY: "memory", -signal.SIGXCPU: "timeout"}.get(
-        code, "error" if code > 0 else "killed")
+        ended, "error" if ended > 0 else "killed")
     return Run(status if in_time else "timeout", stdout, stderr, seconds), told
 
 
@@ -345,7 +346,7 @@ def fresh_folder():
 
 
 def read_output(file):
-    """What a program wrote, as text: U+FFFD for undecodable and null bytes, a mark where it is cut."""
+    """What a program wrote, as text: bytes that are none and nulls as U+FFFD, a mark where cut."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     text = file.read(OUTPUT_CAP).decode("utf-8", "replace").replace("\0", "\ufffd")
@@ -661,7 +662,7 @@ def read_verdict(reply):
 # ---- tools in an agent's text -------------------------------------------------------------------
 
 def next_call(text):
-    """(tool, body) if `text` ends in `<python> .. </python>` or `<search> .. </search>`, or None."""
+    """(tool, body) if `text` ends in `<python> .. </python>` or a search of that form, else None."""
     found = re.search(r"</(python|search)>\s*$", text)
     start = text.rfind(f"<{found[1]}>", 0, found.start()) if found else -1
     if start < 0:

@@ -34,7 +34,7 @@ SIGNALLING = (200, 234, 129, 297) if platform.machine() == "x86_64" else (130, 1
 # ---- what programs must leave alone -------------------------------------------------------------
 
 class Outside:
-    """A secret in a file and in a process's environment, a process, listeners: all to be left be."""
+    """A secret in a file and in a process's environment, a process, listeners: not to be touched"""
 
     def __init__(self, folder):
         self.folder = folder
@@ -139,7 +139,8 @@ print('DONE IT')"""),
     "writing outside": ((LANDLOCK,), "open(<OUTSIDE> + '/planted', 'w')\nprint('DONE IT')"),
     "writing to /dev/shm": ((LANDLOCK,), "open('/dev/shm/planted', 'w')\nprint('DONE IT')"),
     "removing outside": ((LANDLOCK,), "import os\nos.remove(<SECRET_FILE>)\nprint('DONE IT')"),
-    "renaming outside": ((LANDLOCK,), "import os\nos.rename(<SECRET_FILE>, 'it')\nprint('DONE IT')"),
+    "renaming outside": ((LANDLOCK,),
+                         "import os\nos.rename(<SECRET_FILE>, 'it')\nprint('DONE IT')"),
     "truncating outside": ((LANDLOCK, SECCOMP),
                            "import os\nos.truncate(<SECRET_FILE>, 0)\nprint('DONE IT')"),
     "modes outside": ((SECCOMP,), "import os\nos.chmod(<SECRET_FILE>, 0o777)\nprint('DONE IT')"),
@@ -309,7 +310,8 @@ CHEATS = {
     "its own test.py": "open('test.py', 'w').write('')",
     "endless": "while True: pass",
     "recursion": "def add(a, b):\n    return add(a, b)",
-    "recursion in C": "import sys\nsys.setrecursionlimit(10**9)\ndef add(a, b):\n    return add(b, a)",
+    "recursion without a limit": "import sys\nsys.setrecursionlimit(10**9)\n"
+                                 "def add(a, b):\n    return add(b, a)",
     "memory": "held = []\nwhile True: held.append(bytearray(10**8))",
     "null bytes": "print(1)\0",
     "no python": "Sure! Here is the function:",
@@ -348,14 +350,15 @@ def test_what_a_check_lets_be():
     """Threads that never end, a demonstration, closed output and noise are no reason to fail."""
     thread = "import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()\n"
     demonstration = "if __name__ == '__main__':\n    print(add(*input().split()))\n"
-    for more in (thread, demonstration, "print('x' * 300_000)\n", "import sys\nsys.stdin.close()\n"):
+    closed = "import sys\nsys.stdin.close()\n"
+    for more in (thread, demonstration, closed, "print('x' * 300_000)\n"):
         run = passes(CODE + more, TEST, timeout_s=3)
         assert run.status == "ok" and run.seconds < 2.5, run
 
 
 def test_call_function_gives_the_value_back():
     """Through JSON; Solution().function before a plain one; values compared here, not there."""
-    method = "class Solution:\n    def add(self, a, b):\n        return [a + b, {'k': None}]\n" + WRONG
+    method = "class Solution:\n    def add(self, a, b): return [a + b, {'k': None}]\n" + WRONG
     assert call_function(method, "add", [1, 2]).value == [3, {"k": None}]
     assert call_function("class Solution: pass\n" + CODE, "add", [1, 2]).value == 3
     assert call_function(CODE, "add", ["ä\ud800", "\0"]).status in ("ok", "error")
@@ -365,8 +368,10 @@ def test_call_function_gives_the_value_back():
     assert call_function(array, "add", [1, 2]).value == [1, 2]
     assert call_function("def add(a, b):\n    return (a, b)", "add", [1, 2]).value == [1, 2]
     for code in ("def add(a, b):\n    return {1, 2}", "def add(a, b):\n    return add", "",
-                 "def add(a):\n    return a", "def add(a, b):\n    print('3')\n    raise SystemExit",
-                 "def add(a, b):\n    x = []\n    for _ in range(900): x = [x]\n    1/0"):
+                 "def add(a):\n    return a",
+                 "def add(a, b):\n    print('3')\n    raise SystemExit",
+                 "def add(a, b):\n    x = []\n    for _ in range(9000): x = [x]\n    return x",
+                 "def add(a, b):\n    return 10 ** 9000"):
         run = call_function(code, "add", [1, 2])
         assert (run.status, run.value) == ("error", None), run
 
@@ -395,7 +400,8 @@ def test_call_function_gives_the_value_back():
     ("import time\ntime.sleep(60)", "timeout", ""),
     ("import signal, time\nfor s in range(1, 32):\n    if s not in (9, 19): signal.signal(s, 1)\n"
      "while True: pass", "timeout", ""),
-    ("import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()", "timeout", ""),
+    ("import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()", "timeout",
+     ""),
     ("import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)\nimport time\ntime.sleep(60)",
      "timeout", ""),
     ("x = bytearray(3 << 30)", "memory", ""),
@@ -418,7 +424,7 @@ def test_memory_is_about_data():
 
 
 def test_output_and_files_are_bounded(outside):
-    """200 kB come whole, 20 MB are cut and marked, an endless writer meets an error, not a full disk."""
+    """200 kB come whole, 20 MB are cut and marked, an endless writer meets an error."""
     run = run_python("print('é' * 100_000)")
     assert run.status == "ok" and run.stdout == "é" * 100_000 + "\n"
     run = run_python("import sys\nsys.stdout.write('x' * 20_000_000)")
@@ -426,7 +432,7 @@ def test_output_and_files_are_bounded(outside):
     assert run.stdout == "x" * tools.OUTPUT_CAP + "\n[output cut here]"
     run = run_python("while True: print('x' * 1_000_000)", timeout_s=5)
     assert run.status == "error" and "too large" in run.stderr and len(run.stdout) < 9_000_000
-    run = run_python("file = open('big', 'wb')\nwhile True: file.write(bytes(1 << 20))", timeout_s=5)
+    run = run_python("big = open('big', 'wb')\nwhile True: big.write(bytes(1 << 20))", timeout_s=5)
     assert run.status == "error" and "too large" in run.stderr
     outside.check()
 
@@ -521,6 +527,30 @@ def test_a_layer_that_does_not_work_is_left_out(broken, expected, monkeypatch):
             run_python("print(1)")
 
 
+CLOSED = """
+import sys, tools
+real = tools.confined_run
+def broken(code, stdin, timeout_s, memory_mb, layers, orders=""):
+    if {"pid namespace", "landlock"} & set(layers):
+        raise tools.SandboxError("not on this machine")
+    return real(code, stdin, timeout_s, memory_mb, layers, orders)
+tools.confined_run = broken
+print(tools.sandbox_layers())
+print(tools.run_python("import os; print(open('/proc/%d/environ' % os.getppid()).read())"))
+"""
+
+
+def test_our_environment_is_closed_without_namespaces_and_landlock():
+    """Then this process makes itself undumpable; in one of its own, as it cannot be taken back."""
+    if os.geteuid() == 0:
+        pytest.skip("root reads every environment, so nothing but those two layers can help")
+    done = subprocess.run([sys.executable, "-c", CLOSED], capture_output=True, text=True,
+                          env={**os.environ, "API_KEY": SECRET,
+                               "PYTHONPATH": str(Path(tools.__file__).parent)})
+    assert "process limits" in done.stdout and "landlock" not in done.stdout, done
+    assert "PermissionError" in done.stdout and SECRET not in done.stdout
+
+
 def test_nothing_of_this_process_changes():
     """No limit, no signal handler, no mode of this process is another one after a run."""
     names = [name for name in dir(resource) if name.startswith("RLIMIT_")]
@@ -588,7 +618,7 @@ def hang_up(handler):
     handler.close_connection = True
 
 
-FOUND = {"results": [{"title": "Emma", "url": "http://e", "content": " by Jane Austen ", "score": 1},
+FOUND = {"results": [{"title": "Emma", "url": "http://e", "content": " by Jane Austen "},
                      {"title": None, "url": "http://f", "content": None},
                      {"title": "third", "url": "http://g", "content": "x"}], "answer": "Austen"}
 TEXT = "Answer: Austen\n\n[1] Emma\nhttp://e\nby Jane Austen\n\n[2] \nhttp://f\n"
@@ -766,10 +796,11 @@ def ask(service, given="Jane Austen", gold="Austen", path="/v1", **more):
     ("<think>incorrect? no, correct</think>\n\ncorrect", "correct"),
     ("<think>correct</think>incorrect", "incorrect"), ("</think>correct", "correct"),
     ("<think>it is correct", "invalid"), ("<think>so\ncorrect", "invalid"),
-    ("not correct", "invalid"), ("The answer is correct", "invalid"), ("correct incorrect", "invalid"),
+    ("not correct", "invalid"), ("It is correct", "invalid"), ("correct incorrect", "invalid"),
     ("correct or incorrect", "invalid"), ("incorrectly", "invalid"), ("yes", "invalid"),
     ("correct\nbecause it says so", "invalid"), ("", "invalid"), (" \n ", "invalid"),
-    (None, "invalid"), (["correct"], "invalid"), ("in correct", "invalid"), ("corr\nect", "invalid")])
+    (None, "invalid"), (["correct"], "invalid"), ("in correct", "invalid"),
+    ("corr\nect", "invalid")])
 def test_verdicts(reply, verdict, service):
     """Read strictly; what holds a verdict is kept and not asked again, what does not, is asked."""
     assert read_verdict(reply) == verdict
@@ -897,7 +928,8 @@ def test_run_tool_search(service):
     service.replies = [answer(401, {})]
     failed = result_of(run_tool("search", "Emma", lambda query: search(service, query=query)))
     assert failed.startswith("web search failed") and SECRET not in failed
-    assert "failed" in result_of(run_tool("search", " ", lambda query: search(service, query=query)))
+    empty = run_tool("search", " ", lambda query: search(service, query=query))
+    assert "the search query is empty" in result_of(empty)
     assert result_of(run_tool("search", "Emma")) == "web search is not available"
     with pytest.raises(ValueError, match="unknown tool"):
         run_tool("shell", "ls")

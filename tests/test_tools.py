@@ -301,7 +301,8 @@ CHEATS = {
     "kills itself": "import os\nos.kill(os.getpid(), 9)\nos.abort()",
     "kills its group": "import os\nos.killpg(0, 9)",
     "closes all files": "import os\nos.closerange(0, 256)\nos._exit(0)",
-    "writes to all files": "import os\nfor file in range(1, 64):\n    try: os.write(file, b'ok')\n"
+    "writes to all files": "import os\nfor file in range(1, 64):\n"
+                           "    try: os.write(file, b'0' * 32 + b'5')\n"      # a nonce, guessed
                            "    except OSError: pass\nos._exit(0)",
     "forks": "import os\nif os.fork(): os._exit(0)",
     "a parent that exits": "import os\ndef add(a, b):\n    if os.fork(): os._exit(0)\n    return 1",
@@ -608,6 +609,14 @@ def answer(status, content, headers=(), length=None):
     return reply
 
 
+def refuse(status, padding=0):
+    """An error that quotes the key it was sent, after `padding` characters."""
+    def reply(handler):
+        key = handler.headers["Authorization"].removeprefix("Bearer ")
+        answer(status, {"detail": {"error": "x" * padding + key}})(handler)
+    return reply
+
+
 def hang(handler):
     """Say nothing for longer than the client waits."""
     time.sleep(0.5)
@@ -619,7 +628,7 @@ def hang_up(handler):
 
 
 FOUND = {"results": [{"title": "Emma", "url": "http://e", "content": " by Jane Austen "},
-                     {"title": None, "url": "http://f", "content": None},
+                     {"title": None, "url": "http://f", "content": 0},
                      {"title": "third", "url": "http://g", "content": "x"}], "answer": "Austen"}
 TEXT = "Answer: Austen\n\n[1] Emma\nhttp://e\nby Jane Austen\n\n[2] \nhttp://f\n"
 GOOD = answer(200, FOUND)
@@ -671,7 +680,8 @@ def test_what_passes_is_tried_again(bad, slept, service):
 
 
 @pytest.mark.parametrize("bad", [answer(500, {}), answer(200, b"half"), hang_up,
-                                 answer(429, {}, {"retry-after": "20"})])
+                                 answer(429, {}, {"retry-after": "20"}),
+                                 answer(429, {}, {"retry-after": "0"})])
 def test_waiting_has_a_bound(bad, service):
     service.replies = [bad]
     with pytest.raises(ServiceError, match="gave up after") as caught:
@@ -686,14 +696,14 @@ def test_waiting_has_a_bound(bad, service):
 @pytest.mark.parametrize("status", [401, 403, 432, 433])
 def test_a_refused_key_is_put_aside_for_good(status, service):
     """The next one is taken at once; when none is left, one clear error without any key."""
-    service.replies = [answer(status, {"detail": {"error": f"bad {SECRET}"}}), GOOD]
+    service.replies = [refuse(status), GOOD]
     assert search(service, keys=("key-a", "key-b")).startswith("Answer")
     first, second = service.keys()
     assert {first, second} == {"key-a", "key-b"} and service.slept == []
     for _ in range(3):
         search(service, keys=("key-a", "key-b"))
     assert service.keys()[2:] == [second] * 3
-    service.replies = [answer(status, {"detail": {"error": f"bad {SECRET}"}})]
+    service.replies = [refuse(status)]
     with pytest.raises(ServiceError, match="every key was refused or is used up") as caught:
         search(service, keys=(second, SECRET))
     assert SECRET not in str(caught.value) and "key-" not in str(caught.value)
@@ -711,7 +721,7 @@ def test_keys_take_turns(service):
 
 
 @pytest.mark.parametrize("bad", [
-    answer(400, {"detail": {"error": f"no, {SECRET}"}}), answer(404, b"nothing here"),
+    refuse(400), refuse(400, padding=170), answer(404, b"nothing here"),
     answer(302, {}, {"Location": "http://127.0.0.1:9/"}), answer(200, {"results": "x"}),
     answer(200, {"results": [1]}), answer(200, {})])
 def test_what_does_not_pass_is_an_error_at_once(bad, service):
@@ -719,7 +729,7 @@ def test_what_does_not_pass_is_an_error_at_once(bad, service):
     with pytest.raises(ServiceError) as caught:
         search(service)
     assert len(service.asked) == 1 and service.slept == []
-    assert SECRET not in str(caught.value) and "\n" not in str(caught.value)
+    assert SECRET[:9] not in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="empty"):
         search(service, query=" \n")
 
@@ -851,7 +861,7 @@ def test_judge_tries_again(bad, service):
 
 
 @pytest.mark.parametrize("bad", [
-    answer(401, {"error": {"message": f"Incorrect API key provided: {SECRET}"}}), answer(404, {}),
+    refuse(401), refuse(404),
     answer(200, {"choices": []}), answer(200, {"error": "x"}), answer(200, {"choices": None}),
     answer(200, {"choices": [{"message": None}]})])
 def test_judge_errors(bad, service):

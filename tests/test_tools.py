@@ -31,6 +31,13 @@ SECRET = "tvly-secret-0123456789"
 SIGNALLING = (200, 234, 129, 297) if platform.machine() == "x86_64" else (130, 131, 138, 240)
 
 
+@pytest.fixture(autouse=True)
+def linux_only(request):
+    """The sandbox is made of what Linux has; elsewhere only the web clients are tested."""
+    if sys.platform != "linux" and "service" not in request.fixturenames:
+        pytest.skip("run_python needs Linux")
+
+
 # ---- what programs must leave alone -------------------------------------------------------------
 
 class Outside:
@@ -190,8 +197,13 @@ libc.syscall(424, handle, 9, None, 0)"""),
 import os, signal
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 os.killpg(0, signal.SIGKILL)"""),
-    "killing all": ((PID, SECCOMP), "import os\nos.kill(-1, 9)"),
-    "killing its parent": ((PID, SECCOMP), "import os\nos.kill(os.getppid(), 9)"),
+    # Signal 0 only asks whether one may: should a layer fail, the machine survives this test.
+    "killing all": ((PID, SECCOMP), "import os\nos.kill(-1, 0)\nprint('DONE IT')"),
+    "killing its parent": ((PID, SECCOMP), """
+import os
+if os.getppid():
+    os.kill(os.getppid(), 0)
+    print('DONE IT')"""),
     "limits of others": ((PID, SECCOMP), """
 import resource
 resource.prlimit(<VICTIM>, resource.RLIMIT_CPU, (1, 1))
@@ -261,7 +273,8 @@ def test_hostile_program(name, set_name, outside, monkeypatch):
     assert "DONE IT" not in run.stdout and SECRET not in run.stdout + run.stderr
     assert run.seconds < 3
     outside.check()
-    assert "0x00007a11" not in Path("/proc/sysvipc/shm").read_text()
+    shared = Path("/proc/sysvipc/shm")
+    assert not shared.exists() or "0x00007a11" not in shared.read_text()
     assert not Path("/dev/shm/planted").exists()
 
 
@@ -269,7 +282,8 @@ def test_hostile_program(name, set_name, outside, monkeypatch):
 WORKING = ["environments of others", "a secret file", "a secret file by links", "writing outside",
            "truncating outside", "modes outside", "times outside", "a connection",
            "a connection by ctypes", "a datagram", "an abstract socket", "killing a process",
-           "killing by other calls", "limits of others", "priority of others"]
+           "killing by other calls", "killing all", "killing its parent", "limits of others",
+           "priority of others"]
 
 
 @pytest.mark.parametrize("name", WORKING)

@@ -62,16 +62,17 @@ RESULT_CAP = 6000              # characters of a tool's result that go back into
 # ways, priorities, affinity; modes, owners, times and attributes of files, which landlock leaves
 # open; what would outlive the program (shared memory, queues, keys), and mounts and namespaces.
 # Allowed with conditions: clone for threads, kill and tgkill of itself, prlimit of itself.
+# (Those of aarch64 were compared with the kernel's table; only x86_64 has been run so far.)
 SYSTEM_CALLS = {
     "x86_64": {"arch": 0xC000003E, "clone": 56, "kill": [62, 234], "prlimit": 302, "denied": [
         41, 425, 57, 58, 101, 310, 311, 312, 438, 440,
         129, 200, 297, 424, 141, 142, 144, 203, 251, 256, 279, 314,
         76, 90, 91, 92, 93, 94, 132, 188, 189, 190, 197, 198, 199, 235, 260, 261, 268, 280, 452,
-        463, 466, 29, 64, 68, 240, 248, 249, 250, 165, 272, 298, 308, 321, 323]},
+        463, 466, 469, 29, 64, 68, 240, 248, 249, 250, 165, 272, 298, 308, 321, 323]},
     "aarch64": {"arch": 0xC00000B7, "clone": 220, "kill": [129, 131], "prlimit": 261, "denied": [
         198, 425, 117, 270, 271, 272, 438, 440,
         130, 138, 240, 424, 118, 119, 122, 140, 30, 238, 239, 274,
-        45, 5, 6, 7, 14, 15, 16, 52, 53, 54, 55, 88, 452, 463, 466,
+        45, 5, 6, 7, 14, 15, 16, 52, 53, 54, 55, 88, 452, 463, 466, 469,
         180, 186, 190, 194, 217, 218, 219, 40, 97, 241, 268, 280, 282]},
 }
 
@@ -294,9 +295,9 @@ def confined_run(code, stdin, timeout_s, memory_mb, layers, orders=""):
             raise SandboxError(f"the sandbox did not start: {stderr.strip()[-300:]}")
         proof.seek(0)
         told = proof.read().decode("utf-8", "replace")
-    code = process.returncode
+    ended = process.returncode                     # negative: by a signal
     status = {0: "ok", OUT_OF_MEMORY: "memory", -signal.SIGXCPU: "timeout"}.get(
-        code, "error" if code > 0 else "killed")
+        ended, "error" if ended > 0 else "killed")
     return Run(status if in_time else "timeout", stdout, stderr, seconds), told
 
 
@@ -345,7 +346,7 @@ def fresh_folder():
 
 
 def read_output(file):
-    """What a program wrote, as text: U+FFFD for undecodable and null bytes, a mark where it is cut."""
+    """What a program wrote, as text: bytes that are none and nulls as U+FFFD, a mark where cut."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     text = file.read(OUTPUT_CAP).decode("utf-8", "replace").replace("\0", "\ufffd")
@@ -499,9 +500,10 @@ def read_keys(file=None):
 def post(url, keys, body, timeout_s=30, patience_s=60, sleep=time.sleep):
     """POST `body` as JSON with a bearer key -> the reply, a dict. Raises ServiceError.
 
-    Tried again, waiting as `retry-after` says or 1, 2, 4 .. s and at most patience_s in all: 408,
-    429, 5xx, a connection that fails, hangs for timeout_s or breaks off, a reply that is no JSON
-    object. A key answered by 401, 403, 432 or 433 is put aside and the next one is taken."""
+    Tried again after 1, 2, 4 .. s, or as many as `retry-after` asks for if that is more, and at
+    most patience_s of such waits in all: 408, 429, 5xx, a connection that fails, hangs for
+    timeout_s or breaks off, a reply that is no JSON object. A key answered by 401, 403, 432 or
+    433 is put aside and the next one is taken."""
     host, waited, tries, problem = urlsplit(url).netloc, 0.0, 0, "no key was given"
     while True:
         usable = [key for key in keys if (host, key) not in _spent]
@@ -509,8 +511,6 @@ def post(url, keys, body, timeout_s=30, patience_s=60, sleep=time.sleep):
             raise ServiceError(f"{host}: every key was refused or is used up ({problem})")
         key = usable[next(_turn) % len(usable)]
         status, reply, problem, pause = post_once(url, key, body, timeout_s)
-        for secret in keys:
-            problem = problem.replace(secret[:], "<key>")       # a server may quote what it got
         if status == 200 and reply is not None:
             return reply
         if status in (401, 403, 432, 433):
@@ -518,7 +518,7 @@ def post(url, keys, body, timeout_s=30, patience_s=60, sleep=time.sleep):
             continue
         if status not in (0, 200, 408, 429) and status < 500:
             raise ServiceError(f"{host}: {problem}")
-        pause = 2.0 ** tries if pause is None else pause
+        pause = max(2.0 ** tries, pause)       # never none: a server may ask for 0 s for ever
         tries += 1
         if waited + pause > patience_s:
             raise ServiceError(f"{host}: {problem}; gave up after {tries} tries, as the next would "
@@ -528,7 +528,7 @@ def post(url, keys, body, timeout_s=30, patience_s=60, sleep=time.sleep):
 
 
 def post_once(url, key, body, timeout_s):
-    """(HTTP status, 0 = none; reply dict or None; the problem in words; seconds to wait or None)"""
+    """(HTTP status, 0 = none; reply dict or None; the problem in words; seconds it asks to wait)"""
     def sign(request):             # as `auth`, else requests would prefer a key from ~/.netrc
         request.headers["Authorization"] = "Bearer " + key[:]
         return request
@@ -538,18 +538,19 @@ def post_once(url, key, body, timeout_s):
                                  allow_redirects=False)         # a key goes nowhere else
     except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError,
             requests.exceptions.ContentDecodingError) as problem:
-        return 0, None, f"no reply ({type(problem).__name__})", None
+        return 0, None, f"no reply ({type(problem).__name__})", 0.0
     except (requests.RequestException, UnicodeError) as problem:
-        return 400, None, f"the request cannot be sent ({type(problem).__name__})", None
+        return 400, None, f"the request cannot be sent ({type(problem).__name__})", 0.0
     wait = response.headers.get("retry-after", "")
-    pause = float(wait) if re.fullmatch(r"\d{1,9}(\.\d+)?", wait) else None
+    pause = float(wait) if re.fullmatch(r"\d{1,9}(\.\d+)?", wait) else 0.0
     try:
         reply = response.json()
     except (ValueError, RecursionError):
         reply = None                                            # half a reply, or a page of HTML
     if response.status_code == 200 and not isinstance(reply, dict):
         return 200, None, "the reply is no JSON object", pause
-    detail = re.sub(r"\s+", " ", response.text)[:200]
+    detail = response.text.replace(key[:], "<key>")             # a server may quote what it got
+    detail = re.sub(r"\s+", " ", detail)[:200]
     return response.status_code, reply, f"HTTP {response.status_code} {detail}", pause
 
 
@@ -569,7 +570,7 @@ def search_web(query, keys, max_results=4, base_url="https://api.tavily.com", de
     parts = [f"Answer: {reply['answer']}"] if reply.get("answer") else []
     for number, item in enumerate(results[:max_results], 1):
         parts.append(f"[{number}] {item.get('title') or ''}\n{item.get('url') or ''}\n"
-                     f"{(item.get('content') or '').strip()}")
+                     f"{str(item.get('content') or '').strip()}")
     return "\n\n".join(parts) or "no results"
 
 
@@ -661,7 +662,9 @@ def read_verdict(reply):
 # ---- tools in an agent's text -------------------------------------------------------------------
 
 def next_call(text):
-    """(tool, body) if `text` ends in `<python> .. </python>` or `<search> .. </search>`, or None."""
+    """(tool, body) if `text` ends in a call, `<python> .. </python>` or `<search> .. </search>`.
+
+    None if not: the model goes on writing, or is done."""
     found = re.search(r"</(python|search)>\s*$", text)
     start = text.rfind(f"<{found[1]}>", 0, found.start()) if found else -1
     if start < 0:

@@ -32,7 +32,8 @@ MARK = re.compile(r"\(?([A-J])[.):] ?(?=.)")                   # the `A. ` befor
 BOXED = re.compile(r"(?:(?:the )?answer(?: is|:) |option |choice )?\(?([A-J])"
                    r"(?:[).:]*$|[).:]+ (?!and\b|or\b|\(?[A-J][).:]*$))", re.IGNORECASE)
 STATED = re.compile(
-    r"(?i:\b(?:answer|option|choice)(?: is:?|:)\s*(?:option |choice )?)"
+    r"(?i:(?<!wrong )(?<!incorrect )\b(?:answer|(?:correct|right|best) (?:option|choice))"
+    r"(?: is:?|:)\s*(?:option |choice )?)"
     r"(?:\(([A-Ja-j])\)|([A-J])\b"                             # (C), or C before the end of a
     r"(?=[,;:!?)]|\.(?! ?[a-z])|\s*$| because\b))"             # clause: not A vitamin, C. difficile
     r"(?! *(?:,|/|or\b|and\b) *\(?[A-J]\b)", re.MULTILINE)     # not A or B

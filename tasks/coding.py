@@ -76,8 +76,8 @@ def make_example(place, row):
     if "question_content" in row:
         return live_example(place, row)
     lines = [column(place, row, "prompt").strip(), "", "Your program must pass tests like these:"]
-    question = "\n".join(lines + [str(test) for test in row.get("test_list", [])[:3]])
-    script = "\n".join([*row.get("test_imports", []), column(place, row, "test")])
+    question = "\n".join(lines + [str(test) for test in (row.get("test_list") or [])[:3]])
+    script = "\n".join([*(row.get("test_imports") or []), column(place, row, "test")])
     return Example(row_id(row, "task_id"), question, "tests pass", "code", {"test": script})
 
 

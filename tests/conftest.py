@@ -49,9 +49,9 @@ QUESTIONS = [
 
 # ---- tokenizers ---------------------------------------------------------------------------------
 
-def word_tokenizer(template=CHAT_TEMPLATE):
+def word_tokenizer(template=CHAT_TEMPLATE, vocabulary=VOCABULARY):
     """One word, one token, as in tiny/build.py, with a few more words."""
-    core = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>",
@@ -80,16 +80,16 @@ def chat(user):
 
 # ---- models, links, agents ----------------------------------------------------------------------
 
-def new_model(family, seed=0):
+def new_model(family, seed=0, vocabulary=VOCABULARY, width=None):
     """A random float32 causal LM of a real architecture, large enough weights to be lively."""
     torch.manual_seed(seed)
     kind = family.removesuffix("_conditional")
-    width = WIDTHS[kind]
-    shared = dict(vocab_size=len(VOCABULARY), hidden_size=width, intermediate_size=2 * width,
+    width = width or WIDTHS[kind]
+    shared = dict(vocab_size=len(vocabulary), hidden_size=width, intermediate_size=2 * width,
                   num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                   max_position_embeddings=256, initializer_range=0.12, tie_word_embeddings=True,
-                  bos_token_id=VOCABULARY["<bos>"], eos_token_id=VOCABULARY["<eos>"],
-                  pad_token_id=VOCABULARY["<pad>"])
+                  bos_token_id=vocabulary["<bos>"], eos_token_id=vocabulary["<eos>"],
+                  pad_token_id=vocabulary["<pad>"])
     if kind == "qwen3":
         model = Qwen3ForCausalLM(Qwen3Config(head_dim=8, **shared))
     elif kind == "llama":

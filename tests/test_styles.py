@@ -1,10 +1,16 @@
 """Styles: what is refused and how it is said, what a role is asked, and the published styles."""
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 
+import styles
 from styles import (ANSWER_FORMAT, KINDS, Edge, Role, Style, all_styles, by_kind, check, get_style)
+
+
+STYLE_FOLDER = Path(styles.__file__).parent
+PROJECT = STYLE_FOLDER.parent
 
 
 def role(name, prompt, **settings):
@@ -235,45 +241,139 @@ def test_answer_formats():
         assert ("```python" if kind == "code" else "\\boxed{") in text
 
 
-PUBLISHED = {      # facts.md 2 and 3: role, base model, end of the repo's name, columns
-    "sequential_light": (
+LIGHT_EDGES = {("outer_12", "planner", "critic"), ("outer_23", "critic", "solver"),
+               ("outer_31", "solver", "planner")}
+PUBLISHED = {      # as published: {style: (start of the repos, roles, edges, tools)}, a role being
+    "sequential_light": ("Sequential-Light-", (      # (name, base, end of its repo, columns)
         ("planner", "Qwen/Qwen3-1.7B", "Planner-Qwen3-1.7B", "plan"),
         ("critic", "meta-llama/Llama-3.2-1B-Instruct", "Critic-Llama3.2-1B", "refined_plan"),
         ("solver", "Qwen/Qwen2.5-Math-1.5B-Instruct", "Solver-Qwen2.5-Math-1.5B", "answer")),
-    "sequential_scaled": (
+        LIGHT_EDGES, ()),
+    "sequential_scaled": ("Sequential-Scaled-", (
         ("planner", "google/gemma-3-4b-it", "Planner-Gemma3-4B", "plan"),
         ("critic", "meta-llama/Llama-3.2-3B-Instruct", "Critic-Llama3.2-3B", "refined_plan"),
         ("solver", "Qwen/Qwen3.5-4B", "Solver-Qwen3.5-4B", "answer")),
+        LIGHT_EDGES, ()),
+    "mixture": ("Mixture-", (
+        ("math", "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "Math-DeepSeek-R1-Distill-Qwen-1.5B",
+         "hie_math_expert math_expert expert_math"),
+        ("code", "Qwen/Qwen2.5-Coder-3B-Instruct", "Code-Qwen2.5-Coder-3B",
+         "hie_code_expert code_expert expert_code"),
+        ("science", "BioMistral/BioMistral-7B", "Science-BioMistral-7B",
+         "hie_science_expert science_expert expert_science"),
+        ("summarizer", "Qwen/Qwen3.5-2B", "Summarizer-Qwen3.5-2B",
+         "hie_summarizer summary answer")),
+        {("outer_1s", "math", "summarizer"), ("outer_2s", "code", "summarizer"),
+         ("outer_3s", "science", "summarizer"), ("outer_s1", "summarizer", "math"),
+         ("outer_s2", "summarizer", "code"), ("outer_s3", "summarizer", "science")}, ()),
+    "distillation": ("Distillation-", (
+        ("expert", "Qwen/Qwen3.5-9B", "Expert-Qwen3.5-9B",
+         "distill_expert refined_plan expert_plan"),
+        ("learner", "Qwen/Qwen3.5-4B", "Learner-Qwen3.5-4B",
+         "distill_learner answer learner_answer")),
+        {("outer_el", "expert", "learner"), ("outer_le", "learner", "expert")}, ()),
+    "deliberation": ("Deliberation-", (
+        ("reflector", "Qwen/Qwen3.5-4B", "Reflector-Qwen3.5-4B", "deliberation_reflector answer"),
+        ("toolcaller", "Qwen/Qwen3.5-4B", "Toolcaller-Qwen3.5-4B",
+         "deliberation_toolcaller answer")),
+        {("outer_rt", "reflector", "toolcaller"), ("outer_tr", "toolcaller", "reflector")},
+        ("python", "search")),
+}
+ALIASES = {      # as published: (design, role) -> (style, role)
+    ("sequential", "planner"): ("sequential_light", "planner"),
+    ("sequential", "refiner"): ("sequential_light", "critic"),
+    ("sequential", "solver"): ("sequential_light", "solver"),
+    ("hie", "hie_math_expert"): ("mixture", "math"),
+    ("hie", "hie_code_expert"): ("mixture", "code"),
+    ("hie", "hie_science_expert"): ("mixture", "science"),
+    ("hie", "hie_summarizer"): ("mixture", "summarizer"),
+    ("distill", "distill_expert"): ("distillation", "expert"),
+    ("distill", "distill_learner"): ("distillation", "learner"),
+    ("deliberation", "deliberation_reflector"): ("deliberation", "reflector"),
+    ("deliberation", "deliberation_toolcaller"): ("deliberation", "toolcaller"),
 }
 
 
+def test_every_published_style_is_shipped():
+    assert set(all_styles()) == {*PUBLISHED, "tiny"}
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_sequential_styles_are_the_published_ones(name):
-    shipped = get_style(name)
-    title = {"sequential_light": "Light", "sequential_scaled": "Scaled"}[name]
-    prefix = f"RecursiveMAS/Sequential-{title}-"
+def test_styles_are_the_published_ones(name):
+    """Roles in their order, base models, repos, columns, edges, tools."""
+    shipped, (start, roles, edges, tools) = get_style(name), PUBLISHED[name]
     assert [(one.name, one.model, one.repo, one.target) for one in shipped.roles] == [
-        (role_name, model, prefix + repo, (column,))
-        for role_name, model, repo, column in PUBLISHED[name]]
-    assert shipped.repo == prefix + "Outerlinks"
-    assert {(edge.key, edge.src, edge.dst) for edge in shipped.edges} == {
-        ("outer_12", "planner", "critic"), ("outer_23", "critic", "solver"),
-        ("outer_31", "solver", "planner")}
-    assert {kind for one in shipped.roles for kind in one.prompt} == set(KINDS)
+        (role_name, model, f"RecursiveMAS/{start}{repo}", tuple(columns.split()))
+        for role_name, model, repo, columns in roles]
+    assert shipped.repo == f"RecursiveMAS/{start}Outerlinks"
+    assert {(edge.key, edge.src, edge.dst) for edge in shipped.edges} == edges
+    assert len(shipped.edges) == len(edges) and shipped.tools == tools
+
+
+@pytest.mark.parametrize("design, alias", ALIASES)
+def test_published_names_of_designs_and_roles(design, alias):
+    name, role_name = ALIASES[design, alias]
+    assert get_style(design) is get_style(name)
+    assert get_style(design).role(alias) is get_style(name).role(role_name)
+
+
+@pytest.mark.parametrize("path", sorted(STYLE_FOLDER.glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_a_style_file_is_short(path):
+    """Under 60 lines (sequential, which holds two styles, 100)."""
+    assert len(path.read_text().splitlines()) <= (100 if path.stem == "sequential" else 59)
+
+
+@pytest.mark.xfail(strict=True, reason="two lines are longer")
+def test_lines_are_short():
+    """At most 100 characters, in all of the project."""
+    assert [f"{path.name}:{number}" for path in sorted(PROJECT.rglob("*.py"))
+            for number, line in enumerate(path.read_text().splitlines(), start=1)
+            if len(line) > 100] == []
+
+
+def prompts_of(shipped):
+    """(role, kind, whom it has heard, prompt) of every prompt a run of a style can ask for."""
+    for one in shipped.roles:
+        for kind in KINDS:
+            for heard in ([], shipped.heard_by(one.name)):
+                yield one, kind, heard, shipped.prompt(one, kind, heard)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_role_has_a_prompt_for_every_kind(name):
+    """All kinds differ for each role, and each role says who it is."""
+    for one in get_style(name).roles:
+        assert set(one.prompt) == set(KINDS) == set(one.first or KINDS)
+        assert len(set(one.prompt.values())) == len(KINDS) and one.system.strip()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_questions_stand_before_slots(name):
-    """So that all before the first slot is read once; and only the solver is told the format."""
-    for one in get_style(name).roles:
-        for text in one.prompt.values():
-            slot = re.search(r"\{(planner|critic|solver)\}", text)
-            assert text.index("{question}") < slot.start()
-            assert ("{answer_format}" in text) == (one.name == "solver")
+    """So that all before the first slot is read once; and only the last role, which answers, is
+    told the format."""
+    shipped = get_style(name)
+    for one, _, heard, text in prompts_of(shipped):
+        slots = [text.index(f"{{{other}}}") for other in heard]
+        assert all(text.index("{question}") < slot for slot in slots)
+        assert ("{answer_format}" in text) == (one is shipped.roles[-1])
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_nothing_is_left_open(name):
+    """Each slot once, for those heard and no others; no brace is left; no gaps, no loose ends."""
+    shipped = get_style(name)
+    for one, kind, heard, text in prompts_of(shipped):
+        for part in ("question", *heard):
+            assert text.count(f"{{{part}}}") == 1
+            text = text.replace(f"{{{part}}}", "X")
+        text = text.replace("{answer_format}", "X")
+        assert not re.search(r"[{}]", text), (one.name, kind, text)
+        assert "\n\n\n" not in text and text == text.strip() and "  " not in text
+        assert not re.search(r"[{}]", one.system)
 
 
 def test_published_settings():
-    """facts.md 1: latent lengths and batches of the published inference."""
+    """As published: latent lengths, batches and budgets of the inference."""
     light, scaled = get_style("sequential_light").settings, get_style("sequential_scaled").settings
     for settings, batch, lengths in ((light, 32, (48, 32, 32, 16)), (scaled, 16, (32, 48, 48, 16))):
         assert settings["evaluate"]["batch_size"] == batch
@@ -282,4 +382,13 @@ def test_published_settings():
         assert settings["mbppplus"]["temperature"] == 0.2
     assert light["math500"]["max_new_tokens"] == 1000
     assert scaled["math500"]["max_new_tokens"] == 2000
-    assert scaled["aime25"]["max_new_tokens"] == scaled["aime26"]["max_new_tokens"] == 16000
+    for name in PUBLISHED:
+        settings = get_style(name).settings
+        budgets = {data: settings[data]["max_new_tokens"] for data in (
+            "aime25", "aime26", "gpqa", "medqa", "mbppplus", "livecodebench")}
+        assert list(budgets.values()) == [16000, 16000, 4000, 4000, 4000, 4000]
+        assert settings["math500"]["max_new_tokens"] == (
+            1000 if name == "sequential_light" else 2000)
+        assert settings["livecodebench"]["temperature"] == 0.2
+        assert settings["evaluate"]["batch_size"] == (32 if name == "sequential_light" else 16)
+        assert not {"train_inner", "train_outer"} & set(settings)       # the published defaults

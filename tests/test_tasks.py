@@ -284,6 +284,8 @@ CASES = [
     ("The answer is A or D.", None), ("The answer is A, D.", None),
     ("The answer is not (D).", None),
     ("The answer is Different.", None), ("The answer is E.", None), ("answer is D-dimer", None),
+    ("The wrong option is D.", None), ("An incorrect answer is D.", None), ("Option: D", None),
+    ("The answer is B. The wrong choice is D.", "B"), ("The best choice is (D).", "D"),
     ("The answers: D", None), ("My answerD is D", None),
     # a box decides, even one that says nothing
     ("The answer is (D). \\boxed{?}", None), ("The answer is (D). \\boxed{A}", "A"),
@@ -548,7 +550,7 @@ def test_hidden_tests_are_read_from_their_own_row(tmp_path):
             for i in range(4)]
     examples = get_task("coding", write_rows(tmp_path / "rows.jsonl", rows)).load(limit=3)
     assert [coding.all_tests(example)[1][1] for example in examples] == ["0", "1", "2"]
-    assert all(len(json.dumps(example.row)) < 300 for example in examples)     # only the place
+    assert all(example.row["hidden"][0].endswith("rows.jsonl") for example in examples)
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path):
@@ -638,6 +640,12 @@ def test_live_function_verdicts(sandbox, tmp_path, code, right):
                    public_test_cases=json.dumps([call_test("[]\n3", "[]")]))
     example = live_example(tmp_path, row)
     assert coding.score(example, f"```python\n{code}\n```").correct is right
+
+
+def test_mbpp_rows_need_no_more_than_prompt_and_test(tmp_path):
+    row = {"prompt": "Add.", "test": "assert add(1, 1) == 2", "test_list": None}
+    example, = get_task("coding", write_rows(tmp_path / "rows.json", [row])).load()
+    assert (example.id, example.row) == ("coding-1", {"test": row["test"]})
 
 
 def test_live_without_tests_is_never_right(tmp_path):

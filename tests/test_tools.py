@@ -31,10 +31,17 @@ SECRET = "tvly-secret-0123456789"
 SIGNALLING = (200, 234, 129, 297) if platform.machine() == "x86_64" else (130, 131, 138, 240)
 
 
+@pytest.fixture(autouse=True)
+def linux_only(request):
+    """The sandbox is made of what Linux has; elsewhere only the web clients are tested."""
+    if sys.platform != "linux" and "service" not in request.fixturenames:
+        pytest.skip("run_python needs Linux")
+
+
 # ---- what programs must leave alone -------------------------------------------------------------
 
 class Outside:
-    """A secret in a file and in a process's environment, a process, listeners: all to be left be."""
+    """A secret in a file and in a process's environment, a process, listeners: not to be touched"""
 
     def __init__(self, folder):
         self.folder = folder
@@ -139,7 +146,8 @@ print('DONE IT')"""),
     "writing outside": ((LANDLOCK,), "open(<OUTSIDE> + '/planted', 'w')\nprint('DONE IT')"),
     "writing to /dev/shm": ((LANDLOCK,), "open('/dev/shm/planted', 'w')\nprint('DONE IT')"),
     "removing outside": ((LANDLOCK,), "import os\nos.remove(<SECRET_FILE>)\nprint('DONE IT')"),
-    "renaming outside": ((LANDLOCK,), "import os\nos.rename(<SECRET_FILE>, 'it')\nprint('DONE IT')"),
+    "renaming outside": ((LANDLOCK,),
+                         "import os\nos.rename(<SECRET_FILE>, 'it')\nprint('DONE IT')"),
     "truncating outside": ((LANDLOCK, SECCOMP),
                            "import os\nos.truncate(<SECRET_FILE>, 0)\nprint('DONE IT')"),
     "modes outside": ((SECCOMP,), "import os\nos.chmod(<SECRET_FILE>, 0o777)\nprint('DONE IT')"),
@@ -189,8 +197,13 @@ libc.syscall(424, handle, 9, None, 0)"""),
 import os, signal
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 os.killpg(0, signal.SIGKILL)"""),
-    "killing all": ((PID, SECCOMP), "import os\nos.kill(-1, 9)"),
-    "killing its parent": ((PID, SECCOMP), "import os\nos.kill(os.getppid(), 9)"),
+    # Signal 0 only asks whether one may: should a layer fail, the machine survives this test.
+    "killing all": ((PID, SECCOMP), "import os\nos.kill(-1, 0)\nprint('DONE IT')"),
+    "killing its parent": ((PID, SECCOMP), """
+import os
+if os.getppid():
+    os.kill(os.getppid(), 0)
+    print('DONE IT')"""),
     "limits of others": ((PID, SECCOMP), """
 import resource
 resource.prlimit(<VICTIM>, resource.RLIMIT_CPU, (1, 1))
@@ -260,7 +273,8 @@ def test_hostile_program(name, set_name, outside, monkeypatch):
     assert "DONE IT" not in run.stdout and SECRET not in run.stdout + run.stderr
     assert run.seconds < 3
     outside.check()
-    assert "0x00007a11" not in Path("/proc/sysvipc/shm").read_text()
+    shared = Path("/proc/sysvipc/shm")
+    assert not shared.exists() or "0x00007a11" not in shared.read_text()
     assert not Path("/dev/shm/planted").exists()
 
 
@@ -268,7 +282,8 @@ def test_hostile_program(name, set_name, outside, monkeypatch):
 WORKING = ["environments of others", "a secret file", "a secret file by links", "writing outside",
            "truncating outside", "modes outside", "times outside", "a connection",
            "a connection by ctypes", "a datagram", "an abstract socket", "killing a process",
-           "killing by other calls", "limits of others", "priority of others"]
+           "killing by other calls", "killing all", "killing its parent", "limits of others",
+           "priority of others"]
 
 
 @pytest.mark.parametrize("name", WORKING)
@@ -300,7 +315,8 @@ CHEATS = {
     "kills itself": "import os\nos.kill(os.getpid(), 9)\nos.abort()",
     "kills its group": "import os\nos.killpg(0, 9)",
     "closes all files": "import os\nos.closerange(0, 256)\nos._exit(0)",
-    "writes to all files": "import os\nfor file in range(1, 64):\n    try: os.write(file, b'ok')\n"
+    "writes to all files": "import os\nfor file in range(1, 64):\n"
+                           "    try: os.write(file, b'0' * 32 + b'5')\n"      # a nonce, guessed
                            "    except OSError: pass\nos._exit(0)",
     "forks": "import os\nif os.fork(): os._exit(0)",
     "a parent that exits": "import os\ndef add(a, b):\n    if os.fork(): os._exit(0)\n    return 1",
@@ -309,7 +325,8 @@ CHEATS = {
     "its own test.py": "open('test.py', 'w').write('')",
     "endless": "while True: pass",
     "recursion": "def add(a, b):\n    return add(a, b)",
-    "recursion in C": "import sys\nsys.setrecursionlimit(10**9)\ndef add(a, b):\n    return add(b, a)",
+    "recursion without a limit": "import sys\nsys.setrecursionlimit(10**9)\n"
+                                 "def add(a, b):\n    return add(b, a)",
     "memory": "held = []\nwhile True: held.append(bytearray(10**8))",
     "null bytes": "print(1)\0",
     "no python": "Sure! Here is the function:",
@@ -348,14 +365,15 @@ def test_what_a_check_lets_be():
     """Threads that never end, a demonstration, closed output and noise are no reason to fail."""
     thread = "import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()\n"
     demonstration = "if __name__ == '__main__':\n    print(add(*input().split()))\n"
-    for more in (thread, demonstration, "print('x' * 300_000)\n", "import sys\nsys.stdin.close()\n"):
+    closed = "import sys\nsys.stdin.close()\n"
+    for more in (thread, demonstration, closed, "print('x' * 300_000)\n"):
         run = passes(CODE + more, TEST, timeout_s=3)
         assert run.status == "ok" and run.seconds < 2.5, run
 
 
 def test_call_function_gives_the_value_back():
     """Through JSON; Solution().function before a plain one; values compared here, not there."""
-    method = "class Solution:\n    def add(self, a, b):\n        return [a + b, {'k': None}]\n" + WRONG
+    method = "class Solution:\n    def add(self, a, b): return [a + b, {'k': None}]\n" + WRONG
     assert call_function(method, "add", [1, 2]).value == [3, {"k": None}]
     assert call_function("class Solution: pass\n" + CODE, "add", [1, 2]).value == 3
     assert call_function(CODE, "add", ["ä\ud800", "\0"]).status in ("ok", "error")
@@ -365,8 +383,10 @@ def test_call_function_gives_the_value_back():
     assert call_function(array, "add", [1, 2]).value == [1, 2]
     assert call_function("def add(a, b):\n    return (a, b)", "add", [1, 2]).value == [1, 2]
     for code in ("def add(a, b):\n    return {1, 2}", "def add(a, b):\n    return add", "",
-                 "def add(a):\n    return a", "def add(a, b):\n    print('3')\n    raise SystemExit",
-                 "def add(a, b):\n    x = []\n    for _ in range(900): x = [x]\n    1/0"):
+                 "def add(a):\n    return a",
+                 "def add(a, b):\n    print('3')\n    raise SystemExit",
+                 "def add(a, b):\n    x = []\n    for _ in range(9000): x = [x]\n    return x",
+                 "def add(a, b):\n    return 10 ** 9000"):
         run = call_function(code, "add", [1, 2])
         assert (run.status, run.value) == ("error", None), run
 
@@ -395,7 +415,8 @@ def test_call_function_gives_the_value_back():
     ("import time\ntime.sleep(60)", "timeout", ""),
     ("import signal, time\nfor s in range(1, 32):\n    if s not in (9, 19): signal.signal(s, 1)\n"
      "while True: pass", "timeout", ""),
-    ("import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()", "timeout", ""),
+    ("import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()", "timeout",
+     ""),
     ("import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)\nimport time\ntime.sleep(60)",
      "timeout", ""),
     ("x = bytearray(3 << 30)", "memory", ""),
@@ -418,7 +439,7 @@ def test_memory_is_about_data():
 
 
 def test_output_and_files_are_bounded(outside):
-    """200 kB come whole, 20 MB are cut and marked, an endless writer meets an error, not a full disk."""
+    """200 kB come whole, 20 MB are cut and marked, an endless writer meets an error."""
     run = run_python("print('é' * 100_000)")
     assert run.status == "ok" and run.stdout == "é" * 100_000 + "\n"
     run = run_python("import sys\nsys.stdout.write('x' * 20_000_000)")
@@ -426,7 +447,7 @@ def test_output_and_files_are_bounded(outside):
     assert run.stdout == "x" * tools.OUTPUT_CAP + "\n[output cut here]"
     run = run_python("while True: print('x' * 1_000_000)", timeout_s=5)
     assert run.status == "error" and "too large" in run.stderr and len(run.stdout) < 9_000_000
-    run = run_python("file = open('big', 'wb')\nwhile True: file.write(bytes(1 << 20))", timeout_s=5)
+    run = run_python("big = open('big', 'wb')\nwhile True: big.write(bytes(1 << 20))", timeout_s=5)
     assert run.status == "error" and "too large" in run.stderr
     outside.check()
 
@@ -521,6 +542,30 @@ def test_a_layer_that_does_not_work_is_left_out(broken, expected, monkeypatch):
             run_python("print(1)")
 
 
+CLOSED = """
+import sys, tools
+real = tools.confined_run
+def broken(code, stdin, timeout_s, memory_mb, layers, orders=""):
+    if {"pid namespace", "landlock"} & set(layers):
+        raise tools.SandboxError("not on this machine")
+    return real(code, stdin, timeout_s, memory_mb, layers, orders)
+tools.confined_run = broken
+print(tools.sandbox_layers())
+print(tools.run_python("import os; print(open('/proc/%d/environ' % os.getppid()).read())"))
+"""
+
+
+def test_our_environment_is_closed_without_namespaces_and_landlock():
+    """Then this process makes itself undumpable; in one of its own, as it cannot be taken back."""
+    if os.geteuid() == 0:
+        pytest.skip("root reads every environment, so nothing but those two layers can help")
+    done = subprocess.run([sys.executable, "-c", CLOSED], capture_output=True, text=True,
+                          env={**os.environ, "API_KEY": SECRET,
+                               "PYTHONPATH": str(Path(tools.__file__).parent)})
+    assert "process limits" in done.stdout and "landlock" not in done.stdout, done
+    assert "PermissionError" in done.stdout and SECRET not in done.stdout
+
+
 def test_nothing_of_this_process_changes():
     """No limit, no signal handler, no mode of this process is another one after a run."""
     names = [name for name in dir(resource) if name.startswith("RLIMIT_")]
@@ -578,6 +623,14 @@ def answer(status, content, headers=(), length=None):
     return reply
 
 
+def refuse(status, padding=0):
+    """An error that quotes the key it was sent, after `padding` characters."""
+    def reply(handler):
+        key = handler.headers["Authorization"].removeprefix("Bearer ")
+        answer(status, {"detail": {"error": "x" * padding + key}})(handler)
+    return reply
+
+
 def hang(handler):
     """Say nothing for longer than the client waits."""
     time.sleep(0.5)
@@ -588,8 +641,8 @@ def hang_up(handler):
     handler.close_connection = True
 
 
-FOUND = {"results": [{"title": "Emma", "url": "http://e", "content": " by Jane Austen ", "score": 1},
-                     {"title": None, "url": "http://f", "content": None},
+FOUND = {"results": [{"title": "Emma", "url": "http://e", "content": " by Jane Austen "},
+                     {"title": None, "url": "http://f", "content": 0},
                      {"title": "third", "url": "http://g", "content": "x"}], "answer": "Austen"}
 TEXT = "Answer: Austen\n\n[1] Emma\nhttp://e\nby Jane Austen\n\n[2] \nhttp://f\n"
 GOOD = answer(200, FOUND)
@@ -641,7 +694,8 @@ def test_what_passes_is_tried_again(bad, slept, service):
 
 
 @pytest.mark.parametrize("bad", [answer(500, {}), answer(200, b"half"), hang_up,
-                                 answer(429, {}, {"retry-after": "20"})])
+                                 answer(429, {}, {"retry-after": "20"}),
+                                 answer(429, {}, {"retry-after": "0"})])
 def test_waiting_has_a_bound(bad, service):
     service.replies = [bad]
     with pytest.raises(ServiceError, match="gave up after") as caught:
@@ -656,14 +710,14 @@ def test_waiting_has_a_bound(bad, service):
 @pytest.mark.parametrize("status", [401, 403, 432, 433])
 def test_a_refused_key_is_put_aside_for_good(status, service):
     """The next one is taken at once; when none is left, one clear error without any key."""
-    service.replies = [answer(status, {"detail": {"error": f"bad {SECRET}"}}), GOOD]
+    service.replies = [refuse(status), GOOD]
     assert search(service, keys=("key-a", "key-b")).startswith("Answer")
     first, second = service.keys()
     assert {first, second} == {"key-a", "key-b"} and service.slept == []
     for _ in range(3):
         search(service, keys=("key-a", "key-b"))
     assert service.keys()[2:] == [second] * 3
-    service.replies = [answer(status, {"detail": {"error": f"bad {SECRET}"}})]
+    service.replies = [refuse(status)]
     with pytest.raises(ServiceError, match="every key was refused or is used up") as caught:
         search(service, keys=(second, SECRET))
     assert SECRET not in str(caught.value) and "key-" not in str(caught.value)
@@ -681,7 +735,7 @@ def test_keys_take_turns(service):
 
 
 @pytest.mark.parametrize("bad", [
-    answer(400, {"detail": {"error": f"no, {SECRET}"}}), answer(404, b"nothing here"),
+    refuse(400), refuse(400, padding=170), answer(404, b"nothing here"),
     answer(302, {}, {"Location": "http://127.0.0.1:9/"}), answer(200, {"results": "x"}),
     answer(200, {"results": [1]}), answer(200, {})])
 def test_what_does_not_pass_is_an_error_at_once(bad, service):
@@ -689,7 +743,7 @@ def test_what_does_not_pass_is_an_error_at_once(bad, service):
     with pytest.raises(ServiceError) as caught:
         search(service)
     assert len(service.asked) == 1 and service.slept == []
-    assert SECRET not in str(caught.value) and "\n" not in str(caught.value)
+    assert SECRET[:9] not in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="empty"):
         search(service, query=" \n")
 
@@ -766,10 +820,11 @@ def ask(service, given="Jane Austen", gold="Austen", path="/v1", **more):
     ("<think>incorrect? no, correct</think>\n\ncorrect", "correct"),
     ("<think>correct</think>incorrect", "incorrect"), ("</think>correct", "correct"),
     ("<think>it is correct", "invalid"), ("<think>so\ncorrect", "invalid"),
-    ("not correct", "invalid"), ("The answer is correct", "invalid"), ("correct incorrect", "invalid"),
+    ("not correct", "invalid"), ("It is correct", "invalid"), ("correct incorrect", "invalid"),
     ("correct or incorrect", "invalid"), ("incorrectly", "invalid"), ("yes", "invalid"),
     ("correct\nbecause it says so", "invalid"), ("", "invalid"), (" \n ", "invalid"),
-    (None, "invalid"), (["correct"], "invalid"), ("in correct", "invalid"), ("corr\nect", "invalid")])
+    (None, "invalid"), (["correct"], "invalid"), ("in correct", "invalid"),
+    ("corr\nect", "invalid")])
 def test_verdicts(reply, verdict, service):
     """Read strictly; what holds a verdict is kept and not asked again, what does not, is asked."""
     assert read_verdict(reply) == verdict
@@ -820,7 +875,7 @@ def test_judge_tries_again(bad, service):
 
 
 @pytest.mark.parametrize("bad", [
-    answer(401, {"error": {"message": f"Incorrect API key provided: {SECRET}"}}), answer(404, {}),
+    refuse(401), refuse(404),
     answer(200, {"choices": []}), answer(200, {"error": "x"}), answer(200, {"choices": None}),
     answer(200, {"choices": [{"message": None}]})])
 def test_judge_errors(bad, service):
@@ -897,7 +952,8 @@ def test_run_tool_search(service):
     service.replies = [answer(401, {})]
     failed = result_of(run_tool("search", "Emma", lambda query: search(service, query=query)))
     assert failed.startswith("web search failed") and SECRET not in failed
-    assert "failed" in result_of(run_tool("search", " ", lambda query: search(service, query=query)))
+    empty = run_tool("search", " ", lambda query: search(service, query=query))
+    assert "the search query is empty" in result_of(empty)
     assert result_of(run_tool("search", "Emma")) == "web search is not available"
     with pytest.raises(ValueError, match="unknown tool"):
         run_tool("shell", "ls")

@@ -14,7 +14,6 @@ left. Three things go into every call of the library, single steps included: the
 (without it padded rows come out wrong and nothing says so), position ids counted from that mask
 (so that padding changes nothing), and the cache.
 """
-import contextlib
 import copy
 import json
 import re
@@ -33,6 +32,7 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynam
 from transformers.cache_utils import LinearAttentionLayer
 
 RECURRENT = "linear_attention"         # Qwen3.5: layers with a state in place of keys and values
+TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -53,6 +53,8 @@ def pick_device(device="auto", dtype="auto"):
         raise ValueError(f"device '{device}' is not supported: use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda was asked for, but this torch sees no GPU: use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"there is no {device}: this machine has {torch.cuda.device_count()} GPUs")
     if dtype == "auto":
         half = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float16"
         dtype = "float32" if device.type == "cpu" else half
@@ -65,7 +67,9 @@ def pick_device(device="auto", dtype="auto"):
 def apply_link(link, states, dtype):
     """link(states) in `dtype`, the reading model's. Links stay float32 and run under autocast."""
     half = dtype in (torch.bfloat16, torch.float16)
-    with torch.autocast(states.device.type, dtype) if half else contextlib.nullcontext():
+    if not half:
+        return link(states.to(next(link.parameters()).dtype)).to(dtype)
+    with torch.autocast(states.device.type, dtype):
         return link(states).to(dtype)
 
 
@@ -235,7 +239,11 @@ class Agent:
                 pass                                       # this template knows no system role
         if system not in text or not text:
             text = chat([{"role": "user", "content": f"{system}\n\n{user}".strip()}])
-        return re.split("\ue000([^\ue001]*)\ue001", text)  # text, name, text, name, .., text
+        pieces = re.split("\ue000([^\ue001]*)\ue001", text)   # text, name, text, name, .., text
+        if pieces[1::2] != re.findall("\ue000([^\ue001]*)\ue001", user):
+            raise ValueError(f"the chat template of {self.tokenizer.name_or_path} leaves out what "
+                             "the user says: take one that writes message['content']")
+        return pieces
 
     def prompt(self, system, user, slots, questions, answer_format=""):
         """B prompts as segments: a list of B token lists, or the name of a slot, in order.
@@ -267,8 +275,12 @@ class Agent:
                 said = self.tokenize(said)
             if not torch.is_tensor(said[0]):
                 lengths = [len(tokens) for tokens in said]
-                flat = torch.tensor([t for tokens in said for t in tokens], device=self.device)
-                said = self.embedding(flat.long()).split(lengths)           # B x (length, d)
+                flat = [token for tokens in said for token in tokens]
+                if max(flat, default=0) >= self.embedding.num_embeddings:
+                    raise ValueError(f"{self.tokenizer.name_or_path}: its tokenizer knows more "
+                                     "tokens than its model: they do not belong together")
+                flat = torch.tensor(flat, dtype=torch.long, device=self.device)
+                said = self.embedding(flat).split(lengths)                  # B x (length, d)
             parts.append(said)
         rows = [torch.cat(row) for row in zip(*parts)]
         ones = [torch.ones(len(row), dtype=torch.long, device=self.device) for row in rows]
@@ -455,8 +467,12 @@ def load_agent(folder, device, dtype, trust_remote_code=False, thinking=False, o
             if file.name != "adapter_config.json":
                 (Path(view) / file.name).symlink_to(file)
         settings = {"trust_remote_code": trust_remote_code}
+        loudness = transformers.utils.logging.get_verbosity()
+        transformers.utils.logging.set_verbosity_error()      # we say ourselves what is missing
         try:
             config = AutoConfig.from_pretrained(view, **settings)
+            if not any(list(Path(view).glob(name)) for name in TOKENIZER_FILES):
+                raise ValueError("there is no tokenizer file")    # the library makes an empty one
             # AutoTokenizer goes by the model's family and may put that family's way of splitting
             # words in place of the folder's own: tokenizer.json, where there is one, is the truth.
             whole = (Path(view) / "tokenizer.json").is_file()
@@ -468,6 +484,8 @@ def load_agent(folder, device, dtype, trust_remote_code=False, thinking=False, o
                 json.JSONDecodeError) as problem:
             raise ValueError(f"{folder} does not load as a causal language model with tokenizer: "
                              + line(problem, view)) from problem
+        finally:
+            transformers.utils.logging.set_verbosity(loudness)
     if config.tie_word_embeddings and set(report["missing_keys"]) == {"lm_head.weight"}:
         # Text and images: "tied" may stand at the top of config.json, not in its text part.
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
@@ -482,5 +500,6 @@ def load_agent(folder, device, dtype, trust_remote_code=False, thinking=False, o
     agent = Agent(model if offload else model.to(device), tokenizer, thinking=thinking)
     if offload:
         agent.device = device
-        agent.at_rest = [(weight, weight.data) for weight in (*model.parameters(), *model.buffers())]
+        weights = (*model.parameters(), *model.buffers())
+        agent.at_rest = [(weight, weight.data) for weight in weights]
     return agent

@@ -111,7 +111,7 @@ def add_training_flags(parser, learning_rate_flag, link_dtype_flag):
 def early_flags():
     """--style, --mas_design and --dataset ahead of the others: defaults depend on them."""
     early = Parser("")
-    early.add_argument("--style", default="tiny")
+    early.add_argument("--style", default="")
     early.add_argument("--mas_design", default="")
     early.add_argument("--dataset", default="tiny")
     early.add_argument("--task", default="")
@@ -177,7 +177,11 @@ def load_rows(name, split="train", field="data", limit=-1, seed=42):
             raise ValueError(f"{path} has no list under '{field}': check --dataset_json_field")
     else:
         import datasets
-        rows = datasets.load_dataset(name, split=split).to_list()
+        try:
+            rows = datasets.load_dataset(name, split=split).to_list()
+        except (OSError, ValueError) as problem:
+            raise OSError(f"{name} (split {split}) does not load as a data set: {problem}"
+                          ) from problem
     rows = rows[:limit] if limit > 0 else rows
     if not rows:
         raise ValueError(f"{name} holds no rows")
@@ -187,11 +191,11 @@ def load_rows(name, split="train", field="data", limit=-1, seed=42):
 def read_json_lines(path):
     """The objects of a .jsonl file. Raises ValueError naming file and line."""
     rows = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
                 rows += [json.loads(line)] if line.strip() else []
-            except json.JSONDecodeError as problem:
+            except (json.JSONDecodeError, UnicodeDecodeError) as problem:
                 raise ValueError(f"{path} line {number} is not JSON ({problem})") from problem
     return rows
 

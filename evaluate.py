@@ -69,7 +69,7 @@ def flags():
     add("--top_k", type=common.at_least(0), default=0)
     add("--min_p", type=common.at_least(0, float, high=1.0), default=0.0)
     add("--repetition_penalty", type=common.at_least(0.01, float), default=1.0)
-    add("--ckpt_override", nargs="*", default=[], metavar="KEY=PATH",
+    add("--ckpt_override", nargs="*", action="extend", default=[], metavar="KEY=PATH",
         help="a role's folder, or outer=FOLDER for the outer links")
     add("--prompts", default="",
         help="JSON {role: {prompt or first: text or {kind: text}, system: text}}: other words")
@@ -80,7 +80,7 @@ def flags():
     add("--show", type=common.at_least(0), default=0, metavar="N",
         help="instead of scoring, print N problems with the latents in words")
     early = common.early_flags()
-    style = get_style(early.style)
+    style = get_style(early.style or "tiny")
     settings = {**style.settings.get("evaluate", {}),
                 **style.settings.get(early.task or early.dataset, {})}
     return common.parse_flags(parser, settings), style
@@ -91,6 +91,9 @@ def parse_override(pairs):
     for pair in pairs:
         if not all(pair.partition("=")):
             raise ValueError(f"--ckpt_override takes KEY=PATH, not '{pair}'")
+    keys = [pair.split("=", 1)[0] for pair in pairs]
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"--ckpt_override names a key twice: {' '.join(pairs)}")
     return dict(pair.split("=", 1) for pair in pairs)
 
 

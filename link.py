@@ -192,10 +192,13 @@ def link_task(kind):
 
 
 def save_inner(link, folder, task="math", format="safetensors"):
-    """Save an agent's inner link with its two manifests."""
+    """Save an agent's inner link with its manifests; task None: the one link serves all tasks."""
+    write_json(Path(folder) / "adapter_config.json", {"adapter_type": KINDS[link.kind]})
+    if task is None:
+        save_weights(link, folder, "adapter", format)
+        return
     task = link_task(task)
     name = save_weights(link, folder, f"adapter({task})", format)
-    write_json(Path(folder) / "adapter_config.json", {"adapter_type": KINDS[link.kind]})
     manifest = Path(folder) / "innerlink_config.json"
     tasks = read_json(manifest, dict).get("tasks", {}) if manifest.is_file() else {}
     write_json(manifest, {"tasks": {**tasks, task: {"adapter.pt": name}}})
@@ -214,12 +217,14 @@ def load_inner(folder, width, task="math", kind="2layer_ln_res"):
     except AttributeError as problem:
         raise ValueError(f"{manifest} is not of the form {{tasks: {{TASK: {{name: file}}}}}}"
                          ) from problem
-    names = listed + [f"{stem}.{format}" for stem in (f"adapter({task})", "adapter")
-                                     for format in ("pt", "safetensors")]
+    names = listed or [f"{stem}.{format}" for stem in (f"adapter({task})", "adapter")
+                                      for format in ("pt", "safetensors")]
     found = [folder / name for name in names if (folder / name).is_file()]
     if not found:
+        where = f", as {manifest.name} says" if listed else ""
         raise FileNotFoundError(f"no inner link for task '{task}' in {folder} (looked for "
-                                f"{', '.join(names)}): run train_inner.py with --save_dir {folder}")
+                                f"{', '.join(names)}{where}): run train_inner.py with "
+                                f"--save_dir {folder}")
     if config.is_file():
         kind = str(read_json(config, dict).get("adapter_type", kind))
     try:
@@ -253,8 +258,12 @@ def load_outer(folder, widths, task="math"):
         raise FileNotFoundError(f"no outer links in {folder} (outerlink_config.json is missing): "
                                 f"run train_outer.py with --save_dir {folder}")
     content = read_json(manifest, dict)
+    tasks = content.get("tasks")
+    if isinstance(tasks, dict) and not content.get("adapters") and link_task(task) not in tasks:
+        raise ValueError(f"{manifest} has no links for task '{link_task(task)}', only for "
+                         f"{', '.join(tasks) or 'none'}: train them, or choose other questions")
     try:
-        adapters = content.get("adapters") or content["tasks"][link_task(task)]["adapters"]
+        adapters = content.get("adapters") or tasks[link_task(task)]["adapters"]
         listed = {str(entry["legacy_key"]): (kind_name(entry["adapter_type"]),
                                              int(entry["in_dim"]), int(entry["out_dim"]),
                                              str(entry["filename"])) for entry in adapters}

@@ -23,7 +23,7 @@ import torch
 from huggingface_hub import errors, snapshot_download
 
 from agents import Agent, apply_link, load_agent, pick_device
-from link import OuterLink, load_inner, load_outer
+from link import OuterLink, load_inner, load_outer, read_json
 from styles import ANSWER_FORMAT, KINDS, get_style
 from tools import next_call, run_tool
 
@@ -189,6 +189,9 @@ def text_seed(*parts):
 
 def check_request(questions, rounds, latent_length, kind, method):
     """Raise ValueError for a request that cannot be served."""
+    if not isinstance(kind, str) and len(kind) != len(questions):
+        raise ValueError(f"{len(kind)} kinds for {len(questions)} questions: give one for all, or "
+                         "one for each")
     for one in [kind] if isinstance(kind, str) else dict.fromkeys(kind):
         if one not in KINDS:
             raise ValueError(f"unknown kind of question '{one}': choose one of {', '.join(KINDS)}")
@@ -336,11 +339,13 @@ class MAS:
         if isinstance(questions, str) or batch_size < 1 or temperature < 0:
             raise ValueError("answer() takes a list of questions, a batch_size of at least 1 and a "
                              "temperature of at least 0")
-        texts = []
-        for chunk in chunks(list(questions), batch_size):
-            texts += self.respond(chunk, rounds, latent_length, kind, method, seed=seed,
-                                  max_new_tokens=max_new_tokens, temperature=temperature,
-                                  top_p=top_p, **writing)[0]
+        texts, kinds = [], [kind] * len(questions) if isinstance(kind, str) else kind
+        check_request(questions, rounds, latent_length, kinds, method)
+        for chunk in chunks(list(zip(questions, kinds)), batch_size):
+            asked, their_kinds = zip(*chunk)
+            texts += self.respond(list(asked), rounds, latent_length, their_kinds, method,
+                                  seed=seed, max_new_tokens=max_new_tokens, top_p=top_p,
+                                  temperature=temperature, **writing)[0]
         return texts
 
 
@@ -355,13 +360,14 @@ HUB_ERRORS = {       # in this order: a gated repo is also one that is not found
     errors.RepositoryNotFoundError: "is no repo of the hub, or a private one: check the name, and "
                                     "`hf auth login` if it is yours",
     errors.RevisionNotFoundError: "has no such revision: check it, or leave it away",
+    errors.HfHubHTTPError.__bases__[0]: "could not be fetched: check name and network",   # httpx
     OSError: "is neither a folder here nor to be had from the hub: check name and network",
     ValueError: "is neither a folder here nor a name the hub knows: check it"}
 
 
 def local_folder(name, revision=None, who=""):
     """A folder as given, or within the project, or fetched from the hub; `who` needs it."""
-    for folder in (Path(name), PROJECT / name):
+    for folder in (Path(name).expanduser(), PROJECT / name):
         if folder.is_dir():
             return folder
     try:
@@ -372,6 +378,15 @@ def local_folder(name, revision=None, who=""):
         at = f" (revision {revision})" if revision else ""
         raise FileNotFoundError(f"{who + ': ' if who else ''}{name}{at} {says} "
                                 f"[{type(problem).__name__}]") from problem
+
+
+def base_model(folder):
+    """The base model that goes with an inner link: the folder itself if it holds one, else the one
+    its link was trained on (another of the same width would fit, and be wrong), else ""."""
+    if (folder / "config.json").is_file():
+        return folder
+    notes = folder / "train_args.json"
+    return notes.is_file() and read_json(notes, dict).get("model_name_or_path")
 
 
 def load_agents(style, device="auto", dtype="auto", task="math", trust_remote_code=False,
@@ -386,7 +401,11 @@ def load_agents(style, device="auto", dtype="auto", task="math", trust_remote_co
     style, override = get_style(style), ckpt_override or {}
     override = {key if key == "outer" else style.role(key).name: folder
                 for key, folder in override.items()}
-    places = [pick_device(name, dtype) for name in device.split(",")]
+    for edge in style.edges:
+        if hasattr(torch.nn.ModuleDict(), edge.key):
+            raise ValueError(f"style {style.name}: edge key '{edge.key}' is a name that torch uses "
+                             "itself: rename it")
+    places = [pick_device(name.strip(), dtype) for name in device.split(",")]
     filled, bases, agents = [0] * len(places), {}, {}
     for role in style.roles:
         who = f"style {style.name}, role {role.name}"
@@ -394,9 +413,7 @@ def load_agents(style, device="auto", dtype="auto", task="math", trust_remote_co
             raise ValueError(f"{who}: no repo with an inner link: name one in the style or in "
                              "ckpt_override")
         folder = local_folder(override.get(role.name, role.repo), revision, who)
-        model = (models or {}).get(role.name)
-        if not model:
-            model = folder if (folder / "config.json").is_file() else role.model
+        model = (models or {}).get(role.name) or base_model(folder) or role.model
         base = local_folder(model, who=who).resolve()
         if base not in bases:                           # two roles may share one frozen model
             place = filled.index(min(filled))
@@ -413,7 +430,8 @@ def load_mas_system(style, device="auto", dtype="auto", task="math", trust_remot
     """A whole system, ready to answer.
 
     style: a name or a Style; ckpt_override: {role or "outer": folder or hub id}; task chooses
-    among the links of repos that hold several; revision: of the style's repos. Raises ValueError or OSError, naming the file."""
+    among the links of repos that hold several; revision: of the style's repos; offload: see MAS.
+    Raises ValueError or OSError, naming the file."""
     override = ckpt_override or {}
     mas = load_agents(style, device, dtype, task, trust_remote_code, override, revision,
                       thinking=thinking, offload=offload)

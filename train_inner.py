@@ -47,9 +47,13 @@ def flags():
         help="the published name of a style, in place of --style")
     add("--text_field", default="", help="column with the gold text, in place of the role's")
     early = common.early_flags()
-    style = get_style(PUBLISHED_DESIGNS.get(early.mas_design, early.style))
+    by_design = PUBLISHED_DESIGNS.get(early.mas_design, "")
+    style = get_style(early.style or by_design or "tiny")
+    if not style.name.startswith(by_design.split("_")[0]):
+        raise ValueError(f"--mas_design {early.mas_design} is not the design of --style "
+                         f"{early.style}: leave one of them away")
     args = common.parse_flags(parser, style.settings.get("train_inner", {}))
-    args.style = style.name
+    args.style = early.style or style.name
     return args, style
 
 
@@ -82,7 +86,8 @@ def readability(agent, style, role, examples, args):
 def new_link(agent, args):
     """The link to train: fresh, or the one in --load_dir."""
     if args.load_dir:
-        return load_inner(args.load_dir, agent.width, args.mas_task).to(agent.device)
+        folder = local_folder(args.load_dir, who="--load_dir")
+        return load_inner(folder, agent.width, args.mas_task).to(agent.device)
     torch.manual_seed(args.seed)
     gain = agent.embedding_rms if args.scale_match else 1.0
     return InnerLink(agent.width, kind_name(args.adapter_type), gain).to(agent.device)
@@ -142,7 +147,8 @@ def main():
             training.backward(loss)
         training.step(loss=loss.item(), cosine=cosine.item(), mse=mse.item())
 
-    save_inner(agent.inner, args.save_dir, args.mas_task, args.save_format)
+    task = args.mas_task if style.links_by_task else None
+    save_inner(agent.inner, args.save_dir, task, args.save_format)
     after = readability(agent, style, role, held_out, args)
     write_json(Path(args.save_dir) / "readability.json", {"before": before, "after": after})
     last = common.read_json_lines(Path(args.save_dir) / "log.jsonl")[-1]

@@ -45,7 +45,7 @@ def flags():
     add = parser.add_argument
     add("--save_dir", default="out/train_outer")
     add("--shuffle", action="store_true", help="changes nothing: rows are always shuffled")
-    style = get_style(common.early_flags().style)
+    style = get_style(common.early_flags().style or "tiny")
     for i, role in enumerate(style.roles, start=1):
         for name in (f"agent{i}", role.name):      # the published flags, by number or by role
             add(f"--{name}_model_name_or_path", dest=f"{role.name}_model", default="")
@@ -251,6 +251,8 @@ def main():
             raise ValueError("--eval_samples must be 0 (no comparison) or at least 2 (for shuffle)")
     inner, models = ({name: given[f"{name}_{what}"] for name in names if given[f"{name}_{what}"]}
                      for what in ("inner", "model"))
+    common.load_rows(args.dataset_name, args.dataset_split, args.dataset_json_field,
+                     args.num_samples)              # if they are missing, say so before loading
     mas = load_agents(style, args.device, args.dtype, args.mas_task, bool(args.trust_remote_code),
                       inner, args.revision, models,
                       inner_kind=args.inner_adapter_type_fallback,

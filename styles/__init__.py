@@ -96,13 +96,15 @@ class Edge:
 
 @dataclass(frozen=True)
 class Style:
-    """A checked system. `settings`: {script or data set: {flag: default}}, for flags not given."""
+    """A checked system. `settings`: {script or data set: {flag: default}}, for flags not given;
+    links_by_task: whether an agent has an inner link for code and another for all else."""
     name: str
     roles: tuple
     edges: tuple
     repo: str = ""
     tools: tuple = ()
     settings: dict = field(default_factory=dict)
+    links_by_task: bool = False
 
     def __post_init__(self):
         check(self)
@@ -165,18 +167,21 @@ def by_kind(style, role, prompt, kind):
 
 def check(style):
     """Raise ValueError, naming style, role and fix, for a style that cannot work."""
-    names = [role.name for role in style.roles]
-
     def wrong(what):
         raise ValueError(f"style {style.name}: {what}")
 
+    for what, kind, items in (("roles", Role, style.roles), ("edges", Edge, style.edges)):
+        if not isinstance(items, tuple) or not all(isinstance(item, kind) for item in items):
+            wrong(f"its {what} are no tuple of {kind.__name__}: write ({kind.__name__}(..), ..), "
+                  "with a comma even behind a single one")
+    names = [role.name for role in style.roles]
     if not names:
         wrong("it has no roles: give it at least one")
     for name in names:
         if names.count(name) > 1:
             wrong(f"two roles are called {name}: rename one")
-        if name in ("question", "answer_format"):
-            wrong(f"a role cannot be called {name}, a word that prompts use already: rename it")
+        if name in ("question", "answer_format", "outer") or re.fullmatch(r"agent\d+", name):
+            wrong(f"a role cannot be called {name}, a word that prompts or flags use: rename it")
     keys = [edge.key for edge in style.edges]
     ways = [(edge.src, edge.dst) for edge in style.edges]
     for edge in style.edges:
@@ -184,6 +189,8 @@ def check(style):
             wrong(f"two edges are called {edge.key}: rename one")
         if ways.count((edge.src, edge.dst)) > 1:
             wrong(f"two edges lead from {edge.src} to {edge.dst}: take one out")
+        if edge.key in ("outer_adapter", "lr_scheduler"):
+            wrong(f"edge key '{edge.key}' makes a flag that is taken: rename it")
         if not re.fullmatch(r"\w+", edge.key):
             wrong(f"edge key '{edge.key}' is a file name: letters, digits and _ only")
         for end in (edge.src, edge.dst):
@@ -257,8 +264,14 @@ def get_style(style):
             raise ValueError(f"style file {path} does not exist: check --style")
         spec = importlib.util.spec_from_file_location(path.stem, path)
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        made = [value for value in vars(module).values() if isinstance(value, Style)]
+        try:
+            spec.loader.exec_module(module)
+        except Exception as problem:              # somebody's program: it may raise anything
+            raise ValueError(f"style file {path} does not run: {type(problem).__name__}: {problem}"
+                             ) from problem
+        shipped = map(id, all_styles().values())
+        made = {id(value): value for value in vars(module).values() if isinstance(value, Style)}
+        made = [made[key] for key in made.keys() - set(shipped)]
         if len(made) != 1:
             raise ValueError(f"style file {path} makes {len(made)} styles: let it make one")
         return made[0]

@@ -26,7 +26,8 @@ deliberation = Style(
              system="You answer questions with the help of a partner's advice and of tools.",
              prompt=per_kind(TASK, "Your partner's advice: {reflector}", TOOLS, SOLVE)),
     ),
-    edges=(Edge("outer_rt", "reflector", "toolcaller"), Edge("outer_tr", "toolcaller", "reflector")),
+    edges=(Edge("outer_rt", "reflector", "toolcaller"),
+           Edge("outer_tr", "toolcaller", "reflector")),
     tools=("python", "search"),
     settings=benchmark_settings(16, {}),
 )

@@ -20,4 +20,5 @@ distillation = Style(
     ),
     edges=(Edge("outer_el", "expert", "learner"), Edge("outer_le", "learner", "expert")),
     settings=benchmark_settings(16, {}),
+    links_by_task=True,
 )

@@ -34,6 +34,7 @@ def sequential(name, title, planner, critic, solver, settings):
         edges=(Edge("outer_12", "planner", "critic"), Edge("outer_23", "critic", "solver"),
                Edge("outer_31", "solver", "planner")),
         settings=settings,
+        links_by_task=True,
     )
 
 

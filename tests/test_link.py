@@ -11,7 +11,7 @@ from conftest import inner_equation, largest_difference, outer_equation, randomi
 from link import (KINDS, InnerLink, OuterLink, kind_name, load_inner, load_outer, load_weights,
                   save_inner, save_outer, save_weights, write_whole)
 
-RELEASED_KINDS = {      # facts.md 10
+RELEASED_KINDS = {      # as published
     "1layer": "linear_adapter", "1layer_res": "linear_res_adapter", "2layer": "adapter",
     "2layer_res": "res_adapter", "2layer_ln": "ln_adapter", "2layer_ln_res": "ln_res_adapter"}
 INNER_LAYERS = {        # the modules of each kind, by their released names
@@ -124,7 +124,7 @@ def test_the_tests_own_references_agree():
 
 @pytest.mark.parametrize("kind", RELEASED_KINDS)
 def test_parameter_names_and_widths_are_the_released_ones(kind):
-    """Oracle: names and shapes of facts.md 1 and 10."""
+    """Oracle: the published names and shapes."""
     inner, outer = InnerLink(6, kind), OuterLink(6, 4, kind)
     assert set(inner.state_dict()) == {f"{n}.{p}" for n in INNER_LAYERS[kind] for p in LN}
     assert set(outer.state_dict()) == {f"{n}.{p}" for n in OUTER_LAYERS[kind] for p in LN}

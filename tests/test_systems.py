@@ -485,7 +485,6 @@ def test_a_style_trains_for_code(name, at_hub, tmp_path, monkeypatch):
         load_mas_system(name, device="cpu", task="math", ckpt_override=override)
 
 
-@pytest.mark.xfail(strict=True, raises=FileNotFoundError, reason="filed under code: not found")
 def test_mixture_with_the_code_expert_trained_for_code(at_hub, tmp_path, monkeypatch):
     """As published: its inner link is trained with --mas_task code, the outer ones with math."""
     monkeypatch.setitem(INNER, "mixture", [INNER["mixture"][0], (
@@ -657,7 +656,6 @@ def test_kinds_that_hear_in_another_order_cannot_share_a_batch():
         mas.respond(QUESTIONS[:2], 1, 2, kind=[kind] * 2, max_new_tokens=1)
 
 
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="kinds are not cut into batches")
 def test_answer_takes_a_kind_for_each_question():
     """As one batch does, whatever the batch size."""
     mas = answering("llama", double=False)
@@ -760,7 +758,6 @@ def test_what_the_hub_refuses(case, monkeypatch):
     assert says(raised, "role critic", "some/base", *(part for part in named if part != "v9"))
 
 
-@pytest.mark.xfail(strict=True, reason="an httpx error is no OSError")
 @pytest.mark.parametrize("problem", [httpx.ProxyError("403 Forbidden"),
                                      httpx.RemoteProtocolError("peer closed connection"),
                                      httpx.ReadError("broken pipe")],
@@ -795,7 +792,6 @@ def test_a_tokenizer_without_chat_template(at_hub, tmp_path):
     assert says(problem, str(folder), "no chat template", "instruct model")
 
 
-@pytest.mark.xfail(strict=True, reason="an empty tokenizer is made up in its place")
 def test_a_folder_without_tokenizer_files(at_hub, tmp_path):
     """The library makes an empty tokenizer of some families: every text has no tokens."""
     folder = shutil.copytree(at_hub / "Qwen/Qwen2.5-Math-1.5B-Instruct", tmp_path / "base")
@@ -805,7 +801,6 @@ def test_a_folder_without_tokenizer_files(at_hub, tmp_path):
     assert says(problem, str(folder), "tokenizer")
 
 
-@pytest.mark.xfail(strict=True, reason="the prompt has no question, and nobody says so")
 def test_a_template_that_drops_the_users_text():
     """One that wants a list of parts gets a string, and writes none of it."""
     template = ("{% for m in messages %}<|user|> {% for part in m['content'] %}{{ part['text'] }}"
@@ -847,7 +842,6 @@ def test_links_of_another_task(at_hub, tmp_path):
     assert says(problem, str(folder), "task 'code'", "adapter(code).pt", "train_inner.py")
 
 
-@pytest.mark.xfail(strict=True, reason="says KeyError('code') and no cure")
 def test_outer_links_of_another_task(at_hub, tmp_path):
     shutil.copytree(at_hub / get_style("sequential_light").repo, tmp_path / "outer")
     path = tmp_path / "outer/outerlink_config.json"
@@ -860,7 +854,6 @@ def test_outer_links_of_another_task(at_hub, tmp_path):
     assert says(problem, str(path), "task", "math") and "KeyError" not in str(problem.value)
 
 
-@pytest.mark.xfail(strict=True, reason="widths agree, so nobody notices")
 def test_links_trained_on_another_base_model_are_not_used_with_the_roles(at_hub, tmp_path,
                                                                          monkeypatch):
     """train_args.json says what they were trained on: that model is taken, or it is an error."""
@@ -876,7 +869,6 @@ def test_links_trained_on_another_base_model_are_not_used_with_the_roles(at_hub,
         assert "Llama" in type(mas.agents["planner"].model).__name__
 
 
-@pytest.mark.xfail(strict=True, reason="another file is taken without a word")
 def test_a_manifest_that_names_a_missing_file(at_hub, tmp_path):
     folder = agent_folder(at_hub, tmp_path)
     (folder / "adapter(code).pt").rename(folder / "adapter.pt")
@@ -885,14 +877,12 @@ def test_a_manifest_that_names_a_missing_file(at_hub, tmp_path):
     assert says(problem, "innerlink_config.json", "adapter(code).pt")
 
 
-@pytest.mark.xfail(strict=True, reason="TypeError or IndexError")
 @pytest.mark.parametrize("kinds", [[], ["math"], ["math"] * 3], ids=len)
 def test_a_kind_for_each_question_or_one_for_all(kinds):
     with pytest.raises(ValueError, match="kind"):
         new_mas().respond(QUESTIONS[:2], 1, 2, kind=kinds, max_new_tokens=1)
 
 
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="fails at the first question")
 def test_a_tokenizer_with_more_tokens_than_the_model(at_hub, tmp_path):
     """Said when it is loaded, not at the first question that holds such a token."""
     folder = agent_folder(at_hub, tmp_path)
@@ -920,7 +910,6 @@ def test_an_override_by_the_published_name_of_a_role(at_hub):
     assert same_weights(mas.agents["critic"].model, at_hub / other)
 
 
-@pytest.mark.xfail(strict=True, reason="the second flag replaces the first without a word")
 def test_ckpt_override_may_be_given_twice(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--ckpt_override", "planner=a",
                                       "--ckpt_override", "outer=b"])
@@ -928,7 +917,6 @@ def test_ckpt_override_may_be_given_twice(monkeypatch):
     assert evaluate.parse_override(args.ckpt_override) == {"planner": "a", "outer": "b"}
 
 
-@pytest.mark.xfail(strict=True, reason="names no file")
 def test_a_jsonl_that_is_no_text_is_named(tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(b"\xff\xfe{")
     with pytest.raises(ValueError) as problem:
@@ -936,7 +924,6 @@ def test_a_jsonl_that_is_no_text_is_named(tmp_path):
     assert says(problem, str(tmp_path / "rows.jsonl"))
 
 
-@pytest.mark.xfail(strict=True, reason="the design wins, and takes the other style's model")
 def test_a_design_does_not_overrule_a_style(monkeypatch):
     """sequential is the published name of both sequential styles."""
     monkeypatch.setattr(sys, "argv", ["train_inner.py", "--mas_design", "sequential", "--style",
@@ -944,7 +931,6 @@ def test_a_design_does_not_overrule_a_style(monkeypatch):
     assert train_inner.flags()[1].name == "sequential_scaled"
 
 
-@pytest.mark.xfail(strict=True, reason="models are loaded, or fetched, first")
 def test_missing_data_is_said_before_any_model_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(train_outer, "load_agents", lambda *_, **__: pytest.fail("models first"))
     with pytest.raises(ValueError, match="no training data"):
@@ -994,7 +980,6 @@ def test_a_style_file_trains_and_answers(debate, tmp_path, monkeypatch):
     assert {row["style"] for row in rows} == {"debate"} and len(rows) == 8
 
 
-@pytest.mark.xfail(strict=True, reason="it names the style, not its file, and no inner links")
 def test_the_trainers_last_line_can_be_run(debate, tmp_path, monkeypatch, capsys):
     """The command it prints asks the system that was trained: this style file, these links."""
     shutil.copytree(PROJECT / "tiny/solver", tmp_path / "mine")
@@ -1035,7 +1020,6 @@ def test_a_style_file_that_is_missing():
     assert says(problem, "no/such/file.py", "does not exist")
 
 
-@pytest.mark.xfail(strict=True, reason="an imported style counts as made here")
 def test_a_style_file_may_start_from_a_shipped_style(tmp_path):
     """The shortest way to a new one: other words, another model, the rest as it is."""
     path = tmp_path / "mine.py"
@@ -1053,7 +1037,6 @@ ODD_FILES = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="a traceback")
 @pytest.mark.parametrize("case", ODD_FILES)
 def test_a_style_file_that_python_refuses_is_one_line(case, tmp_path):
     (tmp_path / "mine.py").write_text(ODD_FILES[case])
@@ -1062,7 +1045,6 @@ def test_a_style_file_that_python_refuses_is_one_line(case, tmp_path):
     assert says(problem, "mine.py")
 
 
-@pytest.mark.xfail(strict=True, reason="a flag is defined twice, or a name is torch's own")
 @pytest.mark.parametrize("change", [
     {"left": "agent2", "right": "agent1"}, {"left": "agent1", "right": "agent2"},
     {"outer_lr": "outer_adapter"}, {"outer_lr": "forward"}, {"outer_lr": "keys"}], ids=str)
@@ -1116,7 +1098,6 @@ def test_two_devices_share_the_agents(name, at_hub, monkeypatch):
     assert abs(sizes["a"] - sizes["b"]) <= largest
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="half-precision thoughts meet float32")
 @pytest.mark.parametrize("halves", ["planner", "critic"])
 def test_agents_of_different_precision(halves):
     """As --device cuda,cpu makes them: bfloat16 on the card, float32 beside it."""

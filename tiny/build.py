@@ -26,7 +26,6 @@ from transformers import (LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
-from link import write_json  # noqa: E402
 from tasks import tiny as task  # noqa: E402
 
 WORD_ID = {word: i for i, word in enumerate(task.WORDS)}
@@ -170,8 +169,6 @@ def main():
         run("train_inner.py", "--mas_role", role, "--model_name_or_path", out / role,
             "--save_dir", work / role)
         copy_links(work / role, out / role)
-        one = {"adapter.pt": "adapter(math).safetensors"}     # the one link serves all tasks
-        write_json(out / role / "innerlink_config.json", {"tasks": {"math": one, "code": one}})
     folders = [(f"--{role}_inner_aligner_path", out / role) for role in ROLES]
     run("train_outer.py", "--save_dir", work / "outer", *sum(folders, ()))
     copy_links(work / "outer", out / "outer")

@@ -1,0 +1,75 @@
+"""What the README shows, run as it stands there."""
+import json
+import re
+import runpy
+import shlex
+import sys
+
+import pytest
+from conftest import PROJECT
+
+import evaluate
+import train_inner
+import train_outer
+
+README = (PROJECT / "README.md").read_text()
+SCRIPTS = {"train_inner.py": train_inner, "train_outer.py": train_outer, "evaluate.py": evaluate}
+# Added to the README's commands, so that they take seconds.
+SHORTER = {"train_inner.py": ["--max_steps", "20"],
+           "train_outer.py": ["--max_steps", "2", "--warm_start_steps", "2"],
+           "evaluate.py": ["--num_samples", "8", "--num_recursive_rounds", "1"]}
+
+
+def section(title):
+    """The text under a heading, up to the next one."""
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def test_the_style_of_the_readme(tmp_path, monkeypatch):
+    """Its files are written, its rows made, its links trained, its debate scored."""
+    text = section("Your own system")
+    style, rows = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    commands = re.search(r"```\n(python rows.py\n.*?)```", text, re.DOTALL)[1]
+    assert len(style.splitlines()) < 60
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "debate.py").write_text(style)
+    (tmp_path / "rows.py").write_text(rows)
+    seen = []
+    for command in commands.replace("\\\n", " ").strip().split("\n"):
+        _, script, *arguments = shlex.split(command)
+        seen.append(script)
+        if script == "rows.py":
+            runpy.run_path(script)
+            continue
+        monkeypatch.setattr(sys, "argv", [script, *arguments, *SHORTER[script]])
+        SCRIPTS[script].main()
+    assert seen == ["rows.py", "train_inner.py", "train_outer.py", "evaluate.py"]
+    summary = json.loads((tmp_path / "out/evaluate/summary.json").read_text())
+    assert [row["method"] for row in summary["rows"]] == ["text", "untrained", "latent"]
+    assert all(row["style"] == "debate" and row["n"] == 8 for row in summary["rows"])
+    assert (tmp_path / "out/pro/adapter.safetensors").is_file()
+
+
+def test_the_code_of_the_readme():
+    """The example under the reading order, word for word."""
+    code = re.search(r"```python\n(from recurse import .*?)```", section("Read it in this order"),
+                     re.DOTALL)[1]
+    names = {}
+    exec(code, names)                                   # our own text, from our own README
+    assert names["run"].thoughts[1, "planner"].shape == (1, 6, 96)
+    assert names["run"].sent[1, "outer_12"].shape == (1, 6, 80)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_flags_of_the_readme_exist(script, monkeypatch, capsys):
+    """Every flag in a command of the README is a flag of that script."""
+    commands = re.findall(rf"^python {script}.*$", README.replace("\\\n", " "), re.MULTILINE)
+    assert commands
+    for command in commands:
+        arguments = shlex.split(command.split("#")[0])[2:]
+        style = arguments[arguments.index("--style") + 1] if "--style" in arguments else "tiny"
+        if style.endswith(".py"):
+            continue                                    # run above
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        SCRIPTS[script].flags()
+    capsys.readouterr()

@@ -14,6 +14,7 @@ OUT/results.jsonl has a line a question and method, OUT/summary.json and OUT/sum
 An answer that cannot be read is asked for once more (--answer_retry); what stays unread is wrong.
 """
 import dataclasses
+import functools
 import importlib.util
 import itertools
 import json
@@ -32,11 +33,12 @@ import common
 from link import read_json, write_json, write_whole
 from recurse import WORDS, chunks, load_mas_system, recurse, write
 from styles import get_style
-from tasks import get_task, pass_at_k
-from tools import read_keys, require_sandbox, search_web
+from tasks import Score, get_task, pass_at_k
+from tools import read_keys, search_web
 
 ALL_METHODS = ("text", "text_brief", "single", "single_loop", "untrained", "zero", "shuffle",
                "latent")
+NO_SCORE = "not scored"
 ROUNDLESS = ("single",)           # methods for which the number of rounds means nothing
 
 
@@ -155,16 +157,17 @@ def answers_to(mas, task, batch, method, rounds, options):
     seconds = time.perf_counter() - started
     count = options["samples"]
     with ThreadPoolExecutor(os.cpu_count()) as pool:        # programs and judges run side by side
+        score = functools.partial(score_answer, task)
         asked = [example for example in batch for _ in range(count)]
-        scores = list(pool.map(task.score, asked, texts))
+        scores = list(pool.map(score, asked, texts))
         unread = [p for p, score in enumerate(scores) if score.parsed is None]
         if task.retry and options["answer_retry"] and unread:
             started = time.perf_counter()
             texts = retry(run, task, unread)
             seconds += time.perf_counter() - started
-            again = pool.map(task.score, [asked[p] for p in unread], [texts[p] for p in unread])
-            for p, score in zip(unread, again):
-                scores[p] = score
+            again = pool.map(score, [asked[p] for p in unread], [texts[p] for p in unread])
+            for p, anew in zip(unread, list(again)):
+                scores[p] = anew
         else:
             unread = []
     answers = []
@@ -174,10 +177,20 @@ def answers_to(mas, task, batch, method, rounds, options):
             "outputs": texts[mine], "parsed": [score.parsed for score in scores[mine]],
             "correct": [score.correct for score in scores[mine]],
             "notes": [score.note for score in scores[mine]],
+            **{"error": score.note for score in scores[mine] if score.note.startswith(NO_SCORE)},
             "retried": sum(p // count == i for p in unread), "decoded_tokens": tokens,
             "latent_steps": run.latent_steps, "seconds": seconds / len(batch),
             "peak_memory_mb": peak_memory_mb(cards)})
     return answers
+
+
+def score_answer(task, example, text):
+    """task.score, or where the scorer itself breaks (no service, no sandbox) a Score that says so:
+    what was generated is kept."""
+    try:
+        return task.score(example, text)
+    except RuntimeError as problem:
+        return Score(False, "", f"{NO_SCORE}: {problem}")
 
 
 @torch.no_grad()
@@ -469,19 +482,16 @@ def check_methods(args, task, batches):
                          "--batch_size or --num_samples, or leave it away")
 
 
-def give_tools(mas, args):
-    """Check the sandbox, and the keys for web search, of a style that has tools."""
-    if "python" in mas.style.tools:
-        require_sandbox(args.allow_unsafe_code)
-    if "search" in mas.style.tools:
-        try:
-            keys = read_keys(args.tavily_keys_file or None)
-        except ValueError as problem:
-            if args.tavily_keys_file:
-                raise
-            print(f"note: the search tool will say that it is not available ({problem})")
-        else:
-            mas.search = lambda query: search_web(query, keys)
+def web_search(keys_file):
+    """search(query) -> text, for a style with that tool; None, and a note, if there is no key."""
+    try:
+        keys = read_keys(keys_file or None)
+    except ValueError as problem:
+        if keys_file:
+            raise
+        print(f"note: the search tool will say that it is not available ({problem})")
+        return None
+    return lambda query: search_web(query, keys)
 
 
 def main():
@@ -503,8 +513,9 @@ def main():
     options["samples"] = args.num_rollouts = args.num_rollouts or task.samples
     mas = load_mas_system(style, args.device, args.dtype, task.kind, bool(args.trust_remote_code),
                           parse_override(args.ckpt_override), args.revision,
-                          bool(args.enable_thinking), args.offload)
-    give_tools(mas, args)
+                          bool(args.enable_thinking), args.offload, args.allow_unsafe_code)
+    if "search" in style.tools:
+        mas.search = web_search(args.tavily_keys_file)
     if args.show:
         show(mas, examples[:args.show], options, max(args.num_recursive_rounds))
         return

@@ -25,7 +25,7 @@ from huggingface_hub import errors, snapshot_download
 from agents import Agent, apply_link, load_agent, pick_device
 from link import OuterLink, load_inner, load_outer, read_json
 from styles import ANSWER_FORMAT, KINDS, get_style
-from tools import next_call, run_tool
+from tools import next_call, require_sandbox, run_tool
 
 PROJECT = Path(__file__).resolve().parent
 TOOL_TAGS, MAX_CALLS = ("</python>", "</search>"), 5       # calls per answer
@@ -426,13 +426,17 @@ def load_agents(style, device="auto", dtype="auto", task="math", trust_remote_co
 
 
 def load_mas_system(style, device="auto", dtype="auto", task="math", trust_remote_code=False,
-                    ckpt_override=None, revision=None, thinking=False, offload=False):
+                    ckpt_override=None, revision=None, thinking=False, offload=False,
+                    allow_unsafe_code=False):
     """A whole system, ready to answer.
 
     style: a name or a Style; ckpt_override: {role or "outer": folder or hub id}; task chooses
-    among the links of repos that hold several; revision: of the style's repos; offload: see MAS.
+    among the links of repos that hold several; revision: of the style's repos; offload: see MAS;
+    allow_unsafe_code: let the tools run programs even where nothing confines them.
     Raises ValueError or OSError, naming the file."""
-    override = ckpt_override or {}
+    style, override = get_style(style), ckpt_override or {}
+    if "python" in style.tools:
+        require_sandbox(allow_unsafe_code)
     mas = load_agents(style, device, dtype, task, trust_remote_code, override, revision,
                       thinking=thinking, offload=offload)
     widths = {edge.key: (mas.agents[edge.src].width, mas.agents[edge.dst].width)

@@ -16,6 +16,7 @@ left. Three things go into every call of the library, single steps included: the
 """
 import copy
 import json
+import os
 import re
 import tempfile
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ def pick_device(device="auto", dtype="auto"):
     auto: the first GPU if there is one; bfloat16 there, float16 where the card has no bfloat16;
     float32 on a CPU (half precision is four times slower there). Prints what it chose and why."""
     why = "asked for"
+    if os.environ.get("LOCAL_RANK") and device in ("auto", "cuda") and torch.cuda.is_available():
+        device, why = f"cuda:{os.environ['LOCAL_RANK']}", "this rank's GPU"
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
         why = "a GPU is there" if device == "cuda" else "no GPU found"

@@ -20,6 +20,8 @@ from link import DAMAGED, read_json, write_json, write_whole
 from styles import ANSWER_FORMAT, KINDS, get_style
 from tasks import generated_task
 
+# Under torchrun several ranks (processes, one a device) share the work; otherwise there is one.
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_SKIPPED = 10       # steps with a NaN or infinite loss, in a row, before training gives up
 
@@ -142,8 +144,14 @@ def run(main):
     ValueError and OSError are what the modules raise for the former; TRACEBACK=1 shows where."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    if RANKS > 1:
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")            # one rank speaks; errors come from all
     try:
         main()
+        if RANKS > 1:
+            torch.distributed.destroy_process_group()
     except (ValueError, OSError) as problem:
         if os.environ.get("TRACEBACK"):
             raise
@@ -152,6 +160,11 @@ def run(main):
     except KeyboardInterrupt:
         print("stopped; what a run has saved, --resume goes on from", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def progress(items, name, **settings):
+    """The items with a progress bar, on the rank that speaks."""
+    return tqdm(items, desc=name, mininterval=1, disable=RANK > 0, **settings)
 
 
 # ---- training rows ------------------------------------------------------------------------------
@@ -328,15 +341,26 @@ class Training:
 
         training = Training(link, args, learning_rate, folder, total_steps, dtype)
         for step in training.steps("inner link"):
-            training.backward(loss)                # once per accumulated micro-batch
-            training.step(loss=.., cosine=..)      # the update, and what to log
+            for batch in training.batches(items, step):        # micro-batches, this rank's share
+                training.backward(loss, tokens, cosine=..)     # a mean over so many tokens
+            training.step()                                    # the update, and the log's line
+
+    A step's gradient is that of the mean over all tokens of all its micro-batches on all ranks:
+
+        g = sum_b tokens_b g_b / sum_b tokens_b
+
+    so accumulating, or adding ranks, is the same as a larger batch. No DDP wrapper: it cannot know
+    that a link is used R times in one graph, or not at all when R = 1.
     """
 
     def __init__(self, links, args, learning_rate, folder, total_steps, dtype=torch.float32):
         self.links, self.args, self.folder = links, args, Path(folder)
         self.total_steps, self.done, self.skipped, self.skipped_in_a_row = total_steps, 0, 0, 0
-        self.finite, self.good = True, None
+        self.tokens, self.values, self.finite, self.good = 0.0, {}, True, None
         links.requires_grad_(True)
+        if RANKS > 1:
+            for weight in links.parameters():        # all start from the same links
+                torch.distributed.broadcast(weight.data, 0)
         self.optimizer = torch.optim.AdamW(links.parameters(), lr=learning_rate, betas=(0.9, 0.95),
                                            weight_decay=args.weight_decay)
         self.schedule = transformers.get_scheduler(
@@ -349,28 +373,40 @@ class Training:
         self.settings = {key: value for key, value in vars(args).items()
                          if key not in ("resume", "save_dir", "log_every", "save_steps", "device",
                                       "seeds", "eval_samples")}
+        self.settings["ranks"] = RANKS                 # they decide which rows make a step
         if args.resume:
             self._load_state()
-        else:
+        elif RANK == 0:
             (self.folder / "state.pt").unlink(missing_ok=True)       # of an earlier run
             write_json(self.folder / "train_args.json", vars(args))
             write_whole(self.folder / "log.jsonl", lambda part: part.write_text(""))
 
     def steps(self, name):
         """Step numbers still to do, 0-based, with a progress bar; then the links are frozen."""
-        yield from tqdm(range(self.done, self.total_steps), initial=self.done,
-                        total=self.total_steps, desc=name, mininterval=1)
+        yield from progress(range(self.done, self.total_steps), name, initial=self.done,
+                            total=self.total_steps)
         self.links.requires_grad_(False)
 
-    def backward(self, loss):
-        """Accumulate the gradient of one micro-batch's loss; a loss that is not finite spoils the
-        whole step, which step() then leaves out."""
+    def batches(self, items, step):
+        """This rank's micro-batches of a step: together the ranks have batch_size x ranks items."""
+        accumulated, size = self.args.grad_accum_steps, self.args.batch_size * RANKS
+        for micro in range(accumulated):
+            yield batch_of(items, step * accumulated + micro, size, self.args.seed)[RANK::RANKS]
+
+    def backward(self, loss, tokens, **values):
+        """Add the gradient of one micro-batch's loss, a mean over `tokens`; `values` are logged as
+        means over all tokens. A loss that is not finite spoils the whole step."""
+        weight = tokens / 1000            # near 1, so that scaled fp16 gradients keep their range
         self.finite = self.finite and bool(torch.isfinite(loss))
         if self.finite and loss.requires_grad:
-            self.scaler.scale(loss / self.args.grad_accum_steps).backward()
+            self.scaler.scale(loss * weight).backward()
+        self.tokens += weight
+        for name, value in {"loss": loss, **values}.items():
+            self.values[name] = self.values.get(name, 0.0) + weight * float(value)
 
-    def step(self, **values):
-        """Clip, update, and log `values` every args.log_every steps."""
+    def step(self):
+        """Clip, update, and log every args.log_every steps."""
+        self._share()
         norm = torch.tensor(float("nan"))
         if self.finite:
             self.good = copy.deepcopy(self._state())     # these weights gave a finite loss
@@ -386,8 +422,34 @@ class Training:
         if self.finite:
             self.scaler.update()                         # fp16: an overflow lowers the scale
         self.optimizer.zero_grad()
-        self.finite, self.done = True, self.done + 1
+        values, self.values = self.values, {}
+        self.finite, self.tokens, self.done = True, 0.0, self.done + 1
         self._log_and_save({**values, "grad_norm": norm.item()})
+
+    def _share(self):
+        """g = sum tokens_b g_b / sum tokens_b over the ranks: one all_reduce of everything.
+
+        A rank whose loss was not finite takes part all the same, with zeros and a mark, so that no
+        rank waits for ever and all leave the step out."""
+        weights = list(self.links.parameters())
+        for weight in weights:
+            if weight.grad is None or not self.finite:    # some links are not used when R = 1
+                weight.grad = torch.zeros_like(weight)
+        if RANKS > 1:
+            device = weights[0].device
+            numbers = torch.tensor([*self.values.values(), self.tokens, float(not self.finite)],
+                                   device=device)
+            flat = torch.cat([*(weight.grad.to(device).flatten() for weight in weights), numbers])
+            torch.distributed.all_reduce(flat)
+            parts = flat.split([*(weight.numel() for weight in weights), len(numbers)])
+            for weight, part in zip(weights, parts):
+                weight.grad.copy_(part.view_as(weight))
+            *shared, self.tokens, spoilt = parts[-1].tolist()
+            self.values, self.finite = dict(zip(self.values, shared)), spoilt == 0
+        if self.finite:
+            for weight in weights:
+                weight.grad /= self.tokens
+        self.values = {name: value / self.tokens for name, value in self.values.items()}
 
     def _log_and_save(self, values):
         last, every = self.done == self.total_steps, self.args.save_steps
@@ -396,8 +458,9 @@ class Training:
             line = {"step": self.done, **values, "lr": self.schedule.get_last_lr()[0],
                     "skipped": self.skipped}
             line = {key: value if math.isfinite(value) else None for key, value in line.items()}
-            with open(self.folder / "log.jsonl", "a") as log:
-                log.write(json.dumps(line) + "\n")
+            if RANK == 0:
+                with open(self.folder / "log.jsonl", "a") as log:
+                    log.write(json.dumps(line) + "\n")
         if gives_up:
             self._save(self.good or self._state())
             raise ValueError(f"the loss was NaN or infinite {MAX_SKIPPED} steps in a row: lower "
@@ -412,6 +475,8 @@ class Training:
                 "schedule": self.schedule.state_dict(), "scaler": self.scaler.state_dict()}
 
     def _save(self, state):
+        if RANK > 0:
+            return
         write_whole(self.folder / "state.pt", lambda part: torch.save(state, part))
 
     def _load_state(self):
@@ -432,6 +497,8 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
+        if RANK > 0:
+            return
         drop_torn_line(self.folder / "log.jsonl")
         kept = [line for line in read_json_lines(self.folder / "log.jsonl")
                 if line["step"] <= self.done]

@@ -27,7 +27,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import common
 from link import read_json, write_json, write_whole
@@ -393,7 +392,7 @@ def compare(trained, args, folder):
     plan = make_plan(methods, range(1, args.num_recursive_rounds + 1), batches)
     warm_up(trained[seeds[0]][1], batches[0])
     lines = []
-    for method, rounds, batch in tqdm(plan, desc="before and after", mininterval=1):
+    for method, rounds, batch in common.progress(plan, "before and after"):
         for seed in seeds[:1] if method in WORDS else seeds:
             before, after = trained[seed]
             mas = before if method == "untrained" else after
@@ -453,6 +452,18 @@ def open_results(out, settings, resume, sizes):
     lines = lines[:whole[-1] if whole else 0]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     write_whole(results, lambda part: part.write_text(text))
+    return lines
+
+
+def merge(out, plan):
+    """The lines of all ranks, in the order in which one rank would have written them."""
+    order = [(method, rounds, example.id) for method, rounds, batch in plan for example in batch]
+    parts = [out / f"rank{rank}" / "results.jsonl" for rank in range(common.RANKS)]
+    lines = {(line["method"], line["rounds"], line["id"]): line
+             for part in parts for line in common.read_json_lines(part)}
+    lines = [lines[key] for key in order]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    write_whole(out / "results.jsonl", lambda part: part.write_text(text))
     return lines
 
 
@@ -522,20 +533,27 @@ def main():
 
     out, started = Path(args.out), time.time()
     settings = {key: value for key, value in vars(args).items() if key not in ("out", "resume")}
-    plan = make_plan(args.method, args.num_recursive_rounds, batches)
-    lines = open_results(out, settings, args.resume, [len(batch) for _, _, batch in plan])
+    settings["ranks"] = common.RANKS
+    own = out / f"rank{common.RANK}" if common.RANKS > 1 else out     # where this rank writes
+    plan = make_plan(args.method, args.num_recursive_rounds, batches[common.RANK::common.RANKS])
+    lines = open_results(own, settings, args.resume, [len(batch) for _, _, batch in plan])
     fresh = mas.with_fresh_outer(seed=args.seed)
     warm_up(mas, batches[0])
     answered = 0
-    for method, rounds, batch in tqdm(plan, desc="evaluate", mininterval=1):
+    for method, rounds, batch in common.progress(plan, "evaluate"):
         answered += len(batch)
         if answered <= len(lines):
             continue                                    # done before this run was resumed
         new = answer_batch(fresh if method == "untrained" else mas, task, batch, method, rounds,
                            options)
-        with open(out / "results.jsonl", "a") as file:
+        with open(own / "results.jsonl", "a") as file:
             file.writelines(json.dumps(line) + "\n" for line in new)
         lines += new
+    if common.RANKS > 1:
+        torch.distributed.barrier()
+        if common.RANK > 0:
+            return
+        lines = merge(out, make_plan(args.method, args.num_recursive_rounds, batches))
     rows = summarise(lines)
     write_json(out / "summary.json", {"settings": settings, "rows": rows})
     print_table(rows)

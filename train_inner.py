@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import common
 from agents import load_agent, pick_device
@@ -104,7 +103,7 @@ def features_of(agent, style, role, examples, args):
     if not fits:
         return None
     features = []
-    for chunk in tqdm(chunks(examples, args.batch_size), desc="hidden states", mininterval=1):
+    for chunk in common.progress(chunks(examples, args.batch_size), "hidden states"):
         features += common.gold_states(agent, style, role, chunk, args.max_length)
     return features
 
@@ -132,21 +131,21 @@ def main():
     before = readability(agent, style, role, held_out, args)
     features = features_of(agent, style, role, examples, args)
 
-    per_step = args.batch_size * args.grad_accum_steps
+    per_step = args.batch_size * args.grad_accum_steps * common.RANKS
     total_steps = args.max_steps or -(-len(examples) * args.num_train_epochs // per_step)
     training = common.Training(agent.inner, args, args.adapter_lr, args.save_dir, total_steps)
     for step in training.steps("inner link"):
-        for micro in range(args.grad_accum_steps):
-            batch = common.batch_of(features or examples, step * args.grad_accum_steps + micro,
-                                    args.batch_size, args.seed)
+        for batch in training.batches(features or examples, step):
             if not features:
                 batch = common.gold_states(agent, style, role, batch, args.max_length)
             states = torch.cat([h for h, _ in batch])                   # (n, d)
             next_tokens = torch.cat([ids for _, ids in batch])          # (n,)
             loss, cosine, mse = inner_loss(agent.inner, agent.embedding, states, next_tokens, args)
-            training.backward(loss)
-        training.step(loss=loss.item(), cosine=cosine.item(), mse=mse.item())
+            training.backward(loss, len(states), cosine=cosine, mse=mse)
+        training.step()
 
+    if common.RANK > 0:
+        return
     task = args.mas_task if style.links_by_task else None
     save_inner(agent.inner, args.save_dir, task, args.save_format)
     after = readability(agent, style, role, held_out, args)

@@ -26,7 +26,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 import common
 import evaluate
@@ -79,7 +78,8 @@ def flags():
 # ---- the losses ---------------------------------------------------------------------------------
 
 def outer_loss(mas, rows, rounds, args):
-    """(loss, final answer's cross-entropy) of a batch of rows, unrolled over `rounds` rounds.
+    """(loss, final answer's cross-entropy, its number of tokens) of a batch of rows, unrolled over
+    `rounds` rounds.
 
         loss = (CE_final + role_loss_weight sum_k CE_k) / (1 + role_loss_weight K)
 
@@ -88,8 +88,10 @@ def outer_loss(mas, rows, rounds, args):
     answers."""
     role_losses, early_answers, last_role = [], [], mas.style.roles[-1].name
 
-    def cross_entropy(agent, past, role, round):
-        targets = gold_tokens(agent, mas.style.role(role), rows, round, args.max_length)
+    def targets(agent, role, round):
+        return gold_tokens(agent, mas.style.role(role), rows, round, args.max_length)
+
+    def cross_entropy(agent, past, targets):
         total, count = agent.answer_loss(past, targets)
         return total / max(count, 1)
 
@@ -100,7 +102,8 @@ def outer_loss(mas, rows, rounds, args):
         def think():
             past = read()
             hears_links = past.last.requires_grad          # else no link is involved in it
-            loss = cross_entropy(agent, past, role, round) if wanted and hears_links else None
+            loss = (cross_entropy(agent, past, targets(agent, role, round))
+                    if wanted and hears_links else None)
             return thoughts(agent, past, mas.style.role(role), rows, round, args), loss
 
         H, loss = run_turn(think, args)
@@ -114,14 +117,15 @@ def outer_loss(mas, rows, rounds, args):
     run = recurse(mas, [common.question_of(row) for row in rows], rounds, args.latent_length,
                   kind=[common.row_kind(row, args.mas_task) for row in rows], turn=turn)
     agent, role, round, read = run.last_turn
-    final = run_turn(lambda: cross_entropy(agent, read(), role, round), args)
+    answers = targets(agent, role, round)
+    final = run_turn(lambda: cross_entropy(agent, read(), answers), args)
     weight = args.role_loss_weight
     loss = final
     if weight and role_losses:
         loss = (final + weight * sum(role_losses)) / (1 + weight * len(role_losses))
     if early_answers and not args.supervise_final_only:
         loss = loss + args.non_last_loss_weight * sum(early_answers) / len(early_answers)
-    return loss, final
+    return loss, final, sum(map(len, answers))
 
 
 def run_turn(turn, args):
@@ -163,7 +167,7 @@ def shared_tokens(source, target):
 
 def warm_start(mas, rows, args, seed):
     """Teach each outer link to translate: R_out(R_in(h_t)) ~ Emb_dst(token_(t+1)), by cosine, for
-    the tokens that both vocabularies hold. Ours, not the paper's."""
+    the tokens that both vocabularies hold. Ours, not the paper's. Every rank does all of it."""
     for edge in mas.style.edges:
         source, target, link = mas.agents[edge.src], mas.agents[edge.dst], mas.outer[edge.key]
         known = shared_tokens(source, target)
@@ -177,8 +181,8 @@ def warm_start(mas, rows, args, seed):
                                       betas=(0.9, 0.95), weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.warm_start_steps)
         loss = torch.tensor(float("nan"))          # stays so if no text holds a shared token
-        for step in tqdm(range(args.warm_start_steps), desc=edge.key, mininterval=1):
-            batch = common.batch_of(examples, step, args.batch_size, seed)
+        for step in common.progress(range(args.warm_start_steps), edge.key):
+            batch = common.batch_of(examples, step, args.batch_size * common.RANKS, seed)
             pairs = common.gold_states(source, mas.style, role, batch, args.max_length)
             states = torch.cat([h for h, _ in pairs])                              # (n, d_src)
             wanted = [known.get(token, -1) for _, ids in pairs for token in ids.tolist()]
@@ -220,7 +224,7 @@ def train(mas, args, seed, folder):
     if args.warm_start_steps and not args.resume:
         warm_start(mas, rows, args, seed)
 
-    per_step = args.batch_size * args.grad_accum_steps
+    per_step = args.batch_size * args.grad_accum_steps * common.RANKS
     total_steps = args.max_steps or -(-len(rows) * args.num_train_epochs // per_step)
     training = common.Training(mas.outer, args, args.outer_lr, folder, total_steps,
                                mas.agents[last.name].dtype)
@@ -228,13 +232,12 @@ def train(mas, args, seed, folder):
         rounds = args.num_recursive_rounds
         if args.random_rounds:
             rounds = random.Random(f"rounds {seed} {step}").randint(1, rounds)
-        for micro in range(args.grad_accum_steps):
-            batch = common.batch_of(rows, step * args.grad_accum_steps + micro, args.batch_size,
-                                    seed)
-            loss, final = outer_loss(mas, batch, rounds, args)
-            training.backward(loss)
-        training.step(loss=loss.item(), final=final.item(), rounds=rounds)
-    save_outer(mas.outer, folder, mas.style.name, args.save_format)
+        for batch in training.batches(rows, step):
+            loss, final, tokens = outer_loss(mas, batch, rounds, args)
+            training.backward(loss, tokens, final=final, rounds=rounds)
+        training.step()
+    if common.RANK == 0:
+        save_outer(mas.outer, folder, mas.style.name, args.save_format)
     print(f"seed {seed}: {total_steps} steps, {training.skipped} skipped; links in {folder}",
           flush=True)
     return before, mas
@@ -261,7 +264,7 @@ def main():
     for seed in args.seeds or [args.seed]:
         trained[seed] = train(mas, args, seed, folder / f"seed_{seed}" if args.seeds else folder)
     print(f"trained in {time.time() - started:.0f} s", flush=True)
-    if compared:
+    if compared and common.RANK == 0:
         evaluate.compare(trained, args, folder)
     links = folder / f"seed_{args.seeds[0]}" if args.seeds else folder
     override = " ".join(f"{name}={folder}" for name, folder in {**inner, "outer": links}.items())

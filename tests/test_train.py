@@ -30,7 +30,7 @@ def outer_gradients(mas, rows, rounds, args):
     """(loss, {parameter: gradient}) of one outer loss."""
     mas.outer.requires_grad_(True)
     mas.outer.zero_grad()
-    loss, _ = train_outer.outer_loss(mas, rows, rounds, args)
+    loss, *_ = train_outer.outer_loss(mas, rows, rounds, args)
     loss.backward()
     mas.outer.requires_grad_(False)
     return loss.item(), {name: p.grad.clone() for name, p in mas.outer.named_parameters()
@@ -274,19 +274,19 @@ def test_a_bad_loss_skips_the_step_and_ten_in_a_row_stop(dtype, tmp_path):
     run = training(tmp_path, link, dtype)
     before = link.weight.detach().clone()
     for bad in (float("nan"), float("inf")):
-        run.backward(link(torch.ones(2)).sum() * bad)
-        run.step(loss=0.0)
+        run.backward(link(torch.ones(2)).sum() * bad, 5)
+        run.step()
     assert run.skipped == 2
     assert torch.equal(link.weight, before)
-    run.backward(link(torch.ones(2)).sum())
-    run.step(loss=0.0)
+    run.backward(link(torch.ones(2)).sum(), 5)
+    run.step()
     assert run.skipped_in_a_row == 0
     good = link.weight.detach().clone()
     assert not torch.equal(good, before)
     with pytest.raises(ValueError, match="10 steps in a row"):
         for _ in range(10):
-            run.backward(link(torch.ones(2)).sum() * float("nan"))
-            run.step(loss=0.0)
+            run.backward(link(torch.ones(2)).sum() * float("nan"), 5)
+            run.step()
     saved = torch.load(tmp_path / "state.pt", weights_only=True)
     assert torch.equal(saved["links"]["weight"], before)    # the last that gave a finite loss
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -331,11 +331,11 @@ def test_accumulated_micro_batches_equal_one_batch(tmp_path):
     data, links = torch.randn(4, 3), [torch.nn.Linear(3, 1) for _ in range(2)]
     links[1].load_state_dict(links[0].state_dict())
     whole = training(tmp_path / "a", links[0])
-    whole.backward(links[0](data).pow(2).mean())
+    whole.backward(links[0](data).pow(2).mean(), 4)
     whole.step()
     halves = training(tmp_path / "b", links[1], grad_accum_steps=2)
-    for half in data.split(2):
-        halves.backward(links[1](half).pow(2).mean())
+    for part in data.split([3, 1]):                # a mean over three tokens, one over one
+        halves.backward(links[1](part).pow(2).mean(), len(part))
     halves.step()
     torch.testing.assert_close(links[0].weight, links[1].weight)
 
@@ -346,7 +346,7 @@ def test_gradients_are_clipped_to_the_limit(tmp_path):
     run = training(tmp_path, link, max_grad_norm=0.5)
     run.optimizer.register_step_pre_hook(
         lambda *_: seen.append(link.weight.grad.norm().item()))
-    run.backward(100 * link(torch.ones(2)).sum())
+    run.backward(100 * link(torch.ones(2)).sum(), 5)
     run.step()
     assert seen == [pytest.approx(0.5, rel=1e-4)]
 

@@ -9,9 +9,10 @@ should look like the embedding of the token that comes next (the paper's inner l
     loss = cos_weight (1 - cos(R_in(h_t), Emb(token_(t+1)))) + mse_weight MSE(R_in(h_t), Emb(..))
 
 Since the base never changes, neither do its hidden states: they are computed once and reused over
-all epochs where they fit --feature_budget_gb, else step by step.
+all epochs, from memory where they fit --feature_budget_gb, else from a file.
 """
 import dataclasses
+import shutil
 import time
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def flags():
     add("--adapter_cos_weight", type=common.at_least(0, float), default=1.0)
     add("--adapter_mse_weight", type=common.at_least(0, float), default=0.0)
     add("--feature_budget_gb", type=common.at_least(0, float), default=4.0,
-        help="memory (the device's) for hidden states computed once")
+        help="memory (the device's) for hidden states; beyond it they go into a file")
     add("--mas_design", default="", choices=["", *PUBLISHED_DESIGNS],
         help="the published name of a style, in place of --style")
     add("--text_field", default="", help="column with the gold text, in place of the role's")
@@ -93,19 +94,35 @@ def new_link(agent, args):
 
 
 def features_of(agent, style, role, examples, args):
-    """[(states, tokens)] of all examples, computed once, or None if they exceed the budget."""
-    texts = agent.tokenize([text for *_, text in examples])
-    tokens = sum(min(len(ids), args.max_length) for ids in texts)
-    size = tokens * agent.width * agent.embedding.weight.element_size() / 1e9
-    fits = size <= args.feature_budget_gb
-    print(f"{len(examples)} texts, {tokens} tokens: hidden states take {size:.2f} GB, computed "
-          + ("once" if fits else "step by step"), flush=True)
-    if not fits:
-        return None
-    features = []
+    """[(states, tokens)] of all examples, computed once: on the device where they fit the budget,
+    else in a file of --save_dir that is mapped into memory."""
+    lengths = [min(len(ids), args.max_length)
+               for ids in agent.tokenize([text for *_, text in examples])]
+    shape = sum(lengths), agent.width
+    size = shape[0] * shape[1] * agent.embedding.weight.element_size() / 1e9
+    fits, file = size <= args.feature_budget_gb, features_file(args)
+    print(f"{len(examples)} texts, {shape[0]} tokens: hidden states take {size:.2f} GB, kept "
+          + (f"on {agent.device}" if fits else f"in {file}"), flush=True)
+    if fits:
+        states = torch.empty(shape, dtype=agent.dtype, device=agent.device)
+    else:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(file.parent).free < 1.1e9 * size:
+            raise ValueError(f"there is no room for {file}: raise --feature_budget_gb, or lower "
+                             "--num_samples")
+        states = torch.from_file(str(file), shared=True, size=shape[0] * shape[1],
+                                 dtype=agent.dtype).view(shape)
+    places, tokens = states.split(lengths), []
     for chunk in common.progress(chunks(examples, args.batch_size), "hidden states"):
-        features += common.gold_states(agent, style, role, chunk, args.max_length)
-    return features
+        for h, ids in common.gold_states(agent, style, role, chunk, args.max_length):
+            places[len(tokens)].copy_(h)
+            tokens.append(ids)
+    return list(zip(places, tokens))
+
+
+def features_file(args):
+    """Where this rank keeps hidden states that are too large for memory."""
+    return Path(args.save_dir) / f"features.rank{common.RANK}.bin"
 
 
 def main():
@@ -135,14 +152,13 @@ def main():
     total_steps = args.max_steps or -(-len(examples) * args.num_train_epochs // per_step)
     training = common.Training(agent.inner, args, args.adapter_lr, args.save_dir, total_steps)
     for step in training.steps("inner link"):
-        for batch in training.batches(features or examples, step):
-            if not features:
-                batch = common.gold_states(agent, style, role, batch, args.max_length)
-            states = torch.cat([h for h, _ in batch])                   # (n, d)
+        for batch in training.batches(features, step):
+            states = torch.cat([h for h, _ in batch]).to(device)        # (n, d)
             next_tokens = torch.cat([ids for _, ids in batch])          # (n,)
             loss, cosine, mse = inner_loss(agent.inner, agent.embedding, states, next_tokens, args)
             training.backward(loss, len(states), cosine=cosine, mse=mse)
         training.step()
+    features_file(args).unlink(missing_ok=True)
 
     if common.RANK > 0:
         return

@@ -165,7 +165,7 @@ def shared_tokens(source, target):
     return {token: theirs[word] for word, token in ours.items() if word in theirs}
 
 
-def warm_start(mas, rows, args, seed):
+def warm_start(mas, rows, args, seed, per_step):
     """Teach each outer link to translate: R_out(R_in(h_t)) ~ Emb_dst(token_(t+1)), by cosine, for
     the tokens that both vocabularies hold. Ours, not the paper's. Every rank does all of it."""
     for edge in mas.style.edges:
@@ -182,7 +182,7 @@ def warm_start(mas, rows, args, seed):
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.warm_start_steps)
         loss = torch.tensor(float("nan"))          # stays so if no text holds a shared token
         for step in common.progress(range(args.warm_start_steps), edge.key):
-            batch = common.batch_of(examples, step, args.batch_size * common.RANKS, seed)
+            batch = common.batch_of(examples, step, per_step, seed)
             pairs = common.gold_states(source, mas.style, role, batch, args.max_length)
             states = torch.cat([h for h, _ in pairs])                              # (n, d_src)
             wanted = [known.get(token, -1) for _, ids in pairs for token in ids.tolist()]
@@ -221,10 +221,9 @@ def train(mas, args, seed, folder):
              for edge in mas.style.edges}
     mas = mas.with_fresh_outer(kinds, args.scale_match, seed)
     before = dataclasses.replace(mas, outer=copy.deepcopy(mas.outer))
-    if args.warm_start_steps and not args.resume:
-        warm_start(mas, rows, args, seed)
-
     per_step = args.batch_size * args.grad_accum_steps * common.RANKS
+    if args.warm_start_steps and not args.resume:
+        warm_start(mas, rows, args, seed, per_step)
     total_steps = args.max_steps or -(-len(rows) * args.num_train_epochs // per_step)
     training = common.Training(mas.outer, args, args.outer_lr, folder, total_steps,
                                mas.agents[last.name].dtype)

@@ -59,8 +59,10 @@ def pick_device(device="auto", dtype="auto"):
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"there is no {device}: this machine has {torch.cuda.device_count()} GPUs")
     if dtype == "auto":
-        half = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float16"
-        dtype = "float32" if device.type == "cpu" else half
+        dtype = "float32"
+        if device.type == "cuda":          # asked of this card; older ones only emulate bfloat16
+            modern = torch.cuda.get_device_capability(device) >= (8, 0)
+            dtype = "bfloat16" if modern else "float16"
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype '{dtype}': choose auto, {', '.join(DTYPES)}")
     print(f"device {device} ({why}), frozen models in {dtype}, links in float32", flush=True)
@@ -432,8 +434,11 @@ class Agent:
 
         def pick(logits, rows, written, step):
             if warpers:
-                so_far = torch.tensor([written[row] for row in rows], dtype=torch.long)
-                logits = warpers(so_far.to(self.device), logits)
+                so_far = None                        # only the repetition penalty looks back
+                if repetition_penalty != 1.0:
+                    so_far = torch.tensor([written[row] for row in rows], dtype=torch.long)
+                    so_far = so_far.to(self.device)
+                logits = warpers(so_far, logits)
             if temperature == 0:
                 return logits.argmax(-1)
             # Inverse transform: the first word whose cumulated probability exceeds u ~ U(0, 1).

@@ -4,6 +4,7 @@ Nothing here is about latents; a reader who wants to see the method can leave th
 """
 import argparse
 import copy
+import dataclasses
 import functools
 import json
 import math
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from link import DAMAGED, read_json, write_json, write_whole
 from styles import ANSWER_FORMAT, KINDS, get_style
-from tasks import generated_task
+from tasks import generated_task, no_hub
 
 # Under torchrun several ranks (processes, one a device) share the work; otherwise there is one.
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -69,9 +70,13 @@ def add_system_flags(parser):
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the frozen models")
     parser.add_argument("--enable_thinking", type=int, default=0, choices=[0, 1],
                         help="the chat template's thinking switch")
-    parser.add_argument("--revision", default=None, help="of the style's repos on the hub")
+    parser.add_argument("--revision", default=None,
+                        help="of the style's repos on the hub (train_inner: of the base model)")
     parser.add_argument("--trust_remote_code", nargs="?", type=int, const=1, default=0,
                         choices=[0, 1], help="let a model repo run its own code")
+    parser.add_argument("--prompts", default="",
+                        help="JSON {role: {prompt or first: text or {kind: text}, system: text}}: "
+                             "other words")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--resume", action="store_true", help="go on where this run was stopped")
 
@@ -138,6 +143,28 @@ def parse_flags(parser, settings):
     return args
 
 
+def with_prompts(style, path):
+    """The style, with other words if there is a path: a JSON file {role: {prompt | first | system:
+    ..}}."""
+    if not path:
+        return style
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--prompts {path} does not exist")
+    roles = {role.name: role for role in style.roles}
+    for name, words in read_json(path, dict).items():
+        role = style.role(name)
+        for part, text in words.items() if isinstance(words, dict) else [(words, None)]:
+            by_kind = text.values() if isinstance(text, dict) and part != "system" else [text]
+            if (part not in ("prompt", "first", "system")
+                    or not all(isinstance(one, str) for one in by_kind)):
+                raise ValueError(f"{path}: role {name} has '{part}': give prompt or first as a "
+                                 "text or {kind: text}, system as a text")
+        if "prompt" in words and role.first and "first" not in words:
+            print(f"note: {path} leaves what {role.name} is asked first as it is", flush=True)
+        roles[role.name] = dataclasses.replace(role, **words)
+    return dataclasses.replace(style, roles=tuple(roles.values()))
+
+
 def run(main):
     """Run a script: what a user can mend is one line and exit code 2, a bug is a traceback.
 
@@ -156,6 +183,10 @@ def run(main):
         if os.environ.get("TRACEBACK"):
             raise
         print("error: " + " ".join(str(problem).split()), file=sys.stderr)
+        raise SystemExit(2) from None
+    except torch.OutOfMemoryError as problem:
+        print(f"error: {str(problem).splitlines()[0]} Lower --batch_size, or see --device and "
+              "--offload", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("stopped; what a run has saved, --resume goes on from", file=sys.stderr)
@@ -192,9 +223,8 @@ def load_rows(name, split="train", field="data", limit=-1, seed=42):
         import datasets
         try:
             rows = datasets.load_dataset(name, split=split).to_list()
-        except (OSError, ValueError) as problem:
-            raise OSError(f"{name} (split {split}) does not load as a data set: {problem}"
-                          ) from problem
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as problem:
+            raise OSError(f"--dataset_split {split}: {no_hub(name, problem)}") from problem
     rows = rows[:limit] if limit > 0 else rows
     if not rows:
         raise ValueError(f"{name} holds no rows")
@@ -356,7 +386,7 @@ class Training:
     def __init__(self, links, args, learning_rate, folder, total_steps, dtype=torch.float32):
         self.links, self.args, self.folder = links, args, Path(folder)
         self.total_steps, self.done, self.skipped, self.skipped_in_a_row = total_steps, 0, 0, 0
-        self.tokens, self.values, self.finite, self.good = 0.0, {}, True, None
+        self.tokens, self.values, self.finite, self.unproven = 0.0, {}, True, None
         links.requires_grad_(True)
         if RANKS > 1:
             for weight in links.parameters():        # all start from the same links
@@ -409,7 +439,9 @@ class Training:
         self._share()
         norm = torch.tensor(float("nan"))
         if self.finite:
-            self.good = copy.deepcopy(self._state())     # these weights gave a finite loss
+            if self.unproven:                  # the weights to be saved gave a finite loss
+                self._save(self.unproven)
+                self.unproven = None
             self.scaler.unscale_(self.optimizer)
             limit = self.args.max_grad_norm or float("inf")
             norm = torch.nn.utils.clip_grad_norm_(self.links.parameters(), limit)
@@ -462,11 +494,12 @@ class Training:
                 with open(self.folder / "log.jsonl", "a") as log:
                     log.write(json.dumps(line) + "\n")
         if gives_up:
-            self._save(self.good or self._state())
-            raise ValueError(f"the loss was NaN or infinite {MAX_SKIPPED} steps in a row: lower "
-                             f"the learning rate (last good state: {self.folder / 'state.pt'})")
-        if last or (every and self.done % every == 0):
+            raise ValueError(f"the loss was NaN or infinite {MAX_SKIPPED} steps in a row: begin "
+                             "again with a lower learning rate, or a lower --max_grad_norm")
+        if last:
             self._save(self._state())
+        elif every and self.done % every == 0 and not self.skipped_in_a_row:
+            self.unproven = copy.deepcopy(self._state())
 
     def _state(self):
         """Everything a resumed run needs; the data's order follows from seed and step."""

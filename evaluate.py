@@ -16,7 +16,6 @@ An answer that cannot be read is asked for once more (--answer_retry); what stay
 import dataclasses
 import functools
 import importlib.util
-import itertools
 import json
 import math
 import os
@@ -52,7 +51,8 @@ def flags():
     add("--dataset_split", default="", help="of a data set on the hub, in place of the usual one")
     add("--offload", action="store_true",
         help="one agent on the device at a time, the others in main memory")
-    add("--method", nargs="+", default=list(ALL_METHODS), choices=ALL_METHODS)
+    add("--method", nargs="+", choices=ALL_METHODS,
+        help="default: all that the data set and the batches can serve")
     add("--num_recursive_rounds", nargs="+", type=common.at_least(1), default=[1, 2, 3])
     add("--num_samples", type=common.sample_count, default=-1, help="questions, -1 for all")
     add("--sample_seed", type=int, default=None,
@@ -72,8 +72,6 @@ def flags():
     add("--repetition_penalty", type=common.at_least(0.01, float), default=1.0)
     add("--ckpt_override", nargs="*", action="extend", default=[], metavar="KEY=PATH",
         help="a role's folder, or outer=FOLDER for the outer links")
-    add("--prompts", default="",
-        help="JSON {role: {prompt or first: text or {kind: text}, system: text}}: other words")
     add("--tavily_keys_file", default="", help="keys for web search, one a line")
     add("--allow_unsafe_code", action="store_true",
         help="run model-written programs even where there is no sandbox")
@@ -84,7 +82,8 @@ def flags():
     style = get_style(early.style or "tiny")
     settings = {**style.settings.get("evaluate", {}),
                 **style.settings.get(early.task or early.dataset, {})}
-    return common.parse_flags(parser, settings), style
+    args = common.parse_flags(parser, settings)
+    return args, common.with_prompts(style, args.prompts)
 
 
 def parse_override(pairs):
@@ -98,23 +97,6 @@ def parse_override(pairs):
     return dict(pair.split("=", 1) for pair in pairs)
 
 
-def with_prompts(style, path):
-    """The style with other words: a JSON file {role: {prompt | first | system: ..}}."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--prompts {path} does not exist")
-    roles = {role.name: role for role in style.roles}
-    for name, words in read_json(path, dict).items():
-        role = style.role(name)
-        for part, text in words.items() if isinstance(words, dict) else [(words, None)]:
-            by_kind = text.values() if isinstance(text, dict) and part != "system" else [text]
-            if (part not in ("prompt", "first", "system")
-                    or not all(isinstance(one, str) for one in by_kind)):
-                raise ValueError(f"{path}: role {name} has '{part}': give prompt or first as a "
-                                 "text or {kind: text}, system as a text")
-        roles[role.name] = dataclasses.replace(role, **words)
-    return dataclasses.replace(style, roles=tuple(roles.values()))
-
-
 # ---- one method -------------------------------------------------------------------------------
 
 def answer_batch(mas, task, batch, method, rounds, options):
@@ -126,15 +108,20 @@ def answer_batch(mas, task, batch, method, rounds, options):
     with its error."""
     line = {"style": mas.style.name, "dataset": task.name, "method": method, "rounds": rounds}
     try:
-        answers = answers_to(mas, task, batch, method, rounds, options)
+        answers, failure = answers_to(mas, task, batch, method, rounds, options), ""
     except RuntimeError as problem:
-        if len(batch) > 1 and method != "shuffle":
-            return [line for example in batch
-                    for line in answer_batch(mas, task, [example], method, rounds, options)]
-        failed = {"outputs": [], "parsed": [None], "correct": [False], "retried": 0,
-                  "error": f"{type(problem).__name__}: {str(problem).strip().splitlines()[0]}",
-                  "decoded_tokens": 0, "latent_steps": 0, "seconds": 0.0, "peak_memory_mb": 0.0}
-        answers = [failed for _ in batch]
+        if isinstance(problem, torch.AcceleratorError) and not isinstance(
+                problem, torch.OutOfMemoryError):
+            raise                                    # the card itself has failed: so would all else
+        failure = f"{type(problem).__name__}: {str(problem).strip().splitlines()[0]}"
+    if failure and len(batch) > 1 and method != "shuffle":      # here the broken batch is let go of
+        torch.cuda.empty_cache()
+        return [line for example in batch
+                for line in answer_batch(mas, task, [example], method, rounds, options)]
+    if failure:
+        answers = [{"outputs": [], "parsed": [None], "correct": [False], "notes": [],
+                    "retried": 0, "error": failure, "decoded_tokens": 0, "latent_steps": 0,
+                    "seconds": 0.0, "peak_memory_mb": 0.0} for _ in batch]
     return [{**line, "id": example.id, "question": example.question, "gold": example.gold,
              **answer} for example, answer in zip(batch, answers)]
 
@@ -155,7 +142,9 @@ def answers_to(mas, task, batch, method, rounds, options):
         torch.cuda.synchronize(card)
     seconds = time.perf_counter() - started
     count = options["samples"]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:        # programs and judges run side by side
+    # Programs and judges run side by side, but no more than there are processors for (their time
+    # is limited): as many as torch itself takes.
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         score = functools.partial(score_answer, task)
         asked = [example for example in batch for _ in range(count)]
         scores = list(pool.map(score, asked, texts))
@@ -188,7 +177,7 @@ def score_answer(task, example, text):
     what was generated is kept."""
     try:
         return task.score(example, text)
-    except RuntimeError as problem:
+    except (RuntimeError, ValueError, OSError) as problem:        # a service, damaged tests
         return Score(False, "", f"{NO_SCORE}: {problem}")
 
 
@@ -266,12 +255,15 @@ def summary_row(lines):
         passed = [pass_at_k(len(line["correct"]), sum(line["correct"]), len(line["correct"]))
                   for line in lines]
         row.update(samples=samples, pass_at_k=sum(passed) / n, pass_at_k_ci95=bootstrap(passed))
-    parsed = [text for line in lines for text in line["parsed"]]
+    whole = [line for line in lines if line["outputs"]] or lines    # a failed one costs nothing
+    parsed = [text for line in whole for text in line["parsed"]]
+    notes = [note for line in whole for note in line.get("notes", [])]
     row.update(unparsed=parsed.count(None) / len(parsed),
-               retried=sum(line["retried"] for line in lines) / len(parsed),
+               retried=sum(line["retried"] for line in whole) / len(parsed),
+               judge_invalid=notes.count("judge: invalid") / len(parsed),
                errors=sum("error" in line for line in lines))
     for key in ("decoded_tokens", "latent_steps", "seconds"):
-        row[key] = sum(line[key] for line in lines) / n
+        row[key] = sum(line[key] for line in whole) / len(whole)
     row["peak_memory_mb"] = max(line["peak_memory_mb"] for line in lines)
     return row
 
@@ -305,8 +297,8 @@ def print_comparison(rows, task, examples):
     for other in ("text", "text_brief"):
         if (other, deepest) in by and ("latent", deepest) in by:
             theirs, ours = by[other, deepest], by["latent", deepest]
-            if not theirs["decoded_tokens"] or not ours["seconds"]:
-                continue                                 # all questions failed
+            if theirs["errors"] or ours["errors"]:
+                continue                         # not the same questions: no fair comparison
             fewer = 1 - ours["decoded_tokens"] / theirs["decoded_tokens"]
             print(f"latent against {other} at {deepest} rounds: "
                   f"{100 * (ours['accuracy'] - theirs['accuracy']):+.1f} points, "
@@ -427,10 +419,10 @@ def pool(rows):
 
 # ---- main ---------------------------------------------------------------------------------------
 
-def open_results(out, settings, resume, sizes):
-    """Lines already there, of a run with the same settings; without resume, older results are
-    moved aside. sizes: of all batches in the order they are answered; a batch that was broken
-    off is answered again as a whole, so that a resumed run equals an unbroken one."""
+def open_results(out, settings, resume):
+    """{key of a question and method: its line} of a run with the same settings; without resume
+    older results are moved aside. A batch of which a line is missing, or failed, is answered again
+    as a whole (see main), so that a resumed run equals an unbroken one."""
     results, summary = out / "results.jsonl", out / "summary.json"
     if not resume:
         out.mkdir(parents=True, exist_ok=True)
@@ -438,7 +430,7 @@ def open_results(out, settings, resume, sizes):
             os.replace(results, out / "results.previous.jsonl")
         write_json(summary, {"settings": settings, "rows": []})
         results.write_text("")
-        return []
+        return {}
     if not results.is_file() or not summary.is_file():
         raise FileNotFoundError(f"nothing to resume: {results} is missing; leave --resume away")
     earlier = read_json(summary, dict).get("settings", {})
@@ -447,24 +439,22 @@ def open_results(out, settings, resume, sizes):
         raise ValueError(f"{out} holds another run ({', '.join(odd)} differ): use the same flags, "
                          "or another --out")
     common.drop_torn_line(results)
-    lines = common.read_json_lines(results)
-    whole = [end for end in itertools.accumulate(sizes) if end <= len(lines)]
-    lines = lines[:whole[-1] if whole else 0]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    write_whole(results, lambda part: part.write_text(text))
-    return lines
+    return {line_key(line): line for line in common.read_json_lines(results)
+            if "error" not in line}
 
 
-def merge(out, plan):
-    """The lines of all ranks, in the order in which one rank would have written them."""
+def line_key(line):
+    """What a line of results.jsonl is about."""
+    return line["method"], line["rounds"], line["id"]
+
+
+def write_lines(out, plan, lines):
+    """Write {key: line} as results.jsonl, in the order of the plan; returns them as a list."""
     order = [(method, rounds, example.id) for method, rounds, batch in plan for example in batch]
-    parts = [out / f"rank{rank}" / "results.jsonl" for rank in range(common.RANKS)]
-    lines = {(line["method"], line["rounds"], line["id"]): line
-             for part in parts for line in common.read_json_lines(part)}
-    lines = [lines[key] for key in order]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
+    kept = [lines[key] for key in order if key in lines]
+    text = "".join(json.dumps(line) + "\n" for line in kept)
     write_whole(out / "results.jsonl", lambda part: part.write_text(text))
-    return lines
+    return kept
 
 
 def choose_questions(args):
@@ -477,20 +467,27 @@ def choose_questions(args):
         raise ValueError("--task says what a file holds: give a .json or .jsonl as --dataset")
     task = get_task(args.task, args.dataset) if is_file else get_task(args.dataset)
     split, count = args.dataset_split or None, args.num_samples if args.num_samples > 0 else None
-    if args.sample_seed is None or count is None:
+    if args.sample_seed is not None and count is None:
+        raise ValueError("--sample_seed draws --num_samples questions: say how many")
+    if args.sample_seed is None:
         return task, task.load(count, split)
     examples = task.load(None, split)
     return task, random.Random(args.sample_seed).sample(examples, min(count, len(examples)))
 
 
-def check_methods(args, task, batches):
-    """Raise ValueError now for a method that this task or these batches cannot serve."""
-    if "text_brief" in args.method and not task.brief:
-        raise ValueError(f"method text_brief: {task.name} has no brief message length; leave it "
-                         "away")
-    if "shuffle" in args.method and min(map(len, batches)) < 2 and not args.show:
-        raise ValueError("method shuffle needs at least two questions in a batch: raise "
-                         "--batch_size or --num_samples, or leave it away")
+def choose_methods(args, task, batches):
+    """Set args.method: those asked for, or all that this task and these batches can serve. Raises
+    ValueError now for one that was asked for and cannot be."""
+    why_not = {}
+    if not task.brief:
+        why_not["text_brief"] = f"{task.name} has no brief message length: leave it away"
+    if min(map(len, batches)) < 2:
+        why_not["shuffle"] = ("it needs at least two questions in a batch: raise --batch_size or "
+                              "--num_samples, or leave it away")
+    for method in args.method or []:
+        if method in why_not and not args.show:
+            raise ValueError(f"method {method}: {why_not[method]}")
+    args.method = args.method or [name for name in ALL_METHODS if name not in why_not]
 
 
 def web_search(keys_file):
@@ -509,13 +506,9 @@ def main():
     args, style = flags()
     if not args.show:
         need_matplotlib()
-    if args.prompts:
-        style = with_prompts(style, args.prompts)
     task, examples = choose_questions(args)
     batches = in_batches(examples, args.batch_size)
-    if args.method == list(ALL_METHODS) and not task.brief:
-        args.method.remove("text_brief")            # nobody asked for it by name
-    check_methods(args, task, batches)
+    choose_methods(args, task, batches)
     if task.ready and not args.show:
         task.ready(args.allow_unsafe_code)
     options = {key: getattr(args, key) for key in (
@@ -536,24 +529,33 @@ def main():
     settings["ranks"] = common.RANKS
     own = out / f"rank{common.RANK}" if common.RANKS > 1 else out     # where this rank writes
     plan = make_plan(args.method, args.num_recursive_rounds, batches[common.RANK::common.RANKS])
-    lines = open_results(own, settings, args.resume, [len(batch) for _, _, batch in plan])
-    fresh = mas.with_fresh_outer(seed=args.seed)
+    lines = open_results(own, settings, args.resume)
+    plan = [(method, rounds, batch) for method, rounds, batch in plan
+            if any((method, rounds, example.id) not in lines for example in batch)]
+    for method, rounds, batch in plan:
+        for example in batch:
+            lines.pop((method, rounds, example.id), None)
+    whole_plan = make_plan(args.method, args.num_recursive_rounds, batches)
+    write_lines(own, whole_plan, lines)
+    kinds = {key: link.kind for key, link in mas.outer.items()}
+    fresh = mas.with_fresh_outer(kinds, seed=args.seed)
     warm_up(mas, batches[0])
-    answered = 0
     for method, rounds, batch in common.progress(plan, "evaluate"):
-        answered += len(batch)
-        if answered <= len(lines):
-            continue                                    # done before this run was resumed
         new = answer_batch(fresh if method == "untrained" else mas, task, batch, method, rounds,
                            options)
         with open(own / "results.jsonl", "a") as file:
             file.writelines(json.dumps(line) + "\n" for line in new)
-        lines += new
+        lines.update({line_key(line): line for line in new})
     if common.RANKS > 1:
         torch.distributed.barrier()
         if common.RANK > 0:
             return
-        lines = merge(out, make_plan(args.method, args.num_recursive_rounds, batches))
+        parts = [out / f"rank{rank}" / "results.jsonl" for rank in range(common.RANKS)]
+        lines = {line_key(line): line for part in parts for line in common.read_json_lines(part)}
+    lines = write_lines(out, whole_plan, lines)
+    failed = [line["error"] for line in lines if not line["outputs"]]
+    if len(failed) == len(lines):
+        raise ValueError(f"every question failed: {failed[0]}")
     rows = summarise(lines)
     write_json(out / "summary.json", {"settings": settings, "rows": rows})
     print_table(rows)

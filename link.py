@@ -194,12 +194,17 @@ def link_task(kind):
 def save_inner(link, folder, task="math", format="safetensors"):
     """Save an agent's inner link with its manifests; task None: the one link serves all tasks."""
     write_json(Path(folder) / "adapter_config.json", {"adapter_type": KINDS[link.kind]})
+    manifest = Path(folder) / "innerlink_config.json"
+    stem = "adapter" if task is None else f"adapter({link_task(task)})"
+    name = save_weights(link, folder, stem, format)
+    for old in Path(folder).glob("adapter*"):      # what an earlier training left would come first
+        if old.suffix in (".pt", ".safetensors") and old.name != name and (
+                task is None or old.stem == stem):
+            old.unlink()
     if task is None:
-        save_weights(link, folder, "adapter", format)
+        manifest.unlink(missing_ok=True)
         return
     task = link_task(task)
-    name = save_weights(link, folder, f"adapter({task})", format)
-    manifest = Path(folder) / "innerlink_config.json"
     tasks = read_json(manifest, dict).get("tasks", {}) if manifest.is_file() else {}
     write_json(manifest, {"tasks": {**tasks, task: {"adapter.pt": name}}})
 
@@ -235,8 +240,9 @@ def load_inner(folder, width, task="math", kind="2layer_ln_res"):
     return link
 
 
-def save_outer(links, folder, style="", format="safetensors"):
-    """Save outer links {edge key: OuterLink} with the released manifest."""
+def save_outer(links, folder, style="", format="safetensors", task=None):
+    """Save outer links {edge key: OuterLink} with the released manifest; task: the only one they
+    are for, if so."""
     adapters = []
     for key, link in links.items():
         name = save_weights(link, folder, key, format)
@@ -245,6 +251,7 @@ def save_outer(links, folder, style="", format="safetensors"):
                          "in_dim": link.widths[0], "out_dim": link.widths[1]})
     write_json(Path(folder) / "outerlink_config.json",
                {"format_version": 1, "paradigm": style, "adapters": adapters,
+                **({"task": link_task(task)} if task else {}),
                 "legacy_config_filename": "outer_adapter_config.json"})
 
 
@@ -259,6 +266,9 @@ def load_outer(folder, widths, task="math"):
                                 f"run train_outer.py with --save_dir {folder}")
     content = read_json(manifest, dict)
     tasks = content.get("tasks")
+    if content.get("task", link_task(task)) != link_task(task):
+        raise ValueError(f"{manifest} holds links for task '{content['task']}', not "
+                         f"'{link_task(task)}': train them, or choose other questions")
     if isinstance(tasks, dict) and not content.get("adapters") and link_task(task) not in tasks:
         raise ValueError(f"{manifest} has no links for task '{link_task(task)}', only for "
                          f"{', '.join(tasks) or 'none'}: train them, or choose other questions")

@@ -135,19 +135,21 @@ class Draft:
 
     def use_tools(self, drafts, tools, search):
         """Run the calls that drafts end in, side by side, and add the results; returns the drafts
-        that go on: those that called and have words left."""
-        calls = {}
+        that go on: those that stopped at a tag (be it a stray one) and have words left."""
+        calls, going = {}, []
         for p in drafts:
             text = self.agent.tokenizer.decode(self.newest[p])
             ends = [text.find(tag) + len(tag) for tag in TOOL_TAGS if tag in text]
-            call = next_call(text[:min(ends)]) if ends else None     # a token may reach beyond it
-            if call and call[0] in tools and self.decoded[p] < self.max_new_tokens:
-                calls[p] = call
+            if ends and self.decoded[p] < self.max_new_tokens:
+                going.append(p)
+                call = next_call(text[:min(ends)])           # a token may reach beyond the tag
+                if call and call[0] in tools:
+                    calls[p] = call
         with ThreadPoolExecutor(MAX_CALLS) as pool:
             results = pool.map(lambda call: run_tool(*call, search), calls.values())
             for p, result in zip(calls, results):
                 self.add(p, result)
-        return list(calls)
+        return going
 
     def text(self, p):
         """Draft p as it stands."""
@@ -437,15 +439,18 @@ def load_mas_system(style, device="auto", dtype="auto", task="math", trust_remot
     style, override = get_style(style), ckpt_override or {}
     if "python" in style.tools:
         require_sandbox(allow_unsafe_code)
-    mas = load_agents(style, device, dtype, task, trust_remote_code, override, revision,
+    folder = override.get("outer", style.repo)
+    if not folder:
+        raise ValueError(f"style {style.name} has no repo with outer links: name one in the "
+                         "style or as outer in ckpt_override")
+    folder = local_folder(folder, revision, f"style {style.name}, outer links")
+    notes = folder / "train_args.json"         # links trained here: over these base models
+    notes = read_json(notes, dict) if notes.is_file() else {}
+    models = {role.name: notes.get(f"{role.name}_model") for role in style.roles}
+    mas = load_agents(style, device, dtype, task, trust_remote_code, override, revision, models,
                       thinking=thinking, offload=offload)
     widths = {edge.key: (mas.agents[edge.src].width, mas.agents[edge.dst].width)
               for edge in mas.style.edges}
-    folder = override.get("outer", mas.style.repo)
-    if not folder:
-        raise ValueError(f"style {mas.style.name} has no repo with outer links: name one in the "
-                         "style or as outer in ckpt_override")
-    folder = local_folder(folder, revision, f"style {mas.style.name}, outer links")
     links = load_outer(folder, widths, task)
     for edge in mas.style.edges:
         mas.outer[edge.key] = links[edge.key].to(mas.agents[edge.dst].device).requires_grad_(False)

@@ -54,7 +54,7 @@ def flags():
                          f"{early.style}: leave one of them away")
     args = common.parse_flags(parser, style.settings.get("train_inner", {}))
     args.style = early.style or style.name
-    return args, style
+    return args, common.with_prompts(style, args.prompts)
 
 
 def inner_loss(link, embedding, states, tokens, args):
@@ -141,7 +141,8 @@ def main():
         print("too few texts to hold any out: readability is measured on the training texts")
 
     device, dtype = pick_device(args.device, args.dtype)
-    base = local_folder(args.model_name_or_path or role.model, who=f"role {role.name}")
+    base = local_folder(args.model_name_or_path or role.model, args.revision,
+                        f"role {role.name}")
     agent = load_agent(base, device, dtype, bool(args.trust_remote_code),
                        bool(args.enable_thinking))
     agent.inner = new_link(agent, args)

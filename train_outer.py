@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 import common
 import evaluate
 from agents import apply_link
-from link import KINDS, save_outer
+from link import KINDS, kind_name, save_outer
 from recurse import load_agents, recurse
 from styles import get_style
 from tasks import generated_task
@@ -72,7 +72,10 @@ def flags():
     add("--seeds", type=int, nargs="+", default=None, help="repeat the run, one per seed")
     add("--eval_samples", type=common.at_least(0), default=500,
         help="problems of the comparison before and after, where the data set has test problems")
-    return common.parse_flags(parser, style.settings.get("train_outer", {})), style
+    args = common.parse_flags(parser, style.settings.get("train_outer", {}))
+    kind_name(args.inner_adapter_type_fallback)               # said now if there is no such kind
+    args.seeds = list(dict.fromkeys(args.seeds)) if args.seeds else None
+    return args, common.with_prompts(style, args.prompts)
 
 
 # ---- the losses ---------------------------------------------------------------------------------
@@ -236,7 +239,8 @@ def train(mas, args, seed, folder):
             training.backward(loss, tokens, final=final, rounds=rounds)
         training.step()
     if common.RANK == 0:
-        save_outer(mas.outer, folder, mas.style.name, args.save_format)
+        task = args.mas_task if mas.style.links_by_task else None
+        save_outer(mas.outer, folder, mas.style.name, args.save_format, task)
     print(f"seed {seed}: {total_steps} steps, {training.skipped} skipped; links in {folder}",
           flush=True)
     return before, mas
@@ -268,7 +272,8 @@ def main():
     links = folder / f"seed_{args.seeds[0]}" if args.seeds else folder
     override = " ".join(f"{name}={folder}" for name, folder in {**inner, "outer": links}.items())
     print(f"{time.time() - started:.0f} s in all; links and log.jsonl are in {links}. Ask them:\n"
-          f"python evaluate.py --style {args.style} --ckpt_override {override} --show 2")
+          f"python evaluate.py --style {args.style} --ckpt_override {override} "
+          + ("--show 2" if generated_task(args.dataset_name) else "--dataset math500"))
 
 
 if __name__ == "__main__":

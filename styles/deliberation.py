@@ -24,6 +24,7 @@ deliberation = Style(
         Role("toolcaller", "Qwen/Qwen3.5-4B", REPO + "Toolcaller-Qwen3.5-4B",
              target=("deliberation_toolcaller", "answer"),
              system="You answer questions with the help of a partner's advice and of tools.",
+             own="Your own last answer:",
              prompt=per_kind(TASK, "Your partner's advice: {reflector}", TOOLS, SOLVE)),
     ),
     edges=(Edge("outer_rt", "reflector", "toolcaller"),

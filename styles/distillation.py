@@ -16,6 +16,7 @@ distillation = Style(
         Role("learner", "Qwen/Qwen3.5-4B", REPO + "Learner-Qwen3.5-4B",
              target=("distill_learner", "answer", "learner_answer"),
              system="You learn from a teacher and answer on your own.",
+             own="Your own last answer:",
              prompt=per_kind(TASK, "The teacher's guidance: {expert}", SOLVE)),
     ),
     edges=(Edge("outer_el", "expert", "learner"), Edge("outer_le", "learner", "expert")),

@@ -31,6 +31,7 @@ mixture = Style(
              target=("hie_summarizer", "summary", "answer"),
              system="You put together what a mathematician, a programmer and a scientist say: "
                     "keep what holds, drop what does not.",
+             own="Your own last answer:",
              prompt=per_kind(TASK,
                              "What is known so far, of mathematics: {math}\n"
                              "Of programming: {code}\n"

@@ -29,6 +29,7 @@ def sequential(name, title, planner, critic, solver, settings):
                                  "Check the plan, mend its gaps and errors, and state it anew.")),
             Role("solver", solver[0], repo(f"Solver-{solver[1]}"), target=("answer",),
                  system="You are the solver of a team of three.",
+                 own="Your own last answer:",
                  prompt=per_kind(TASK, "The plan to follow where it is right: {critic}", SOLVE)),
         ),
         edges=(Edge("outer_12", "planner", "critic"), Edge("outer_23", "critic", "solver"),

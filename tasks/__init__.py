@@ -63,6 +63,7 @@ def get_task(name, path=None):
     may also be a file of this folder (`maths`): rows in any layout that file can read.
 
     Raises ValueError for an unknown name, listing the known ones."""
+    name = {"math": "maths", "code": "coding"}.get(name, name)
     families = {module.__name__.rpartition(".")[2]: module for module in task_modules()}
     for module in families.values():
         if name in module.NAMES:

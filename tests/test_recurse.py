@@ -655,9 +655,14 @@ def byte_caller(family, seed):
 
 @pytest.fixture(params=["qwen3", "qwen3_5"])
 def helped(request, monkeypatch):
-    """A system whose last agent has tools. helped.script: what it writes, call by call of
-    Agent.write and row by row; a text is spelled and then ended, None is left to the model."""
-    agents = {"helper": byte_caller("llama", 5), "caller": byte_caller(request.param, 6)}
+    """A system whose last agent has tools, and writes what it is told to."""
+    return scripted_system(request.param, monkeypatch)
+
+
+def scripted_system(family, monkeypatch):
+    """A system over HELPED. Its script: what the caller writes, call by call of Agent.write and
+    row by row; a text is spelled and then ended, None is left to the model."""
+    agents = {"helper": byte_caller("llama", 5), "caller": byte_caller(family, 6)}
     outer = torch.nn.ModuleDict({"hc": randomise(OuterLink(32, 32), 0.1).requires_grad_(False)})
     mas = MAS(HELPED, agents, outer)
     mas.script, mas.calls, caller = [], [], agents["caller"]

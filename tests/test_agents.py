@@ -432,6 +432,17 @@ def test_sampling_batched_is_single(agent):
     assert len({tuple(ids) for ids in draws}) > 3 and draws[0] == draws[7]
 
 
+def test_a_sample_does_not_depend_on_the_limit():
+    """A row of a batch is asked for as many words as the most patient row: its own come first."""
+    agent = new_agent("llama")
+    agent.end_tokens = set()
+    past = read_plain(agent, PROMPTS)
+    long = agent.write(past, 40, temperature=1.0, seeds=[1, 2, 3, 4]).ids
+    for limit in (1, 7, 15, 16, 17, 33):
+        assert agent.write(past, limit, temperature=1.0, seeds=[1, 2, 3, 4]).ids == [
+            ids[:limit] for ids in long]
+
+
 def test_top_k_1_is_greedy(agent):
     past = read_plain(agent, PROMPTS)
     said = agent.write(past, 8, temperature=1.7, top_k=1, seeds=[5, 6, 7, 8])

@@ -1,27 +1,26 @@
 """evaluate.py on all nine data sets, from small local files in the published columns: samples,
 retries, failures, resuming, the judge and the search tool, end to end on small systems."""
+import io
 import json
 import random
 import sys
-import types
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROJECT, plain_states
+from conftest import embed_words
 from test_evaluate import run_evaluate, untimed
-from test_recurse import SIX_TIMES_SEVEN, embed_words, plain_bytes, scripted_system
-from test_tasks import GPQA, MBPP, MEDQA, ROWS, live_row, packed, stdin_test, write_rows
+from test_recurse import SIX_TIMES_SEVEN, plain_bytes, scripted_system
+from test_tasks import MBPP, ROWS, live_row, packed, stdin_test, write_rows
 from test_tools import SECRET, Service, answer, refuse, said
 
 import common
 import evaluate
 import recurse
 import tools
-from agents import Agent
-from recurse import MAS, Draft, text_seed
-from tasks import Score, get_task, pass_at_k
+from recurse import MAS, Draft
+from tasks import get_task, pass_at_k
 
 QUICK = ["--num_recursive_rounds", 2, "--max_new_tokens", 4, "--latent_length", 2]
 TALK = "Say which of the two is larger, and why it must be so."
@@ -136,8 +135,7 @@ def test_a_set_by_its_hub_id_its_split_and_drawn_questions(no_keys, tmp_path, mo
 
 def refused(monkeypatch, *argv):
     """The one line with which evaluate.py refuses a call, with exit code 2."""
-    from io import StringIO
-    errors = StringIO()
+    errors = io.StringIO()
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, argv)])
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
         patch.setattr(sys, "stderr", errors)
@@ -302,14 +300,14 @@ def test_pass_at_k_and_intervals_in_the_summary(no_keys, tmp_path, monkeypatch):
 
 def test_bootstrap_is_deterministic_and_about_right():
     """Oracle: the normal interval of a mean; and what is all the same has no width."""
-    values = [random.Random(5).random() for _ in range(1)] * 7
-    assert evaluate.bootstrap(values) == pytest.approx([values[0]] * 2)
+    assert evaluate.bootstrap([0.3] * 7) == pytest.approx([0.3, 0.3])
     rng = random.Random(3)
     values = [rng.random() for _ in range(400)]
     mean = sum(values) / 400
     half = 1.96 * (sum((value - mean) ** 2 for value in values) / 400) ** 0.5 / 20
     low, high = evaluate.bootstrap(values)
-    assert low == pytest.approx(mean - half, abs=0.005) and [low, high] == evaluate.bootstrap(values)
+    assert [low, high] == evaluate.bootstrap(values)
+    assert low == pytest.approx(mean - half, abs=0.005)
     assert high == pytest.approx(mean + half, abs=0.005)
 
 
@@ -356,7 +354,7 @@ def test_a_question_that_fails_is_recorded_and_the_run_goes_on(no_keys, monkeypa
         with_it = line["method"] == "shuffle" and wanted in whole[6:9]
         if line["question"] == bad or with_it:
             assert line["error"] == "OutOfMemoryError: CUDA out of memory. Tried"
-            assert (line["correct"], line["parsed"], line["outputs"]) == ([False], [None], [])
+            assert not any(line["correct"]) and set(line["parsed"]) == {None}
             assert (line["id"], line["gold"]) == (wanted["id"], wanted["gold"])
         else:
             assert line == wanted
@@ -426,6 +424,16 @@ def test_a_failed_line_has_the_keys_of_the_others(no_keys, monkeypatch):
     lines = untimed(Path("out/results.jsonl"))
     assert {frozenset(line) - {"error"} for line in lines} == {frozenset(lines[-1]) - {"error"}}
     assert {len(line["correct"]) for line in lines} == {2}
+
+
+@pytest.mark.xfail(strict=True, reason="half a surrogate pair in a row is a TypeError of the "
+                                       "tokenizer: a traceback, and no other question is asked")
+def test_a_row_that_is_no_proper_text_does_not_end_the_run(no_keys, monkeypatch, tmp_path):
+    rows = rows_of("math500", 2)
+    path = write_rows(tmp_path / "rows.jsonl", [{**rows[0], "problem": "half \ud83d?"}, rows[1]])
+    run_evaluate(monkeypatch, "--dataset", path, "--task", "math500", "--method", "single", *QUICK,
+                 "--out", "out")
+    assert {line["id"] for line in untimed(Path("out/results.jsonl"))} >= {"t/1"}
 
 
 DAMAGED = [live_row("!!"), live_row(packed("[{}]")), live_row("[]", public_test_cases="[{}]"),

@@ -794,7 +794,7 @@ STRAY = ("a closing tag without a call (or of a tool that the style lacks) ends 
                                   "<search>x</python> then 5"])
 def test_a_closing_tag_that_closes_nothing_does_not_end_the_text(helped, text):
     """Oracle: next_call says the model goes on writing."""
-    before = text.partition(">")[0] + ">"
+    before = text[:text.rindex(">") + 1]
     helped.script = [[text], [text[len(before):]]]
     texts, _ = helped.respond(["a"], 1, 2, max_new_tokens=99)
     assert texts == [text]
@@ -859,8 +859,8 @@ def test_an_end_token_right_behind_a_result_is_replaced(helped):
     assert run.draft.text(0) == "wordsmore" and 256 not in run.draft.told[0]
 
 
-@pytest.mark.xfail(strict=True, reason="Draft.add tokenises a tool's output with special tokens "
-                                       "read as such: a web page can end the turn or open a new one")
+@pytest.mark.xfail(strict=True, reason="Draft.add reads special tokens in a tool's output as such: "
+                                       "a web page can end the turn, or open one as the user")
 def test_a_tools_output_holds_no_control_tokens(helped):
     """What a page or program prints is text: it must not become the token that ends a turn."""
     helped.search = lambda query: "page <eos> text"
@@ -868,3 +868,27 @@ def test_a_tools_output_holds_no_control_tokens(helped):
     _, run = helped.respond(["a"], 1, 2, max_new_tokens=99)
     assert 256 not in run.draft.told[0][:-1]
     assert "page <eos> text" in run.draft.text(0)
+
+
+@pytest.mark.xfail(strict=True, reason="half a surrogate pair in a search reply is a TypeError of "
+                                       "the tokenizer, which nothing catches: the run ends")
+def test_a_page_that_is_no_proper_text_is_inserted_all_the_same(helped):
+    """JSON may hold half a character; whatever a page says, the run goes on."""
+    helped.search = lambda query: "caf\ud83d \x00"
+    helped.script = [["<search>x</search>"], ["end"]]
+    assert helped.respond(["a"], 1, 2, max_new_tokens=99)[0][0].endswith("end")
+
+
+def test_sampled_calls_do_not_depend_on_the_batch(helped, monkeypatch):
+    """What is drawn behind a result: rows with budgets and texts of different length, together
+    and alone; oracle: a call each."""
+    sampled = dict(temperature=1.0, max_new_tokens=60, seed=3)
+    wrote = ["<python>print(10**20)</python>", SIX_TIMES_SEVEN, "x" * 20 + SIX_TIMES_SEVEN]
+    questions = ["a", "what is it?", "and how?"]
+    helped.script = [list(wrote), [None] * 3]
+    together, run = helped.respond(questions, 1, 2, **sampled)
+    assert len({len(told) for told in run.draft.told}) > 1
+    for b, question in enumerate(questions):
+        helped.script = [[wrote[b]], [None]]
+        alone, run_alone = helped.respond([question], 1, 2, **sampled)
+        assert alone == [together[b]] and run_alone.decoded_tokens == [run.decoded_tokens[b]]

@@ -258,6 +258,17 @@ def test_the_retry_goes_on_by_plain_decoding(name, rows, beginning, words, scrip
                                                            skip_special_tokens=True).strip()]
 
 
+@pytest.mark.xfail(strict=True, reason="coding.BLOCK: the retry's ```python line is taken for the "
+                                       "end of a block that the text left open: never readable")
+@pytest.mark.parametrize("language", ["cpp", "text"])
+def test_a_program_asked_for_within_an_open_block(language, scripted, monkeypatch):
+    """An answer cut off in a block of another language; then the right program is written."""
+    scripted.script += [[f"```{language}\nint x;"], ["def add(a, b):\n    return a + b\n```"]]
+    lines, _ = ask_scripted(monkeypatch, [{**MBPP, "prompt": "add"}], "mbppplus",
+                            "--max_new_tokens", 40)
+    assert lines[0]["retried"] == 1 and lines[0]["correct"] == [True]
+
+
 def test_only_unread_samples_are_retried(scripted, monkeypatch):
     """Two questions, three samples: each retried sample has its own place."""
     scripted.script += [["\\boxed{4}", "a", "\\boxed{5}", "b", "c", "\\boxed{4}"],
@@ -715,3 +726,28 @@ def test_show_with_a_benchmark(name, no_keys, monkeypatch, capsys, tmp_path):
     example = min(get_task(name, path).load(), key=lambda one: len(one.question))
     assert out.count("thinks") == 5 and out.count("writes") == 1
     assert f"{example.question}    (gold: {example.gold})" in out and not Path("out").exists()
+
+
+@pytest.mark.xfail(strict=True, reason="the default methods hold shuffle, which nobody asked for "
+                                       "by name: one question is refused")
+def test_default_methods_serve_a_single_question(no_keys, monkeypatch):
+    run_evaluate(monkeypatch, "--num_samples", 1, *QUICK, "--out", "out")
+    assert "latent" in [row["method"] for row in summary_of("out")["rows"]]
+
+
+@pytest.mark.xfail(strict=True, reason="lines that are no results of this script are a KeyError")
+def test_resuming_with_foreign_lines_is_one_line(no_keys, monkeypatch):
+    flags = ["--num_samples", 2, "--method", "single", *QUICK, "--out", "out"]
+    run_evaluate(monkeypatch, *flags)
+    Path("out/results.jsonl").write_text('{"a": 1}\n{"b": 2}\n')
+    assert "results.jsonl" in refused(monkeypatch, *flags, "--resume")
+
+
+@pytest.mark.xfail(strict=True, reason="open_results compares where the agents run as well: a run "
+                                       "that ran out of memory cannot go on with --offload")
+@pytest.mark.parametrize("more", [["--offload"], ["--device", "cpu,cpu"]])
+def test_a_run_goes_on_elsewhere(more, no_keys, monkeypatch):
+    """Neither changes a result (above), and the trainers' --resume leaves the device out too."""
+    flags = ["--num_samples", 2, "--method", "single", *QUICK, "--out", "out"]
+    run_evaluate(monkeypatch, *flags)
+    run_evaluate(monkeypatch, *flags, *more, "--resume")

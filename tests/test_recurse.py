@@ -630,6 +630,13 @@ def test_greedy_samples_are_equal(mas, method):
     assert run.decoded_tokens == [3 * count for count in run_once.decoded_tokens]
 
 
+@pytest.mark.xfail(strict=True, reason="samples is not checked: a RuntimeError of index_select")
+@pytest.mark.parametrize("samples", [0, -1])
+def test_no_samples_are_refused(mas, samples):
+    with pytest.raises(ValueError, match="samples"):
+        mas.respond(QUESTIONS[:2], 2, M, samples=samples, max_new_tokens=2)
+
+
 # ---- the tool loop ------------------------------------------------------------------------------
 
 BYTES = {**{f"byte {i}": i for i in range(256)}, "<eos>": 256, "<pad>": 257, "<bos>": 258,

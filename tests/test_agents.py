@@ -432,6 +432,17 @@ def test_sampling_batched_is_single(agent):
     assert len({tuple(ids) for ids in draws}) > 3 and draws[0] == draws[7]
 
 
+def test_a_sample_does_not_depend_on_the_limit():
+    """A row of a batch is asked for as many words as the most patient row: its own come first."""
+    agent = new_agent("llama")
+    agent.end_tokens = set()
+    past = read_plain(agent, PROMPTS)
+    long = agent.write(past, 40, temperature=1.0, seeds=[1, 2, 3, 4]).ids
+    for limit in (1, 7, 15, 16, 17, 33):
+        assert agent.write(past, limit, temperature=1.0, seeds=[1, 2, 3, 4]).ids == [
+            ids[:limit] for ids in long]
+
+
 def test_top_k_1_is_greedy(agent):
     past = read_plain(agent, PROMPTS)
     said = agent.write(past, 8, temperature=1.7, top_k=1, seeds=[5, 6, 7, 8])
@@ -685,3 +696,46 @@ def test_layers_of_an_unknown_kind_are_refused():
     model.config.layer_types = ["full_attention", "chunked_attention"]
     with pytest.raises(ValueError, match="chunked_attention"):
         Agent(model, word_tokenizer())
+
+
+# ---- rows of a past -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("places", [[2], [3, 0, 2], [1, 1, 1], [0, 1, 2, 3, 3, 2, 0]])
+def test_rows_of_a_past_are_those_prompts_read(agent, places):
+    """Rows picked out, out of order and repeated. Oracles: slicing for what is held; each prompt
+    alone for what follows; the original says what it said before."""
+    past = read_plain(agent, PROMPTS)
+    mask, last = past.mask.clone(), past.last.clone()
+    before = agent.write(past, 5).ids
+    rows = past.rows(places)
+    assert torch.equal(rows.mask, mask[places]) and torch.equal(rows.last, last[places])
+    for layer, whole in zip(rows.cache.layers, past.cache.layers):
+        if isinstance(layer, RecurrentLayer):
+            assert torch.equal(layer.conv_states[0], whole.conv_states[0][places])
+            assert torch.equal(layer.recurrent_states[0], whole.recurrent_states[0][places])
+        else:
+            assert torch.equal(layer.keys, whole.keys[places])
+            assert torch.equal(layer.values, whole.values[places])
+    with torch.no_grad():
+        thoughts = agent.think(rows, M)
+        said = agent.write(rows, 5).ids
+        for row, place in enumerate(places):
+            embeds = embed_words(agent, PROMPTS[place])
+            assert largest_difference(thoughts[row:row + 1],
+                                      plain_think(agent, embeds, M)) < agent.close
+            assert said[row] == plain_write(agent, embeds, 5)
+        more = agent.read(torch.ones(len(places), 3, agent.width),
+                          torch.ones(len(places), 3, dtype=torch.long), rows)
+        assert more.last.shape[0] == len(places)
+    assert torch.equal(past.mask, mask) and torch.equal(past.last, last)
+    assert past.cache.get_seq_length() == mask.shape[1] and agent.write(past, 5).ids == before
+
+
+def test_rows_of_rows_in_half_of_a_batch(agent):
+    """Rows of rows, after latents have been read on; oracle: one step of picking."""
+    past = agent.read(torch.ones(4, 2, agent.width), torch.ones(4, 2, dtype=torch.long),
+                      read_plain(agent, PROMPTS))
+    twice, once = past.rows([3, 1, 1]).rows([2, 0]), past.rows([1, 3])
+    with torch.no_grad():
+        assert torch.equal(agent.think(twice, M), agent.think(once, M))
+    assert agent.write(twice, 5).ids == agent.write(once, 5).ids

@@ -4,12 +4,16 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import (QUESTIONS, THREE, chat, embed_words, inner_equation, largest_difference,
-                      new_agent, new_mas, outer_equation, plain_think, plain_write, words)
+from conftest import (QUESTIONS, THREE, byte_tokenizer, chat, embed_words, inner_equation,
+                      largest_difference, new_agent, new_mas, new_model, outer_equation,
+                      plain_states, plain_think, plain_write, randomise, words)
 
-from link import save_inner, save_outer
-from recurse import MAS, METHODS, chunks, load_mas_system, local_folder, recurse
+import recurse as recurse_module
+from agents import Agent
+from link import InnerLink, OuterLink, save_inner, save_outer
+from recurse import MAS, METHODS, chunks, load_mas_system, local_folder, recurse, text_seed
 from styles import ANSWER_FORMAT, Edge, Role, Style
+from tools import ServiceError
 
 M = 4                               # latent steps
 N = 8                               # new words of an answer
@@ -542,3 +546,356 @@ def test_local_folder():
         with pytest.raises(FileNotFoundError) as problem:
             local_folder(name)
         assert name in str(problem.value) and "\n" not in str(problem.value)
+
+
+# ---- several answers to a question --------------------------------------------------------------
+
+SAMPLED = dict(temperature=1.0, top_p=0.95, max_new_tokens=N)
+
+
+def drawn_alone(mas, method, question, k, seed=42):
+    """Ids of sample k, drawn by itself: the question read as a batch of one, from the plain
+    recursion's messages, in one call of Agent.write with the seed of this sample."""
+    agent, rounds = mas.agents["solver"], 1 if method == "single" else 2
+    heard = {}
+    if method == "latent":
+        _, sent, _ = plain_recursion(mas, question, 2, M, 1)
+        heard = {"planner": sent[2, "outer_13"], "critic": sent[2, "outer_23"]}
+    row = embedded(agent, "solver", question, heard)
+    past = agent.read(row, torch.ones(1, row.shape[1], dtype=torch.long))
+    first = text_seed(text_seed(seed, "solver", rounds, question, k), 0)
+    return agent.write(past, N, temperature=1.0, top_p=0.95, seeds=[first]).ids[0]
+
+
+@pytest.mark.parametrize("method", ["latent", "single"])
+def test_samples_are_single_draws(mas, method):
+    """Three a question from one reading = drawn one by one after the plain recursion."""
+    texts, run = mas.respond(QUESTIONS[:3], 2, M, method=method, samples=3, **SAMPLED)
+    decode = mas.agents["solver"].tokenizer.decode
+    for b, question in enumerate(QUESTIONS[:3]):
+        alone = [drawn_alone(mas, method, question, k) for k in range(3)]
+        mine = texts[3 * b:3 * b + 3]
+        assert mine == [decode(ids, skip_special_tokens=True).strip() for ids in alone]
+        assert run.decoded_tokens[b] == sum(map(len, alone)) and len(set(mine)) > 1
+    assert len(texts) == 9 and run.latent_steps == (5 * M if method == "latent" else 0)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "shuffle"])
+def test_samples_do_not_depend_on_company(mas, method):
+    """Sample k of a question is the same in any batch, any order, and whatever K is."""
+    def ask(questions, samples):
+        texts, run = mas.respond(questions, 2, M, method=method, samples=samples, brief=3,
+                                 **SAMPLED)
+        assert len(texts) == samples * len(questions) == samples * len(run.decoded_tokens)
+        return {question: (texts[b * samples:(b + 1) * samples], run.decoded_tokens[b])
+                for b, question in enumerate(questions)}
+
+    many = ask(QUESTIONS[:3], 4)
+    assert any(len(set(texts)) > 1 for texts, _ in many.values())
+    assert ask(QUESTIONS[2::-1], 4) == many
+    for question in QUESTIONS[:2]:
+        assert ask([question], 4)[question] == many[question]
+        assert ask([question], 2)[question][0] == many[question][0][:2]
+    assert all(texts == many[question][0][:1] for question, (texts, _) in
+               ask(QUESTIONS[:3], 1).items())
+
+
+def test_samples_in_words_are_runs_of_their_own(mas):
+    """Already the first message differs by sample, and what follows is said to that message.
+    Oracle: prompts with the run's own messages, read as plain words, greedy at the end."""
+    questions = QUESTIONS[:2]
+    texts, run = mas.respond(questions, 1, M, method="text", samples=3, **SAMPLED)
+    for b in range(2):
+        assert len(set(run.texts[1, "planner"][3 * b:3 * b + 3])) > 1
+    critic, place = mas.agents["critic"], 0
+    for question in questions:
+        for k in range(3):
+            row = embedded(critic, "critic", question, {"planner": run.texts[1, "planner"][place]})
+            past = critic.read(row, torch.ones(1, row.shape[1], dtype=torch.long))
+            seed = text_seed(text_seed(42, "critic", 1, question, k), 0)
+            said = critic.write(past, N, temperature=1.0, top_p=0.95, seeds=[seed]).texts[0]
+            assert run.texts[1, "critic"][place] == said
+            place += 1
+    assert texts == run.texts[1, "solver"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_greedy_samples_are_equal(mas, method):
+    """And cost as many times the tokens; kinds may be mixed, a kind for each question."""
+    kinds = ["math", "search", "choice"]
+    options = dict(kind=kinds, method=method, brief=3, max_new_tokens=N)
+    once, run_once = mas.respond(QUESTIONS[:3], 2, M, **options)
+    texts, run = mas.respond(QUESTIONS[:3], 2, M, samples=3, **options)
+    assert texts == [text for text in once for _ in range(3)]
+    assert run.decoded_tokens == [3 * count for count in run_once.decoded_tokens]
+
+
+@pytest.mark.xfail(strict=True, reason="samples is not checked: a RuntimeError of index_select")
+@pytest.mark.parametrize("samples", [0, -1])
+def test_no_samples_are_refused(mas, samples):
+    with pytest.raises(ValueError, match="samples"):
+        mas.respond(QUESTIONS[:2], 2, M, samples=samples, max_new_tokens=2)
+
+
+# ---- the tool loop ------------------------------------------------------------------------------
+
+BYTES = {**{f"byte {i}": i for i in range(256)}, "<eos>": 256, "<pad>": 257, "<bos>": 258,
+         "on>.": 259}                                # a token that reaches beyond a closing tag
+HELPED = Style("helped", (Role("helper", "random", "", "{question}"),
+                          Role("caller", "random", "", "{question}\n[{helper}] so")),
+               (Edge("hc", "helper", "caller"),), tools=("python", "search"))
+SIX_TIMES_SEVEN = "<python>print(6*7)</python>"
+FORTY_TWO = "\n<result>\n42\n</result>\n"
+
+
+def byte_caller(family, seed):
+    """An agent that spells: a byte is a token, and so is `on>.`"""
+    tokenizer = byte_tokenizer("{% for m in messages %}{{ m['content'] }}{% endfor %}>")
+    tokenizer.add_special_tokens({"eos_token": "<eos>", "pad_token": "<pad>", "bos_token": "<bos>"})
+    tokenizer.add_tokens(["on>."])
+    assert tokenizer.convert_tokens_to_ids(["<eos>", "on>."]) == [256, 259]
+    agent = Agent(new_model(family, seed, BYTES, width=32), tokenizer)
+    agent.inner = randomise(InnerLink(agent.width), agent.embedding_rms, seed)
+    agent.inner.requires_grad_(False)
+    return agent
+
+
+@pytest.fixture(params=["qwen3", "qwen3_5"])
+def helped(request, monkeypatch):
+    """A system whose last agent has tools, and writes what it is told to."""
+    return scripted_system(request.param, monkeypatch)
+
+
+def scripted_system(family, monkeypatch):
+    """A system over HELPED. Its script: what the caller writes, call by call of Agent.write and
+    row by row; a text is spelled and then ended, None is left to the model."""
+    agents = {"helper": byte_caller("llama", 5), "caller": byte_caller(family, 6)}
+    outer = torch.nn.ModuleDict({"hc": randomise(OuterLink(32, 32), 0.1).requires_grad_(False)})
+    mas = MAS(HELPED, agents, outer)
+    mas.script, mas.calls, caller = [], [], agents["caller"]
+    sampler, write = caller._sampler, caller.write
+
+    def scripted(*arguments):
+        pick, texts = sampler(*arguments), mas.script.pop(0) if mas.script else []
+        # The ids as given, or the text's bytes and an end.
+        spelled = [caller.tokenizer(text)["input_ids"] + [256] if isinstance(text, str) else text
+                   for text in texts]
+
+        def said(logits, rows, written, step):
+            tokens = pick(logits, rows, written, step)
+            for place, row in enumerate(rows):
+                if row < len(spelled) and spelled[row] is not None:
+                    tokens[place] = spelled[row][step]
+            return tokens
+        return said
+
+    def noted(past, limit, **options):
+        mas.calls.append((len(past.mask), limit))
+        said = write(past, limit, **options)
+        mas.calls[-1] += ([len(ids) for ids in said.ids],)
+        return said
+
+    monkeypatch.setattr(caller, "_sampler", scripted)
+    monkeypatch.setattr(caller, "write", noted)
+    return mas
+
+
+def heard_prompt(mas, method, question, run, row):
+    """What the caller reads before it writes, embedded by hand: (1, T, d)."""
+    caller = mas.agents["caller"]
+
+    def embed(text):
+        return embed_words(caller, caller.tokenizer(text)["input_ids"])
+
+    if method == "text":
+        return embed(f"{question}\n[{run.texts[1, 'helper'][row]}] so>")
+    return torch.cat([embed(f"{question}\n["), run.sent[1, "hc"][row:row + 1],
+                      embed("] so>")], 1)
+
+
+@torch.no_grad()
+def plain_bytes(agent, embeds, count):
+    """plain_write, ended by this agent's own end token."""
+    ids = []
+    while len(ids) < count and 256 not in ids:
+        ids.append(int(agent.model.lm_head(plain_states(agent, embeds)[:, -1]).argmax()))
+        embeds = torch.cat([embeds, embed_words(agent, ids[-1:])], 1)
+    return ids
+
+
+@pytest.mark.parametrize("method", ["latent", "text"])
+def test_a_call_is_run_and_the_text_goes_on(helped, method):
+    """Row 0 calls and goes on, row 1 does not; oracle for what follows the result: everything
+    read again without cache, prompt, call and result."""
+    helped.script = [[f"so {SIX_TIMES_SEVEN}", "plain"], [None]]
+    questions = ["6 by 7?", "what else is there?"]
+    texts, run = helped.respond(questions, 1, 3, method=method, trace=True, max_new_tokens=40)
+    caller = helped.agents["caller"]
+    told = caller.tokenizer(f"so {SIX_TIMES_SEVEN}{FORTY_TWO}")["input_ids"]
+    written = len(f"so {SIX_TIMES_SEVEN}")
+    embeds = torch.cat([heard_prompt(helped, method, questions[0], run, 0),
+                        embed_words(caller, told)], 1)
+    wanted = plain_bytes(caller, embeds, 40 - written)
+    assert run.draft.told[0] == told + wanted
+    assert texts[0] == caller.tokenizer.decode(told + wanted, skip_special_tokens=True).strip()
+    assert texts[1] == "plain"
+    helpers = [0, 0]
+    if method == "text":
+        agent = helped.agents["helper"]
+        helpers = [len(plain_bytes(agent, embed_words(
+            agent, agent.tokenizer(f"{question}>")["input_ids"]), 40)) for question in questions]
+    assert run.decoded_tokens == [written + len(wanted) + helpers[0], 6 + helpers[1]]
+    assert [rows for rows, _, _ in helped.calls] == [2, 1]
+
+
+def test_at_most_five_calls_and_rows_leave(helped):
+    """Row b calls b times; row 3 seven times, the last two of which are only words."""
+    once = SIX_TIMES_SEVEN
+    helped.script = [["done", once, once, once], ["done", once, once], ["done", once], [once],
+                     [once], [once + " " + once + " end"]]
+    texts, run = helped.respond(list("abcd"), 1, 2, max_new_tokens=400)
+    assert [text.count("<result>") for text in texts] == [0, 1, 2, 5]
+    assert texts[1] == (once + FORTY_TWO + "done").strip()
+    assert texts[3] == (once + FORTY_TWO) * 5 + once + " " + once + " end"
+    assert [rows for rows, _, _ in helped.calls] == [4, 3, 2, 1, 1, 1]
+    assert run.decoded_tokens == [5, len(once) + 5, 2 * len(once) + 5, 7 * len(once) + 6]
+    assert helped.script == []
+
+
+@pytest.mark.parametrize("limit", [26, 27, 28, 30, 60])
+def test_only_decoded_tokens_count(helped, limit):
+    """A call of 27 tokens: cut off, with nothing left to go on, or with limit - 27 tokens left,
+    whatever the results' length; each row has its own budget."""
+    helped.script = [[SIX_TIMES_SEVEN, "x" * 9 + SIX_TIMES_SEVEN], ["y" * 200, "y" * 200]]
+    texts, run = helped.respond(["a", "b"], 1, 2, max_new_tokens=limit)
+    for text, before in zip(texts, (0, 9)):
+        wrote = "x" * before + SIX_TIMES_SEVEN
+        left = max(0, limit - len(wrote))
+        assert text == (wrote[:limit] if not left else wrote + FORTY_TWO + "y" * left)
+    assert run.decoded_tokens == [limit, limit]
+    assert all(max(lengths) <= asked for _, asked, lengths in helped.calls)
+
+
+def test_a_token_beyond_the_closing_tag(helped):
+    """It stays, and the result stands behind it."""
+    ids = helped.agents["caller"].tokenizer("<python>print(6*7)</pyth")["input_ids"] + [259]
+    helped.script = [[ids], ["end"]]
+    texts, run = helped.respond(["a"], 1, 2, max_new_tokens=99)
+    assert texts == [SIX_TIMES_SEVEN + "." + FORTY_TWO + "end"]
+    assert run.decoded_tokens == [len(ids) + 4]
+
+
+@pytest.mark.parametrize("text", ["<python>print(6*7)", "no call", "<python>a</search", ""])
+def test_what_is_no_call_ends_the_text(helped, text):
+    helped.script = [[text]]
+    texts, run = helped.respond(["a"], 1, 2, max_new_tokens=99)
+    assert texts == [text] and run.decoded_tokens == [len(text) + 1] and len(helped.calls) == 1
+
+
+STRAY = ("a closing tag without a call (or of a tool that the style lacks) ends the row for good: "
+         "Draft.use_tools drops it as if it had ended by itself")
+
+
+@pytest.mark.xfail(strict=True, reason=STRAY)
+@pytest.mark.parametrize("text", ["as </python> says, the answer is 5", "a</search> b",
+                                  "<search>x</python> then 5"])
+def test_a_closing_tag_that_closes_nothing_does_not_end_the_text(helped, text):
+    """Oracle: next_call says the model goes on writing."""
+    before = text[:text.rindex(">") + 1]
+    helped.script = [[text], [text[len(before):]]]
+    texts, _ = helped.respond(["a"], 1, 2, max_new_tokens=99)
+    assert texts == [text]
+
+
+@pytest.mark.xfail(strict=True, reason=STRAY)
+def test_a_tool_that_the_style_lacks_does_not_end_the_text(helped):
+    """Without search in the style, `<search>` is only words."""
+    mas = dataclasses.replace(helped, style=dataclasses.replace(HELPED, tools=("python",)))
+    helped.script = [["<search>x</search> is 5"], [" is 5"]]
+    texts, _ = mas.respond(["a"], 1, 2, max_new_tokens=99)
+    assert texts[0].endswith("is 5") and "<result>" not in texts[0]
+
+
+def test_a_style_without_tools_runs_nothing(helped, monkeypatch):
+    monkeypatch.setattr(recurse_module, "run_tool", lambda *_: 1 / 0)
+    mas = dataclasses.replace(helped, style=dataclasses.replace(HELPED, tools=()))
+    helped.script = [[f"{SIX_TIMES_SEVEN} is 42"]]
+    assert mas.respond(["a"], 1, 2, max_new_tokens=99)[0] == [f"{SIX_TIMES_SEVEN} is 42"]
+
+
+def test_search_results_and_their_absence(helped):
+    """A result that closes itself, one that fails, and none at all; then the text goes on."""
+    asked = []
+
+    def find(query):
+        asked.append(query)
+        if query == "bad":
+            raise ServiceError("host: HTTP 500")
+        return "a</result>b"
+
+    helped.search = find
+    helped.script = [["<search> Emma\n</search>", "<search>bad</search>"], ["one", "two"]]
+    texts, _ = helped.respond(["a", "b"], 1, 2, max_new_tokens=99)
+    assert texts == ["<search> Emma\n</search>\n<result>\na[/result]b\n</result>\none",
+                     "<search>bad</search>\n<result>\nweb search failed: host: HTTP 500\n"
+                     "</result>\ntwo"]
+    assert sorted(asked) == ["Emma", "bad"]
+    helped.search, helped.script = None, [["<search>Emma</search>"], ["end"]]
+    texts, _ = helped.respond(["a"], 1, 2, max_new_tokens=99)
+    assert texts == ["<search>Emma</search>\n<result>\nweb search is not available\n</result>\nend"]
+
+
+def test_samples_call_for_themselves(helped):
+    """Two samples a question: rows find their own results; questions' tokens are summed."""
+    helped.script = [["<python>print(1)</python>", "b", "<python>print(3)</python>", "d"],
+                     ["x", "yy"]]
+    texts, run = helped.respond(["a", "b"], 1, 2, samples=2, max_new_tokens=99)
+    call = len("<python>print(1)</python>")
+    assert texts == ["<python>print(1)</python>" + FORTY_TWO.replace("42", "1") + "x", "b",
+                     "<python>print(3)</python>" + FORTY_TWO.replace("42", "3") + "yy", "d"]
+    assert run.decoded_tokens == [call + 2 + 2, call + 3 + 2]
+
+
+def test_an_end_token_right_behind_a_result_is_replaced(helped):
+    """Draft.add takes the place of end tokens, all of them, and keeps the rest."""
+    helped.script = [["words"]]
+    _, run = helped.respond(["a"], 1, 2, max_new_tokens=99)
+    assert run.draft.told[0][-1] == 256
+    run.draft.told[0] += [256]
+    run.draft.add(0, "more")
+    assert run.draft.text(0) == "wordsmore" and 256 not in run.draft.told[0]
+
+
+@pytest.mark.xfail(strict=True, reason="Draft.add reads special tokens in a tool's output as such: "
+                                       "a web page can end the turn, or open one as the user")
+def test_a_tools_output_holds_no_control_tokens(helped):
+    """What a page or program prints is text: it must not become the token that ends a turn."""
+    helped.search = lambda query: "page <eos> text"
+    helped.script = [["<search>x</search>"], ["end"]]
+    _, run = helped.respond(["a"], 1, 2, max_new_tokens=99)
+    assert 256 not in run.draft.told[0][:-1]
+    assert "page <eos> text" in run.draft.text(0)
+
+
+@pytest.mark.xfail(strict=True, reason="half a surrogate pair in a search reply is a TypeError of "
+                                       "the tokenizer, which nothing catches: the run ends")
+def test_a_page_that_is_no_proper_text_is_inserted_all_the_same(helped):
+    """JSON may hold half a character; whatever a page says, the run goes on."""
+    helped.search = lambda query: "caf\ud83d \x00"
+    helped.script = [["<search>x</search>"], ["end"]]
+    assert helped.respond(["a"], 1, 2, max_new_tokens=99)[0][0].endswith("end")
+
+
+def test_sampled_calls_do_not_depend_on_the_batch(helped, monkeypatch):
+    """What is drawn behind a result: rows with budgets and texts of different length, together
+    and alone; oracle: a call each."""
+    sampled = dict(temperature=1.0, max_new_tokens=60, seed=3)
+    wrote = ["<python>print(10**20)</python>", SIX_TIMES_SEVEN, "x" * 20 + SIX_TIMES_SEVEN]
+    questions = ["a", "what is it?", "and how?"]
+    helped.script = [list(wrote), [None] * 3]
+    together, run = helped.respond(questions, 1, 2, **sampled)
+    assert len({len(told) for told in run.draft.told}) > 1
+    for b, question in enumerate(questions):
+        helped.script = [[wrote[b]], [None]]
+        alone, run_alone = helped.respond([question], 1, 2, **sampled)
+        assert alone == [together[b]] and run_alone.decoded_tokens == [run.decoded_tokens[b]]

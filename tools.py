@@ -20,6 +20,7 @@ patches what the test imports, or finds our two files by walking frames or descr
 a pass in `passes`, and the value in `call_function`. Nor is disk use bounded while it runs (each
 file is, to 32 MB), nor the number of threads if you are root.
 """
+import collections
 import contextlib
 import ctypes
 import hashlib
@@ -443,36 +444,26 @@ def require_sandbox(allow_unsafe=False):
 
 class Key(str):
     """A secret. It prints as <key>, so that no log, message or table can show it by accident."""
-
-    def __repr__(self):
-        return "<key>"
-
-    def __format__(self, spec):
-        return "<key>"
-
-    __str__ = __repr__
+    __repr__ = __str__ = __format__ = lambda self, *_: "<key>"
 
 
+PATIENCE_S = 60                    # how long a service that is busy or away is waited for, in all
 _spent = set()                     # (host, key) refused or used up, put aside for this process
 _turn = itertools.count()          # keys take turns, over all threads
 
 
 def setting(name):
-    """An environment variable, else its line in the file .env of the current folder, else None."""
-    if os.environ.get(name):
-        return os.environ[name]
+    """An environment variable, else its line in the file .env of the current folder, else ""."""
     file = Path(".env")
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-        key, equals, value = line.strip().removeprefix("export ").partition("=")
-        if equals and key.strip() == name:
-            return value.strip().strip("\"'") or None
-    return None
+    lines = file.read_text(encoding="utf-8") if file.is_file() else ""
+    found = re.search(rf"(?m)^[ \t]*(?:export[ \t]+)?{name}[ \t]*=(.*)$", lines)
+    return os.environ.get(name) or (found[1].strip().strip("\"'") if found else "")
 
 
 def usable_key(text, where):
     """A Key, if it can stand in a header; ValueError naming `where`, never the key, if not."""
     if not re.fullmatch(r"[!-~]+", text):
-        raise ValueError(f"{where} holds no usable key (empty, or with spaces or other characters)")
+        raise ValueError(f"{where} holds no usable key (it has spaces or other characters)")
     return Key(text)
 
 
@@ -480,28 +471,25 @@ def read_keys(file=None):
     """Tavily keys: one a line of `file` (# comments), else TAVILY_API_KEY (environment or .env).
 
     Raises ValueError if there is none or the file cannot be read."""
-    if file is None:
-        value = setting("TAVILY_API_KEY")
-        if value is None:
-            raise ValueError("web search needs a key: set TAVILY_API_KEY, in the environment or in "
-                             ".env, or pass --tavily_keys_file")
-        return [usable_key(value, "TAVILY_API_KEY")]
+    where = file or "TAVILY_API_KEY"
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        text = Path(file).read_text(encoding="utf-8") if file else setting(where)
     except (OSError, UnicodeDecodeError) as problem:
         raise ValueError(f"keys file {file} cannot be read ({type(problem).__name__})") from None
-    lines = [(number, line.split("#")[0].strip()) for number, line in enumerate(lines, 1)]
-    keys = [usable_key(line, f"{file}, line {number},") for number, line in lines if line]
+    lines = [line.split("#")[0].strip() for line in text.splitlines()]
+    keys = [usable_key(line, f"{where}, line {number},")
+            for number, line in enumerate(lines, 1) if line]
     if not keys:
-        raise ValueError(f"keys file {file} holds no key: write one a line")
+        raise ValueError(f"web search needs a key, and {where} holds no key: set TAVILY_API_KEY, in "
+                         "the environment or in .env, or write one a line of --tavily_keys_file")
     return keys
 
 
-def post(url, keys, body, timeout_s=30, patience_s=60, sleep=time.sleep):
+def post(url, keys, body, timeout_s, sleep):
     """POST `body` as JSON with a bearer key -> the reply, a dict. Raises ServiceError.
 
     Tried again after 1, 2, 4 .. s, or as many as `retry-after` asks for if that is more, and at
-    most patience_s of such waits in all: 408, 429, 5xx, a connection that fails, hangs for
+    most PATIENCE_S of such waits in all: 408, 429, 5xx, a connection that fails, hangs for
     timeout_s or breaks off, a reply that is no JSON object. A key answered by 401, 403, 432 or
     433 is put aside and the next one is taken."""
     host, waited, tries, problem = urlsplit(url).netloc, 0.0, 0, "no key was given"
@@ -511,7 +499,7 @@ def post(url, keys, body, timeout_s=30, patience_s=60, sleep=time.sleep):
             raise ServiceError(f"{host}: every key was refused or is used up ({problem})")
         key = usable[next(_turn) % len(usable)]
         status, reply, problem, pause = post_once(url, key, body, timeout_s)
-        if status == 200 and reply is not None:
+        if status == 200 and isinstance(reply, dict):
             return reply
         if status in (401, 403, 432, 433):
             _spent.add((host, key))
@@ -520,15 +508,15 @@ def post(url, keys, body, timeout_s=30, patience_s=60, sleep=time.sleep):
             raise ServiceError(f"{host}: {problem}")
         pause = max(2.0 ** tries, pause)       # never none: a server may ask for 0 s for ever
         tries += 1
-        if waited + pause > patience_s:
+        if waited + pause > PATIENCE_S:
             raise ServiceError(f"{host}: {problem}; gave up after {tries} tries, as the next would "
-                               f"exceed {patience_s:g} s of waiting")
+                               f"exceed {PATIENCE_S} s of waiting")
         sleep(pause)
         waited += pause
 
 
 def post_once(url, key, body, timeout_s):
-    """(HTTP status, 0 = none; reply dict or None; the problem in words; seconds it asks to wait)"""
+    """(HTTP status, 0 = none; reply or None; the problem in words; seconds it asks to wait)"""
     def sign(request):             # as `auth`, else requests would prefer a key from ~/.netrc
         request.headers["Authorization"] = "Bearer " + key[:]
         return request
@@ -536,41 +524,38 @@ def post_once(url, key, body, timeout_s):
     try:
         response = requests.post(url, json=body, auth=sign, timeout=timeout_s,
                                  allow_redirects=False)         # a key goes nowhere else
-    except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError,
-            requests.exceptions.ContentDecodingError) as problem:
-        return 0, None, f"no reply ({type(problem).__name__})", 0.0
-    except (requests.RequestException, UnicodeError) as problem:
+    except ValueError as problem:                               # no address that one can ask
         return 400, None, f"the request cannot be sent ({type(problem).__name__})", 0.0
-    wait = response.headers.get("retry-after", "")
-    pause = float(wait) if re.fullmatch(r"\d{1,9}(\.\d+)?", wait) else 0.0
+    except requests.RequestException as problem:
+        return 0, None, f"no reply ({type(problem).__name__})", 0.0
     try:
         reply = response.json()
     except (ValueError, RecursionError):
         reply = None                                            # half a reply, or a page of HTML
-    if response.status_code == 200 and not isinstance(reply, dict):
-        return 200, None, "the reply is no JSON object", pause
+    wait = response.headers.get("retry-after", "")
     detail = response.text.replace(key[:], "<key>")             # a server may quote what it got
-    detail = re.sub(r"\s+", " ", detail)[:200]
-    return response.status_code, reply, f"HTTP {response.status_code} {detail}", pause
+    problem = f"HTTP {response.status_code} {' '.join(detail.split())[:200]}"
+    return response.status_code, reply, problem, float(wait) if wait.isdecimal() else 0.0
 
 
-def search_web(query, keys, max_results=4, base_url="https://api.tavily.com", depth="basic",
-               timeout_s=30, patience_s=60, sleep=time.sleep):
+def search_web(query, keys, max_results=4, base_url="https://api.tavily.com", timeout_s=30,
+               sleep=time.sleep):
     """Search the web with Tavily -> compact text: title, address and content of each result.
 
     Raises ValueError for an empty query, ServiceError as `post` does."""
     if not query.strip():
         raise ValueError("the search query is empty")
     # 400 characters is the most the service takes.
-    body = {"query": query.strip()[:400], "max_results": max_results, "search_depth": depth}
-    reply = post(base_url.rstrip("/") + "/search", keys, body, timeout_s, patience_s, sleep)
+    body = {"query": query.strip()[:400], "max_results": max_results, "search_depth": "basic"}
+    reply = post(f"{base_url}/search", keys, body, timeout_s, sleep)
     results = reply.get("results")
     if not isinstance(results, list) or not all(isinstance(item, dict) for item in results):
         raise ServiceError(f"{urlsplit(base_url).netloc}: the reply holds no list of results")
     parts = [f"Answer: {reply['answer']}"] if reply.get("answer") else []
     for number, item in enumerate(results[:max_results], 1):
-        parts.append(f"[{number}] {item.get('title') or ''}\n{item.get('url') or ''}\n"
-                     f"{str(item.get('content') or '').strip()}")
+        title, address, content = (str(item.get(name) or "").strip()
+                                   for name in ("title", "url", "content"))
+        parts.append(f"[{number}] {title}\n{address}\n{content}")
     return "\n\n".join(parts) or "no results"
 
 
@@ -583,14 +568,8 @@ JUDGE_PROMPT = (
     "correct if it commits to one answer that means the same as a reference answer; it is "
     "incorrect if it names something else, several candidates, or nothing. Reply with one word: "
     "correct or incorrect.")
-
-
-@dataclass(frozen=True)
-class JudgeSettings:
-    """Where the judge is: the full address of its chat completions, its model's name, a Key."""
-    url: str
-    model: str
-    key: Key
+# Where the judge is: the full address of its chat completions, its model's name, a Key.
+JudgeSettings = collections.namedtuple("JudgeSettings", "url model key")
 
 
 def judge_settings():
@@ -603,45 +582,43 @@ def judge_settings():
         return None
     if missing:
         raise ValueError(f"the judge is only partly set up: set {', '.join(missing)} as well")
-    url = found["API_BASE_URL"].rstrip("/")
-    if not re.match(r"https?://.", url):
+    if not re.match(r"https?://.", found["API_BASE_URL"].rstrip("/")):
         raise ValueError("API_BASE_URL must start with http:// or https://")
-    if not url.endswith("/chat/completions"):
-        url += "/chat/completions"
+    url = found["API_BASE_URL"].rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
     return JudgeSettings(url, found["API_MODEL"], usable_key(found["API_KEY"], "API_KEY"))
 
 
-def judge(question, gold, answer, settings=None, cache="out/judge", timeout_s=120, patience_s=120,
+def judge(question, gold, answer, settings=None, cache="out/judge", timeout_s=120,
           sleep=time.sleep):
     """Ask a language model whether `answer` means `gold` -> "correct", "incorrect" or "invalid".
 
     gold: a string or a list of them. Replies that hold a verdict are kept in folder `cache` under
-    the hash of address, model and messages, and not asked for again. Raises ValueError if no judge
-    is set up, ServiceError if it cannot be reached or its reply is no chat completion."""
+    the hash of all that was asked, and not asked for again. Raises ValueError if no judge is set
+    up, ServiceError if it cannot be reached or its reply is no chat completion."""
     settings = settings or judge_settings()
     if settings is None:
         raise ValueError("no judge is set up: set API_KEY, API_BASE_URL and API_MODEL")
-    golds = [gold] if isinstance(gold, str) else list(gold)
-    # A mark that the answer cannot contain, as it depends on all of it.
-    mark = hashlib.sha256(json.dumps([question, golds, answer]).encode()).hexdigest()[:16]
-    user = (f"Question: {question}\nReference answers: {json.dumps(golds, ensure_ascii=False)}\n"
-            f"The answer to grade:\n[{mark}]\n{answer[:4000]}\n[/{mark}]")
-    messages = [{"role": "system", "content": JUDGE_PROMPT}, {"role": "user", "content": user}]
-    name = json.dumps([settings.url, settings.model, messages])
-    file = Path(cache) / (hashlib.sha256(name.encode()).hexdigest() + ".json")
+    golds = json.dumps([gold] if isinstance(gold, str) else list(gold), ensure_ascii=False)
+    asked = json.dumps([settings.url, settings.model, JUDGE_PROMPT, question, golds, answer])
+    name = hashlib.sha256(asked.encode()).hexdigest()
+    file = Path(cache, f"{name}.json")
     if file.is_file():
         return read_verdict(json.loads(file.read_text(encoding="utf-8"))["reply"])
+    mark = name[:16]               # the answer cannot contain it, as it depends on all of it
+    user = (f"Question: {question}\nReference answers: {golds}\n"
+            f"The answer to grade:\n[{mark}]\n{answer[:4000]}\n[/{mark}]")
+    messages = [{"role": "system", "content": JUDGE_PROMPT}, {"role": "user", "content": user}]
     body = {"model": settings.model, "messages": messages, "temperature": 0, "max_tokens": 2048}
-    reply = post(settings.url, [settings.key], body, timeout_s, patience_s, sleep)
+    reply = post(settings.url, [settings.key], body, timeout_s, sleep)
     try:
         content = reply["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError):
-        raise ServiceError(f"{urlsplit(settings.url).netloc}: the reply is no chat completion"
-                           ) from None
+        host = urlsplit(settings.url).netloc
+        raise ServiceError(f"{host}: the reply is no chat completion") from None
     verdict = read_verdict(content)
     if verdict != "invalid":
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(f"{file.name}.{secrets.token_hex(4)}")
+        part = file.with_name(f"{name}.{secrets.token_hex(4)}")     # whole or not at all
         part.write_text(json.dumps({"model": settings.model, "reply": content}), encoding="utf-8")
         os.replace(part, file)
     return verdict
@@ -649,13 +626,10 @@ def judge(question, gold, answer, settings=None, cache="out/judge", timeout_s=12
 
 def read_verdict(reply):
     """The judge's verdict: the last line, which must be one word. Anything else is "invalid"."""
-    if not isinstance(reply, str):
-        return "invalid"                       # null: the model spent all its tokens on thinking
-    reply = reply.rpartition("</think>")[2]
+    reply = str(reply).rpartition("</think>")[2]
     if "<think>" in reply:
         return "invalid"                       # cut off while it was still thinking
-    lines = reply.strip().splitlines()
-    word = lines[-1].strip(" \t*_`'\".").lower() if lines else ""
+    word = reply.strip().rpartition("\n")[2].strip(" \t*_`'\".").lower()
     return word if word in ("incorrect", "correct") else "invalid"
 
 

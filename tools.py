@@ -82,7 +82,8 @@ SYSTEM_CALLS = {
 LAUNCHER = '''
 import ctypes, json, os, resource, struct, sys, traceback, types
 
-job = json.loads(sys.argv.pop())
+job = json.loads(sys.argv[1])
+layers, calls, slip = job["layers"], job["calls"], job["slip"]
 libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -93,20 +94,17 @@ def check(result):
     return result
 
 
-def limit_resources():
+check(libc.prctl(38, 1, 0, 0, 0))            # no new privileges: set-uid programs give none
+if "process limits" in layers:
     # NPROC counts all threads of this user (before Linux 5.14 outside the namespace too), so it
     # cannot be small. CPU is a second clock, should the process that waits for this one die.
-    limits = {"AS": job["memory"], "CPU": job["seconds"], "FSIZE": 32 << 20, "NOFILE": 128,
-              "NPROC": 1024, "CORE": 0}
-    for name, value in limits.items():
+    for name, value in {"AS": job["memory"], "CPU": job["seconds"], "FSIZE": 32 << 20,
+                        "NOFILE": 128, "NPROC": 1024, "CORE": 0}.items():
         kind = getattr(resource, "RLIMIT_" + name)
         hard = resource.getrlimit(kind)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(kind, (value, value))
-
-
-def limit_files():
-    """Landlock: from here on nothing but these places can be opened."""
+if "landlock" in layers:                     # from here on only these places can be opened
     version = check(libc.syscall(444, None, 0, 1))
     known = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1    # its rights, a bit each
     # 1 execute, 2 write a file, 4 read a file, 8 list a folder; above, making and removing. Python
@@ -123,77 +121,54 @@ def limit_files():
         os.close(place)
     check(libc.syscall(446, rules, 0))
     os.close(rules)
-
-
-def limit_calls():
-    """Seccomp: a small program for the kernel, which looks at the number of every system call."""
+if "seccomp" in layers:    # a small program for the kernel, which looks at every system call
     allow, deny, absent, kill = 0x7fff0000, 0x00050001, 0x00050026, 0x80000000   # EPERM, ENOSYS
     load, equal, at_least, has_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06
-    calls = job["calls"]
-
-    def only_if(number, test, value):        # allowed if its first argument passes the test
-        return [(equal, 0, 4, number), (load, 0, 0, 16), (test, 1, 0, value),
-                (answer, 0, 0, deny), (answer, 0, 0, allow)]
-
     steps = [(load, 0, 0, 4), (equal, 1, 0, calls["arch"]), (answer, 0, 0, kill),
              (load, 0, 0, 0), (at_least, 0, 1, 0x40000000), (answer, 0, 0, deny),
              (equal, 0, 1, 435), (answer, 0, 0, absent)]    # clone3 hides its flags; libc has clone
     for number in calls["denied"]:
         steps += [(equal, 0, 1, number), (answer, 0, 0, deny)]
-    steps += only_if(calls["clone"], has_bit, 0x10000)      # CLONE_THREAD
-    for number in calls["kill"]:
-        steps += only_if(number, equal, os.getpid())
-    steps += only_if(calls["prlimit"], equal, 0) + [(answer, 0, 0, allow)]
+    for number, test, value in [(calls["clone"], has_bit, 0x10000), (calls["prlimit"], equal, 0),
+                                *[(number, equal, os.getpid()) for number in calls["kill"]]]:
+        steps += [(equal, 0, 4, number), (load, 0, 0, 16), (test, 1, 0, value),
+                  (answer, 0, 0, deny), (answer, 0, 0, allow)]   # by the call's first argument
+    steps.append((answer, 0, 0, allow))
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
-    program = struct.pack("HP", len(steps), ctypes.addressof(code))
-    check(libc.prctl(22, 2, program, 0, 0))
-
-
-def follow_orders(names):
-    """What comes after the program: its test, or a call of its function; then the proof."""
-    with os.fdopen(job["slip"], "r+", encoding="utf-8") as file:
-        orders = json.load(file)
-        value = None
-        if "test" in orders:
-            exec(compile(orders["test"], "test.py", "exec"), names)
-        else:
-            holder = names["Solution"]() if "Solution" in names else None
-            function = getattr(holder, orders["function"], None) or names[orders["function"]]
-            value = function(*orders["arguments"])
-        value = json.dumps(value, default=lambda thing: thing.tolist())
-        file.seek(0)
-        file.truncate()
-        file.write(orders["nonce"] + value)
-    sys.stdout.flush()
-    os._exit(0)                              # threads and atexit have no say any more
-
-
-check(libc.prctl(38, 1, 0, 0, 0))            # no new privileges: set-uid programs give none
-for layer, limit in {"process limits": limit_resources, "landlock": limit_files,
-                     "seccomp": limit_calls}.items():
-    if layer in job["layers"]:
-        limit()
+    check(libc.prctl(22, 2, struct.pack("HP", len(steps), ctypes.addressof(code)), 0, 0))
 os.write(job["ready"], b"+")                 # all layers are on; what fails now is the program
 os.close(job["ready"])
+
 if not job["checked"]:
-    os.close(job["slip"])
+    os.close(slip)
+sys.argv = ["program.py"]
 name = "program" if job["checked"] else "__main__"    # a demonstration is no part of a check
 module = sys.modules[name] = types.ModuleType(name)
-sys.argv = ["program.py"]
+names = module.__dict__
 try:
     with open("program.py", encoding="utf-8") as file:
         source = file.read()
-    exec(compile(source, "program.py", "exec"), module.__dict__)
-    if job["checked"]:
-        follow_orders(module.__dict__)
+    exec(compile(source, "program.py", "exec"), names)
+    if job["checked"]:                       # now its test, or a call of its function; then proof
+        with os.fdopen(slip, "r+", encoding="utf-8") as file:
+            orders, value = json.load(file), None
+            if "test" in orders:
+                exec(compile(orders["test"], "test.py", "exec"), names)
+            else:
+                holder = names["Solution"]() if "Solution" in names else None
+                function = getattr(holder, orders["function"], None) or names[orders["function"]]
+                value = function(*orders["arguments"])
+            value = json.dumps(value, default=lambda thing: thing.tolist())
+            file.seek(0)
+            file.truncate()
+            file.write(orders["nonce"] + value)
+        sys.stdout.flush()
+        os._exit(0)                          # threads and atexit have no say any more
 except MemoryError:
     os.write(2, b"MemoryError: more than the allowed memory\\n")
-    os._exit(113)                            # OUT_OF_MEMORY
-except Exception as problem:
-    trace = problem.__traceback__
-    while trace and trace.tb_frame.f_code.co_filename == "<string>":     # these are ours
-        trace = trace.tb_next
-    traceback.print_exception(type(problem), problem, trace)
+    os._exit(job["out_of_memory"])
+except Exception as problem:                 # shown without the line of ours that it went through
+    traceback.print_exception(type(problem), problem, problem.__traceback__.tb_next)
     sys.exit(1)
 '''
 
@@ -250,12 +225,12 @@ def call_function(code, function, arguments, timeout_s=6, memory_mb=1024):
 def confined_run(code, stdin, timeout_s, memory_mb, layers, orders=None):
     """Run one program under the given layers, then what `orders` say, a dict -> Run.
 
-    With orders the status is ok only if our own code behind them gave the nonce back."""
+    With orders the status is ok only if our own code behind the program gave the nonce back."""
     nonce = secrets.token_hex(16)
     start = time.monotonic()
     with contextlib.ExitStack() as stack:
         folder = tempfile.mkdtemp(prefix="sandbox-")
-        # Not shutil.rmtree, which fails on very deep folders. chmod opens locked ones.
+        # Not shutil.rmtree, which fails on very deep folders; before, chmod opens locked ones.
         stack.callback(subprocess.run, ["rm", "-rf", folder], check=True)
         stack.callback(subprocess.run, ["chmod", "-R", "u+rwx", folder], stderr=subprocess.DEVNULL)
         Path(folder, "program.py").write_bytes(code.encode("utf-8", "replace"))
@@ -265,39 +240,32 @@ def confined_run(code, stdin, timeout_s, memory_mb, layers, orders=None):
         for file, text in ((given, stdin), (slip, json.dumps({**(orders or {}), "nonce": nonce}))):
             file.write(text.encode("utf-8", "replace"))
             file.seek(0)
-        # The job holds no secret: every process can read it.
-        job = json.dumps({"layers": layers, "seconds": int(timeout_s) + 2,
-                          "memory": (memory_mb + FOR_PYTHON_MB) << 20, "checked": bool(orders),
-                          "calls": SYSTEM_CALLS.get(platform.machine()),
-                          "slip": slip.fileno(), "ready": ready.fileno()})
+        job = {"layers": layers, "seconds": int(timeout_s) + 2, "checked": orders is not None,
+               "memory": (memory_mb + FOR_PYTHON_MB) << 20, "out_of_memory": OUT_OF_MEMORY,
+               "calls": SYSTEM_CALLS.get(platform.machine()), "slip": slip.fileno(),
+               "ready": ready.fileno()}      # no secret, as every process can read it
         process = subprocess.Popen(
-            [*namespace_command(layers), sys.executable, "-I", "-c", LAUNCHER, job], cwd=folder,
+            [*namespace_command(layers), sys.executable, "-I", "-c", LAUNCHER, json.dumps(job)],
             stdin=given, stdout=out, stderr=err, pass_fds=(slip.fileno(), ready.fileno()),
+            start_new_session=True, cwd=folder,
             # One thread for numpy: it reserves memory for each, on 64 cores more than the cap.
-            start_new_session=True, env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": folder,
-                                         "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"})
+            env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": folder,
+                 "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"})
         in_time = wait_and_end(process, timeout_s, "pid namespace" in layers)
         seconds = time.monotonic() - start
         _, proof, stdout, stderr, started = map(read_output, files)
     if not started:
         raise SandboxError(f"the sandbox did not start: {stderr.strip()[-300:]}")
-    ended = process.returncode                     # negative: by a signal
-    status = {0: "ok", OUT_OF_MEMORY: "memory", -signal.SIGXCPU: "timeout"}.get(
-        ended, "error" if ended > 0 else "killed")
-    run = Run(status if in_time else "timeout", stdout, stderr, seconds)
+    ended = {0: "ok", OUT_OF_MEMORY: "memory", -signal.SIGXCPU: "timeout"}.get(
+        process.returncode, "error" if process.returncode > 0 else "killed")
+    run = Run(ended if in_time else "timeout", stdout, stderr, seconds)
     if orders and run.status == "ok":
-        read_proof(run, proof, nonce)
+        try:
+            mark, value = proof[:len(nonce)], proof[len(nonce):]
+            run.value = json.loads(value if mark == nonce else "")
+        except (ValueError, RecursionError) as problem:    # it ended early, or made up a value
+            run.status, run.stderr = "error", f"{run.stderr}\n[no result: {problem}]"
     return run
-
-
-def read_proof(run, proof, nonce):
-    """Take the value over that our code in the process left behind the nonce; else it's no pass."""
-    try:
-        if not proof.startswith(nonce):
-            raise ValueError("the program ended before its checks")
-        run.value = json.loads(proof.removeprefix(nonce))
-    except (ValueError, RecursionError) as problem:
-        run.status, run.stderr = "error", f"{run.stderr}\n[{problem}]"
 
 
 def wait_and_end(process, timeout_s, namespaced):
@@ -593,8 +561,11 @@ def run_tool(tool, body, search=None):
 
     python has 10 s; search is a function query -> text, None where there is no key."""
     if tool == "python":
-        code = re.sub(r"^\s*```\w*\n|\n```\s*$", "", body).strip("\n")
-        result = describe(run_python(code, timeout_s=10))
+        run = run_python(re.sub(r"^\s*```\w*\n|\n```\s*$", "", body).strip("\n"), timeout_s=10)
+        result = run.stdout.rstrip()
+        if run.status != "ok":
+            result += f"\n[{run.status} after {run.seconds:.1f} s]\n{run.stderr.strip()[-2000:]}"
+        result = result.strip("\n") or "(nothing was printed)"
     elif tool == "search":
         try:
             result = search(body.strip()) if search else "web search is not available"
@@ -602,18 +573,8 @@ def run_tool(tool, body, search=None):
             result = f"web search failed: {problem}"
     else:
         raise ValueError(f"unknown tool '{tool}': there are python and search")
-    # The model must not be able to close the result from inside: what follows would pass for its
-    # own words.
+    # The model must not be able to close the result: what follows would pass for its own words.
     result = re.sub(r"<\s*/\s*result\s*>", "[/result]", result, flags=re.IGNORECASE)
     if len(result) > RESULT_CAP:
         result = result[:RESULT_CAP - 6] + "\n[cut]"
     return f"\n<result>\n{result}\n</result>\n"
-
-
-def describe(run):
-    """What a model gets to read about its program."""
-    parts = [run.stdout.rstrip()]
-    if run.status != "ok":
-        parts.append(f"[{run.status} after {run.seconds:.1f} s]")
-        parts.append(run.stderr.strip()[-2000:])
-    return "\n".join(part for part in parts if part) or "(nothing was printed)"

@@ -39,7 +39,6 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import requests
@@ -189,7 +188,7 @@ class Run:
     stdout: str
     stderr: str
     seconds: float
-    value: Any = None              # call_function only
+    value: object = None           # call_function only
 
 
 # ---- python in a sandbox ------------------------------------------------------------------------
@@ -204,22 +203,22 @@ def run_python(code, stdin="", timeout_s=10, memory_mb=1024):
     return confined_run(code, stdin, timeout_s, memory_mb, sandbox_layers())
 
 
-def passes(code, test, timeout_s=10, memory_mb=1024):
+def passes(code, test, timeout_s=10):
     """Run `code`, then `test` in the same namespace -> Run; status ok = both ran to their ends.
 
     Neither os._exit(0), SystemExit nor printed text makes a pass (see the head of this file).
     The program is imported, so a block under `if __name__ == "__main__"` is skipped."""
-    return confined_run(code, "", timeout_s, memory_mb, sandbox_layers(), {"test": test})
+    return confined_run(code, "", timeout_s, 1024, sandbox_layers(), {"test": test})
 
 
-def call_function(code, function, arguments, timeout_s=6, memory_mb=1024):
+def call_function(code, function, arguments, timeout_s=6):
     """Solution().function(*arguments) or function(*arguments) of `code` -> Run with `value`.
 
     arguments: a list of what JSON can hold. The value comes back through JSON (a tuple as a list,
     an array as lists); one that JSON cannot hold, or of more than OUTPUT_CAP bytes, is an error.
     None unless status is ok."""
     orders = {"function": function, "arguments": arguments}
-    return confined_run(code, "", timeout_s, memory_mb, sandbox_layers(), orders)
+    return confined_run(code, "", timeout_s, 1024, sandbox_layers(), orders)
 
 
 def confined_run(code, stdin, timeout_s, memory_mb, layers, orders=None):
@@ -300,39 +299,34 @@ def read_output(file):
 
 def namespace_command(layers):
     """What stands before python to give it namespaces of its own; the user keeps its id there."""
-    own = {"pid namespace": "--ipc --pid --fork --kill-child --mount-proc", "net namespace": "--net"}
+    own = {"net namespace": "--net",
+           "pid namespace": "--ipc --pid --fork --kill-child --mount-proc"}
     options = " ".join(own.get(layer, "") for layer in layers).split()
     unshare = shutil.which("unshare") or "unshare"
     return [unshare, "--user", "--map-current-user", *options] if options else []
 
 
-# ---- which layers there are ---------------------------------------------------------------------
-
 @functools.cache
 def sandbox_layers():
     """Names of the layers of LAYERS that work on this machine, found out once by trying them.
 
-    A layer counts if a small program, which loads numpy if it is there, runs under it as it does
-    without. Where neither namespaces nor landlock work, this process is made undumpable
+    A layer counts if a small program, which loads numpy if it is there, prints under it what it
+    does without. Where neither namespaces nor landlock work, this process is made undumpable
     (PR_SET_DUMPABLE 0: no core dumps, no debugger of the same user), since a program of the same
     user could read our environment in /proc otherwise. Nothing else here changes this process."""
-    active, bare = [], probe([])
+    def printed(layers):
+        try:
+            return confined_run(code, "", 30, 1024, layers).stdout
+        except (SandboxError, OSError):
+            return ""                          # the layer is not there
+    code = "import importlib.util as u\nprint(u.find_spec('numpy') and __import__('numpy'))"
+    active, bare = [], printed([])
     for name in LAYERS:
-        if bare and probe([*active, name]) == bare:
+        if bare and printed([*active, name]) == bare:
             active.append(name)
     if bare and not {"pid namespace", "landlock"} & set(active):
         ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)
     return tuple(active)
-
-
-def probe(layers):
-    """What a small program prints under these layers; None if it does not run."""
-    code = "import importlib.util as u\nprint(u.find_spec('numpy') and __import__('numpy'))"
-    try:
-        run = confined_run(code, "", 30, 1024, layers)
-    except (SandboxError, OSError):
-        return None                # that the layer is not there is what was to be found out
-    return run.stdout if run.status == "ok" else None
 
 
 def require_sandbox(allow_unsafe=False):
@@ -355,6 +349,11 @@ def require_sandbox(allow_unsafe=False):
 class Key(str):
     """A secret. It prints as <key>, so that no log, message or table can show it by accident."""
     __repr__ = __str__ = __format__ = lambda self, *_: "<key>"
+
+    def __call__(self, request):
+        """Sign a request: what `auth` of requests is for, which else prefers a key of ~/.netrc."""
+        request.headers["Authorization"] = "Bearer " + self[:]
+        return request
 
 
 PATIENCE_S = 60                    # how long a service that is busy or away is waited for, in all
@@ -390,8 +389,8 @@ def read_keys(file=None):
     keys = [usable_key(line, f"{where}, line {number},")
             for number, line in enumerate(lines, 1) if line]
     if not keys:
-        raise ValueError(f"web search needs a key, and {where} holds no key: set TAVILY_API_KEY, in "
-                         "the environment or in .env, or write one a line of --tavily_keys_file")
+        raise ValueError(f"{where} holds no key for web search: set TAVILY_API_KEY, in the "
+                         "environment or .env, or write one a line of --tavily_keys_file")
     return keys
 
 
@@ -402,50 +401,39 @@ def post(url, keys, body, timeout_s, sleep):
     most PATIENCE_S of such waits in all: 408, 429, 5xx, a connection that fails, hangs for
     timeout_s or breaks off, a reply that is no JSON object. A key answered by 401, 403, 432 or
     433 is put aside and the next one is taken."""
-    host, waited, tries, problem = urlsplit(url).netloc, 0.0, 0, "no key was given"
-    while True:
+    host, waited, problem = urlsplit(url).netloc, 0.0, "no key was given"
+    for tries in itertools.count():
         usable = [key for key in keys if (host, key) not in _spent]
         if not usable:
             raise ServiceError(f"{host}: every key was refused or is used up ({problem})")
         key = usable[next(_turn) % len(usable)]
-        status, reply, problem, pause = post_once(url, key, body, timeout_s)
-        if status == 200 and isinstance(reply, dict):
-            return reply
+        status, wait = 0, ""
+        try:
+            response = requests.post(url, json=body, auth=key, timeout=timeout_s,
+                                     allow_redirects=False)     # a key goes nowhere else
+            status, wait = response.status_code, response.headers.get("retry-after", "")
+            detail = response.text.replace(key[:], "<key>")     # a server may quote what it got
+            problem = f"HTTP {status} {' '.join(detail.split())[:200]}"
+            reply = response.json()
+            if status == 200 and isinstance(reply, dict):
+                return reply
+        except (requests.JSONDecodeError, RecursionError):
+            pass                               # half a reply, or a page of HTML
+        except (requests.RequestException, ValueError) as error:
+            problem = f"no reply ({type(error).__name__})"
+            if isinstance(error, ValueError):  # no address that one could ask
+                raise ServiceError(f"{host}: {problem}") from None
         if status in (401, 403, 432, 433):
             _spent.add((host, key))
             continue
         if status not in (0, 200, 408, 429) and status < 500:
             raise ServiceError(f"{host}: {problem}")
-        pause = max(2.0 ** tries, pause)       # never none: a server may ask for 0 s for ever
-        tries += 1
+        pause = max(2.0 ** tries, float(wait) if wait.isdecimal() else 0.0)
         if waited + pause > PATIENCE_S:
-            raise ServiceError(f"{host}: {problem}; gave up after {tries} tries, as the next would "
-                               f"exceed {PATIENCE_S} s of waiting")
+            raise ServiceError(f"{host}: {problem}; gave up after {waited:g} s of waiting, as the "
+                               f"next try would exceed {PATIENCE_S} s")
         sleep(pause)
         waited += pause
-
-
-def post_once(url, key, body, timeout_s):
-    """(HTTP status, 0 = none; reply or None; the problem in words; seconds it asks to wait)"""
-    def sign(request):             # as `auth`, else requests would prefer a key from ~/.netrc
-        request.headers["Authorization"] = "Bearer " + key[:]
-        return request
-
-    try:
-        response = requests.post(url, json=body, auth=sign, timeout=timeout_s,
-                                 allow_redirects=False)         # a key goes nowhere else
-    except ValueError as problem:                               # no address that one can ask
-        return 400, None, f"the request cannot be sent ({type(problem).__name__})", 0.0
-    except requests.RequestException as problem:
-        return 0, None, f"no reply ({type(problem).__name__})", 0.0
-    try:
-        reply = response.json()
-    except (ValueError, RecursionError):
-        reply = None                                            # half a reply, or a page of HTML
-    wait = response.headers.get("retry-after", "")
-    detail = response.text.replace(key[:], "<key>")             # a server may quote what it got
-    problem = f"HTTP {response.status_code} {' '.join(detail.split())[:200]}"
-    return response.status_code, reply, problem, float(wait) if wait.isdecimal() else 0.0
 
 
 def search_web(query, keys, max_results=4, base_url="https://api.tavily.com", timeout_s=30,
@@ -549,11 +537,8 @@ def next_call(text):
     """(tool, body) if `text` ends in a call, `<python> .. </python>` or `<search> .. </search>`.
 
     None if not: the model goes on writing, or is done."""
-    found = re.search(r"</(python|search)>\s*$", text)
-    start = text.rfind(f"<{found[1]}>", 0, found.start()) if found else -1
-    if start < 0:
-        return None
-    return found[1], text[start + len(found[1]) + 2:found.start()]
+    found = re.fullmatch(r".*<(python|search)>(.*)</\1>\s*", text, re.DOTALL)
+    return found.groups() if found else None
 
 
 def run_tool(tool, body, search=None):

@@ -20,8 +20,10 @@ patches what the test imports, or finds our two files by walking frames or descr
 a pass in `passes`, and the value in `call_function`. Nor is disk use bounded while it runs (each
 file is, to 32 MB), nor the number of threads if you are root.
 """
+import collections
 import contextlib
 import ctypes
+import functools
 import hashlib
 import itertools
 import json
@@ -34,11 +36,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import requests
@@ -51,8 +51,7 @@ LAYERS = {
     "landlock": "read and write every file that you can",
     "seccomp": "start processes, open sockets, change modes and times of your files",
 }
-OUTPUT_CAP = 8_000_000         # bytes kept of stdout and of stderr
-FILE_CAP = 32 << 20            # bytes; writing on in a file, output included, is then an OSError
+OUTPUT_CAP = 8_000_000         # bytes kept of stdout, of stderr and of a function's value
 FOR_PYTHON_MB = 512            # address space beside the data: interpreter + numpy peak at 140 MB
 OUT_OF_MEMORY = 113            # exit code of a program that raised MemoryError
 RESULT_CAP = 6000              # characters of a tool's result that go back into the text
@@ -83,7 +82,7 @@ LAUNCHER = '''
 import ctypes, json, os, resource, struct, sys, traceback, types
 
 job = json.loads(sys.argv[1])
-orders_file, proof_file, ready = map(int, sys.argv[2:])     # file descriptors
+layers, calls, slip = job["layers"], job["calls"], job["slip"]
 libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -94,107 +93,81 @@ def check(result):
     return result
 
 
-def prctl(option, value, pointer=0):
-    check(libc.prctl(option, *map(ctypes.c_ulong, (value, pointer, 0, 0))))
-
-
-def limit_resources():
-    for name, value in job["limits"].items():
-        kind = getattr(resource, name)
+check(libc.prctl(38, 1, 0, 0, 0))            # no new privileges: set-uid programs give none
+if "process limits" in layers:
+    # NPROC counts all threads of this user (before Linux 5.14 outside the namespace too), so it
+    # cannot be small. CPU is a second clock, should the process that waits for this one die.
+    for name, value in {"AS": job["memory"], "CPU": job["seconds"], "FSIZE": 32 << 20,
+                        "NOFILE": 128, "NPROC": 1024, "CORE": 0}.items():
+        kind = getattr(resource, "RLIMIT_" + name)
         hard = resource.getrlimit(kind)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(kind, (value, value))
-
-
-def limit_files():
-    """Landlock: from here on nothing but job["paths"] can be opened."""
+if "landlock" in layers:                     # from here on only these places can be opened
     version = check(libc.syscall(444, None, 0, 1))
     known = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1    # its rights, a bit each
+    # 1 execute, 2 write a file, 4 read a file, 8 list a folder; above, making and removing. Python
+    # and the system's libraries may be read; nothing of /home, /proc, /tmp.
+    rights = {".": known, "/dev/null": 2 + 4}
+    for path in (sys.prefix, sys.base_prefix, "/usr", "/lib", "/lib64", "/bin", "/nix/store",
+                 "/etc/ld.so.cache", "/etc/localtime", "/dev/urandom", "/dev/zero",
+                 "/sys/devices/system/cpu"):
+        rights[path] = 1 + 4 + 8 * os.path.isdir(path)
     rules = check(libc.syscall(444, struct.pack("Q", known), 8, 0))
-    for path, rights in job["paths"]:
+    for path in filter(os.path.exists, rights):
         place = os.open(path, os.O_PATH)
-        check(libc.syscall(445, rules, 1, struct.pack("=Qi", rights & known, place), 0))
+        check(libc.syscall(445, rules, 1, struct.pack("=Qi", rights[path], place), 0))
         os.close(place)
     check(libc.syscall(446, rules, 0))
     os.close(rules)
-
-
-def limit_calls():
-    """Seccomp: a small program for the kernel, which looks at the number of every system call."""
+if "seccomp" in layers:    # a small program for the kernel, which looks at every system call
     allow, deny, absent, kill = 0x7fff0000, 0x00050001, 0x00050026, 0x80000000   # EPERM, ENOSYS
     load, equal, at_least, has_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06
-    calls = job["calls"]
-
-    def only_if(number, test, value):        # allowed if its first argument passes the test
-        return [(equal, 0, 4, number), (load, 0, 0, 16), (test, 1, 0, value),
-                (answer, 0, 0, deny), (answer, 0, 0, allow)]
-
     steps = [(load, 0, 0, 4), (equal, 1, 0, calls["arch"]), (answer, 0, 0, kill),
              (load, 0, 0, 0), (at_least, 0, 1, 0x40000000), (answer, 0, 0, deny),
              (equal, 0, 1, 435), (answer, 0, 0, absent)]    # clone3 hides its flags; libc has clone
     for number in calls["denied"]:
         steps += [(equal, 0, 1, number), (answer, 0, 0, deny)]
-    steps += only_if(calls["clone"], has_bit, 0x10000)      # CLONE_THREAD
-    for number in calls["kill"]:
-        steps += only_if(number, equal, os.getpid())
-    steps += only_if(calls["prlimit"], equal, 0) + [(answer, 0, 0, allow)]
+    for number, test, value in [(calls["clone"], has_bit, 0x10000), (calls["prlimit"], equal, 0),
+                                *[(number, equal, os.getpid()) for number in calls["kill"]]]:
+        steps += [(equal, 0, 4, number), (load, 0, 0, 16), (test, 1, 0, value),
+                  (answer, 0, 0, deny), (answer, 0, 0, allow)]   # by the call's first argument
+    steps.append((answer, 0, 0, allow))
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
-    filter = ctypes.create_string_buffer(struct.pack("HP", len(steps), ctypes.addressof(code)))
-    prctl(22, 2, ctypes.addressof(filter))
+    check(libc.prctl(22, 2, struct.pack("HP", len(steps), ctypes.addressof(code)), 0, 0))
+os.write(job["ready"], b"+")                 # all layers are on; what fails now is the program
+os.close(job["ready"])
 
-
-def run_program():
-    name = "program" if job["checked"] else "__main__"    # a demonstration is no part of a check
-    module = sys.modules[name] = types.ModuleType(name)
-    sys.argv = ["program.py"]
+if not job["checked"]:
+    os.close(slip)
+sys.argv = ["program.py"]
+name = "program" if job["checked"] else "__main__"    # a demonstration is no part of a check
+module = sys.modules[name] = types.ModuleType(name)
+names = module.__dict__
+try:
     with open("program.py", encoding="utf-8") as file:
         source = file.read()
-    exec(compile(source, "program.py", "exec", dont_inherit=True), module.__dict__)
-    if job["checked"]:
-        follow_orders(module.__dict__)
-
-
-def follow_orders(names):
-    """What comes after the program: its test, or a call of its function; then the proof."""
-    with os.fdopen(orders_file, encoding="utf-8") as file:
-        orders = json.load(file)
-    value = None
-    if "test" in orders:
-        exec(compile(orders["test"], "test.py", "exec", dont_inherit=True), names)
-    else:
-        holder = names["Solution"]() if "Solution" in names else None
-        function = getattr(holder, orders["function"], None) or names[orders["function"]]
-        value = function(*orders["arguments"])
-    value = json.dumps(value, default=lambda thing: thing.tolist())
-    with os.fdopen(proof_file, "w", encoding="utf-8") as file:
-        file.write(orders["nonce"] + value)
-    sys.stdout.flush()
-    os._exit(0)                              # threads and atexit have no say any more
-
-
-prctl(38, 1)                                 # no new privileges: set-uid programs give none
-limit_resources()
-if job["paths"]:
-    limit_files()
-if job["calls"]:
-    limit_calls()
-if not job["checked"]:
-    os.close(orders_file)
-    os.close(proof_file)
-os.write(ready, b"+")                        # all layers are on; what fails now is the program
-os.close(ready)
-try:
-    run_program()
+    exec(compile(source, "program.py", "exec"), names)
+    if job["checked"]:                       # now its test, or a call of its function; then proof
+        with os.fdopen(slip, "r+", encoding="utf-8") as file:
+            orders, value = json.load(file), None
+            if "test" in orders:
+                exec(compile(orders["test"], "test.py", "exec"), names)
+            else:
+                holder = names["Solution"]() if "Solution" in names else None
+                function = getattr(holder, orders["function"], None) or names[orders["function"]]
+                value = function(*orders["arguments"])
+            value = json.dumps(value, default=lambda thing: thing.tolist())
+            file.seek(0)
+            file.truncate()
+            file.write(orders["nonce"] + value)
+        sys.stdout.flush()
+        os._exit(0)                          # threads and atexit have no say any more
 except MemoryError:
     os.write(2, b"MemoryError: more than the allowed memory\\n")
     os._exit(job["out_of_memory"])
-except SystemExit:
-    raise
-except BaseException as problem:
-    trace = problem.__traceback__
-    while trace and trace.tb_frame.f_code.co_filename == "<string>":     # these are ours
-        trace = trace.tb_next
-    traceback.print_exception(type(problem), problem, trace)
+except Exception as problem:                 # shown without the line of ours that it went through
+    traceback.print_exception(type(problem), problem, problem.__traceback__.tb_next)
     sys.exit(1)
 '''
 
@@ -215,7 +188,7 @@ class Run:
     stdout: str
     stderr: str
     seconds: float
-    value: Any = None              # call_function only
+    value: object = None           # call_function only
 
 
 # ---- python in a sandbox ------------------------------------------------------------------------
@@ -227,81 +200,74 @@ def run_python(code, stdin="", timeout_s=10, memory_mb=1024):
     FOR_PYTHON_MB higher, since libraries reserve more than they use). Output is cut at OUTPUT_CAP
     bytes; what is no text becomes U+FFFD. All it started is gone on return (without pid namespace
     and seccomp: all in its process group). Raises SandboxError if the sandbox does not start."""
-    return confined_run(code, stdin, timeout_s, memory_mb, sandbox_layers())[0]
+    return confined_run(code, stdin, timeout_s, memory_mb, sandbox_layers())
 
 
-def passes(code, test, timeout_s=10, memory_mb=1024):
+def passes(code, test, timeout_s=10):
     """Run `code`, then `test` in the same namespace -> Run; status ok = both ran to their ends.
 
     Neither os._exit(0), SystemExit nor printed text makes a pass (see the head of this file).
     The program is imported, so a block under `if __name__ == "__main__"` is skipped."""
-    return checked_run(code, {"test": test}, timeout_s, memory_mb)
+    return confined_run(code, "", timeout_s, 1024, sandbox_layers(), {"test": test})
 
 
-def call_function(code, function, arguments, timeout_s=6, memory_mb=1024):
+def call_function(code, function, arguments, timeout_s=6):
     """Solution().function(*arguments) or function(*arguments) of `code` -> Run with `value`.
 
     arguments: a list of what JSON can hold. The value comes back through JSON (a tuple as a list,
-    an array as lists); one that JSON cannot hold is an error. None unless status is ok."""
+    an array as lists); one that JSON cannot hold, or of more than OUTPUT_CAP bytes, is an error.
+    None unless status is ok."""
     orders = {"function": function, "arguments": arguments}
-    return checked_run(code, orders, timeout_s, memory_mb)
+    return confined_run(code, "", timeout_s, 1024, sandbox_layers(), orders)
 
 
-def checked_run(code, orders, timeout_s, memory_mb):
-    """Run `code`, then what `orders` say; ok only if our own code after it returned the nonce."""
+def confined_run(code, stdin, timeout_s, memory_mb, layers, orders=None):
+    """Run one program under the given layers, then what `orders` say, a dict -> Run.
+
+    With orders the status is ok only if our own code behind the program gave the nonce back."""
     nonce = secrets.token_hex(16)
-    orders = json.dumps({**orders, "nonce": nonce})
-    run, proof = confined_run(code, "", timeout_s, memory_mb, sandbox_layers(), orders)
-    if run.status != "ok":
-        return run
-    try:
-        if not proof.startswith(nonce):
-            raise ValueError("the program ended before its checks")
-        run.value = json.loads(proof[len(nonce):])
-    except (ValueError, RecursionError) as problem:
-        run.status, run.stderr = "error", f"{run.stderr}\n[{problem}]"
+    start = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        folder = tempfile.mkdtemp(prefix="sandbox-")
+        # Not shutil.rmtree, which fails on very deep folders; before, chmod opens locked ones.
+        stack.callback(subprocess.run, ["rm", "-rf", folder], check=True)
+        stack.callback(subprocess.run, ["chmod", "-R", "u+rwx", folder], stderr=subprocess.DEVNULL)
+        Path(folder, "program.py").write_bytes(code.encode("utf-8", "replace"))
+        # Files instead of pipes: nobody has to read or write while the program runs.
+        given, slip, out, err, ready = files = [stack.enter_context(tempfile.TemporaryFile())
+                                                for _ in range(5)]
+        for file, text in ((given, stdin), (slip, json.dumps({**(orders or {}), "nonce": nonce}))):
+            file.write(text.encode("utf-8", "replace"))
+            file.seek(0)
+        job = {"layers": layers, "seconds": int(timeout_s) + 2, "checked": orders is not None,
+               "memory": (memory_mb + FOR_PYTHON_MB) << 20, "out_of_memory": OUT_OF_MEMORY,
+               "calls": SYSTEM_CALLS.get(platform.machine()), "slip": slip.fileno(),
+               "ready": ready.fileno()}      # no secret, as every process can read it
+        process = subprocess.Popen(
+            [*namespace_command(layers), sys.executable, "-I", "-c", LAUNCHER, json.dumps(job)],
+            stdin=given, stdout=out, stderr=err, pass_fds=(slip.fileno(), ready.fileno()),
+            start_new_session=True, cwd=folder,
+            # One thread for numpy: it reserves memory for each, on 64 cores more than the cap.
+            env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": folder,
+                 "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"})
+        in_time = wait_and_end(process, timeout_s, "pid namespace" in layers)
+        seconds = time.monotonic() - start
+        _, proof, stdout, stderr, started = map(read_output, files)
+    if not started:
+        raise SandboxError(f"the sandbox did not start: {stderr.strip()[-300:]}")
+    ended = {0: "ok", OUT_OF_MEMORY: "memory", -signal.SIGXCPU: "timeout"}.get(
+        process.returncode, "error" if process.returncode > 0 else "killed")
+    run = Run(ended if in_time else "timeout", stdout, stderr, seconds)
+    if orders and run.status == "ok":
+        try:
+            mark, value = proof[:len(nonce)], proof[len(nonce):]
+            run.value = json.loads(value if mark == nonce else "")
+        except (ValueError, RecursionError) as problem:    # it ended early, or made up a value
+            run.status, run.stderr = "error", f"{run.stderr}\n[no result: {problem}]"
     return run
 
 
-def confined_run(code, stdin, timeout_s, memory_mb, layers, orders=""):
-    """One program under the given layers -> (Run, what our code in its process left as proof)."""
-    settings = json.dumps(launch_settings(timeout_s, memory_mb, layers, bool(orders)))
-    start = time.monotonic()
-    with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(fresh_folder())
-        Path(folder, "program.py").write_bytes(code.encode("utf-8", "replace"))
-        # Files instead of pipes: nobody has to read or write while the program runs.
-        given, ordered, out, err, proof = [stack.enter_context(tempfile.TemporaryFile())
-                                           for _ in range(5)]
-        for file, text in ((given, stdin), (ordered, orders)):
-            file.write(text.encode("utf-8", "replace"))
-            file.seek(0)
-        was_ready, ready = (stack.enter_context(open(end, mode, buffering=0))
-                            for end, mode in zip(os.pipe(), ("rb", "wb")))
-        ends = (ordered.fileno(), proof.fileno(), ready.fileno())
-        process = stack.enter_context(subprocess.Popen(
-            [*namespace_command(layers), sys.executable, "-I", "-c", LAUNCHER, settings,
-             *map(str, ends)], pass_fds=ends, start_new_session=True, cwd=folder,
-            stdin=given, stdout=out, stderr=err,
-            # One thread for numpy: it reserves memory for each, on 64 cores more than the cap.
-            env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": folder,
-                 "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}))
-        ready.close()
-        in_time = wait_and_end(process, timeout_s)
-        seconds = time.monotonic() - start
-        stdout = read_output(out)
-        stderr = re.sub(r"(?m)^unshare: sigprocmask .*\n", "", read_output(err))   # if killed
-        if not was_ready.read(1):
-            raise SandboxError(f"the sandbox did not start: {stderr.strip()[-300:]}")
-        proof.seek(0)
-        told = proof.read().decode("utf-8", "replace")
-    ended = process.returncode                     # negative: by a signal
-    status = {0: "ok", OUT_OF_MEMORY: "memory", -signal.SIGXCPU: "timeout"}.get(
-        ended, "error" if ended > 0 else "killed")
-    return Run(status if in_time else "timeout", stdout, stderr, seconds), told
-
-
-def wait_and_end(process, timeout_s):
+def wait_and_end(process, timeout_s, namespaced):
     """Wait for a process and end all that it started -> whether it ended in time."""
     try:
         process.wait(timeout_s)
@@ -309,119 +275,58 @@ def wait_and_end(process, timeout_s):
     except subprocess.TimeoutExpired:
         return False
     finally:
-        if process.poll() is None:
-            # The first process of a namespace takes all others along, and only when they are gone
-            # does unshare, its parent, end: so that one is killed, not unshare.
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-            first = children.read_text().split() if children.exists() else ()
-            for child in first or [process.pid]:
-                os.kill(int(child), signal.SIGKILL)
-            process.wait()
-        end_group(process.pid)
-
-
-def end_group(group):
-    """Kill a process group until nobody is left in it: a killed process takes a moment to go."""
-    for _ in range(50):            # and a dead one that nobody waits for never does
-        try:
-            os.killpg(group, signal.SIGKILL)
-        except ProcessLookupError:
-            return
-        time.sleep(0.005)
-
-
-@contextlib.contextmanager
-def fresh_folder():
-    """A temporary folder, removed afterwards whatever the program has made of it."""
-    folder = tempfile.mkdtemp(prefix="sandbox-")
-    try:
-        yield folder
-    finally:
-        try:
-            shutil.rmtree(folder)
-        except (OSError, RecursionError):
-            # Locked or very deep folders. rm takes both, once it may enter.
-            subprocess.run(["chmod", "-R", "u+rwx", folder], stderr=subprocess.DEVNULL)
-            subprocess.run(["rm", "-rf", folder], check=True)
+        # The first process of a namespace takes all others along, and only when they are gone
+        # does unshare, its parent, end: so that one is killed, not unshare.
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while process.poll() is None:
+            first = children.read_text().split() if namespaced and children.exists() else ()
+            with contextlib.suppress(ProcessLookupError):      # it may have gone meanwhile
+                os.kill(int(first[0]) if first else process.pid, signal.SIGKILL)
+            time.sleep(0.002)
+        # A killed process takes a moment to go; one that nobody waits for never goes.
+        with contextlib.suppress(ProcessLookupError):          # nobody is left in its group
+            for _ in range(50):
+                os.killpg(process.pid, signal.SIGKILL)
+                time.sleep(0.005)
 
 
 def read_output(file):
     """What a program wrote, as text: bytes that are none and nulls as U+FFFD, a mark where cut."""
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    text = file.read(OUTPUT_CAP).decode("utf-8", "replace").replace("\0", "\ufffd")
-    return text + "\n[output cut here]" if size > OUTPUT_CAP else text
+    written = os.pread(file.fileno(), OUTPUT_CAP + 1, 0)
+    text = written[:OUTPUT_CAP].decode("utf-8", "replace").replace("\0", "\ufffd")
+    return text + "\n[output cut here]" if len(written) > OUTPUT_CAP else text
 
 
 def namespace_command(layers):
     """What stands before python to give it namespaces of its own; the user keeps its id there."""
-    if "pid namespace" not in layers:
-        return []
-    own = ["--user", "--map-current-user", "--ipc", "--pid", "--fork", "--kill-child",
-           "--mount-proc"] + ["--net"] * ("net namespace" in layers)
-    return [shutil.which("unshare") or "unshare", *own]
+    own = {"net namespace": "--net",
+           "pid namespace": "--ipc --pid --fork --kill-child --mount-proc"}
+    options = " ".join(own.get(layer, "") for layer in layers).split()
+    unshare = shutil.which("unshare") or "unshare"
+    return [unshare, "--user", "--map-current-user", *options] if options else []
 
 
-def launch_settings(timeout_s, memory_mb, layers, checked):
-    """What LAUNCHER needs to know, for JSON. It holds no secret: every process can read it."""
-    limits, paths, calls = {}, [], None
-    if "process limits" in layers:
-        # NPROC counts all threads of this user (before Linux 5.14 outside the namespace too), so
-        # it cannot be small. CPU is a second clock, should this process die.
-        limits = {"RLIMIT_AS": (memory_mb + FOR_PYTHON_MB) << 20, "RLIMIT_FSIZE": FILE_CAP,
-                  "RLIMIT_CPU": int(timeout_s) + 2, "RLIMIT_NOFILE": 128, "RLIMIT_NPROC": 1024,
-                  "RLIMIT_CORE": 0}
-    if "landlock" in layers:
-        # Rights: 1 execute, 2 write a file, 4 read a file, 8 list a folder; above, making and
-        # removing. Python and the system's libraries may be read; nothing of /home, /proc, /tmp.
-        system = ["/usr", "/lib", "/lib64", "/bin", "/nix/store", "/etc/ld.so.cache",
-                  "/etc/localtime", "/dev/urandom", "/dev/zero", "/sys/devices/system/cpu"]
-        paths = [(path, 1 + 4 + 8 * os.path.isdir(path))
-                 for path in (sys.prefix, sys.base_prefix, *system) if os.path.exists(path)]
-        paths += [("/dev/null", 2 + 4), (".", (1 << 16) - 1)]
-    if "seccomp" in layers:
-        calls = SYSTEM_CALLS[platform.machine()]
-    return {"limits": limits, "paths": paths, "calls": calls, "checked": checked,
-            "out_of_memory": OUT_OF_MEMORY}
-
-
-# ---- which layers there are ---------------------------------------------------------------------
-
-_probing = threading.Lock()
-_active = None                     # what sandbox_layers found, once a process
-
-
+@functools.cache
 def sandbox_layers():
     """Names of the layers of LAYERS that work on this machine, found out once by trying them.
 
-    A layer counts if a small program, which loads numpy if it is there, runs under it as it does
-    without. Where neither namespaces nor landlock work, this process is made undumpable
+    A layer counts if a small program, which loads numpy if it is there, prints under it what it
+    does without. Where neither namespaces nor landlock work, this process is made undumpable
     (PR_SET_DUMPABLE 0: no core dumps, no debugger of the same user), since a program of the same
     user could read our environment in /proc otherwise. Nothing else here changes this process."""
-    global _active
-    with _probing:
-        if _active is None:
-            active, bare = [], probe([])
-            for name in LAYERS:
-                possible = {"net namespace": "pid namespace" in active,
-                            "seccomp": platform.machine() in SYSTEM_CALLS}
-                if bare and possible.get(name, True) and probe([*active, name]) == bare:
-                    active.append(name)
-            if bare and not {"pid namespace", "landlock"} & set(active):
-                ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)
-            _active = tuple(active)
-    return _active
-
-
-def probe(layers):
-    """What a small program prints under these layers; None if it does not run."""
-    code = ("import importlib.util\nfound = importlib.util.find_spec('numpy') is not None\n"
-            "if found:\n    import numpy\nprint('ready', found)")
-    try:
-        run, _ = confined_run(code, "", 30, 1024, layers)
-    except (SandboxError, OSError):
-        return None                # that the layer is not there is what was to be found out
-    return run.stdout if run.status == "ok" else None
+    def printed(layers):
+        try:
+            return confined_run(code, "", 30, 1024, layers).stdout
+        except (SandboxError, OSError):
+            return ""                          # the layer is not there
+    code = "import importlib.util as u\nprint(u.find_spec('numpy') and __import__('numpy'))"
+    active, bare = [], printed([])
+    for name in LAYERS:
+        if bare and printed([*active, name]) == bare:
+            active.append(name)
+    if bare and not {"pid namespace", "landlock"} & set(active):
+        ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)
+    return tuple(active)
 
 
 def require_sandbox(allow_unsafe=False):
@@ -443,36 +348,31 @@ def require_sandbox(allow_unsafe=False):
 
 class Key(str):
     """A secret. It prints as <key>, so that no log, message or table can show it by accident."""
+    __repr__ = __str__ = __format__ = lambda self, *_: "<key>"
 
-    def __repr__(self):
-        return "<key>"
-
-    def __format__(self, spec):
-        return "<key>"
-
-    __str__ = __repr__
+    def __call__(self, request):
+        """Sign a request: what `auth` of requests is for, which else prefers a key of ~/.netrc."""
+        request.headers["Authorization"] = "Bearer " + self[:]
+        return request
 
 
+PATIENCE_S = 60                    # how long a service that is busy or away is waited for, in all
 _spent = set()                     # (host, key) refused or used up, put aside for this process
 _turn = itertools.count()          # keys take turns, over all threads
 
 
 def setting(name):
-    """An environment variable, else its line in the file .env of the current folder, else None."""
-    if os.environ.get(name):
-        return os.environ[name]
+    """An environment variable, else its line in the file .env of the current folder, else ""."""
     file = Path(".env")
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-        key, equals, value = line.strip().removeprefix("export ").partition("=")
-        if equals and key.strip() == name:
-            return value.strip().strip("\"'") or None
-    return None
+    lines = file.read_text(encoding="utf-8") if file.is_file() else ""
+    found = re.search(rf"(?m)^[ \t]*(?:export[ \t]+)?{name}[ \t]*=(.*)$", lines)
+    return os.environ.get(name) or (found[1].strip().strip("\"'") if found else "")
 
 
 def usable_key(text, where):
     """A Key, if it can stand in a header; ValueError naming `where`, never the key, if not."""
     if not re.fullmatch(r"[!-~]+", text):
-        raise ValueError(f"{where} holds no usable key (empty, or with spaces or other characters)")
+        raise ValueError(f"{where} holds no usable key (it has spaces or other characters)")
     return Key(text)
 
 
@@ -480,97 +380,80 @@ def read_keys(file=None):
     """Tavily keys: one a line of `file` (# comments), else TAVILY_API_KEY (environment or .env).
 
     Raises ValueError if there is none or the file cannot be read."""
-    if file is None:
-        value = setting("TAVILY_API_KEY")
-        if value is None:
-            raise ValueError("web search needs a key: set TAVILY_API_KEY, in the environment or in "
-                             ".env, or pass --tavily_keys_file")
-        return [usable_key(value, "TAVILY_API_KEY")]
+    where = file or "TAVILY_API_KEY"
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        text = Path(file).read_text(encoding="utf-8") if file else setting(where)
     except (OSError, UnicodeDecodeError) as problem:
         raise ValueError(f"keys file {file} cannot be read ({type(problem).__name__})") from None
-    lines = [(number, line.split("#")[0].strip()) for number, line in enumerate(lines, 1)]
-    keys = [usable_key(line, f"{file}, line {number},") for number, line in lines if line]
+    lines = [line.split("#")[0].strip() for line in text.splitlines()]
+    keys = [usable_key(line, f"{where}, line {number},")
+            for number, line in enumerate(lines, 1) if line]
     if not keys:
-        raise ValueError(f"keys file {file} holds no key: write one a line")
+        raise ValueError(f"{where} holds no key for web search: set TAVILY_API_KEY, in the "
+                         "environment or .env, or write one a line of --tavily_keys_file")
     return keys
 
 
-def post(url, keys, body, timeout_s=30, patience_s=60, sleep=time.sleep):
+def post(url, keys, body, timeout_s, sleep):
     """POST `body` as JSON with a bearer key -> the reply, a dict. Raises ServiceError.
 
     Tried again after 1, 2, 4 .. s, or as many as `retry-after` asks for if that is more, and at
-    most patience_s of such waits in all: 408, 429, 5xx, a connection that fails, hangs for
+    most PATIENCE_S of such waits in all: 408, 429, 5xx, a connection that fails, hangs for
     timeout_s or breaks off, a reply that is no JSON object. A key answered by 401, 403, 432 or
     433 is put aside and the next one is taken."""
-    host, waited, tries, problem = urlsplit(url).netloc, 0.0, 0, "no key was given"
-    while True:
+    host, waited, problem = urlsplit(url).netloc, 0.0, "no key was given"
+    for tries in itertools.count():
         usable = [key for key in keys if (host, key) not in _spent]
         if not usable:
             raise ServiceError(f"{host}: every key was refused or is used up ({problem})")
         key = usable[next(_turn) % len(usable)]
-        status, reply, problem, pause = post_once(url, key, body, timeout_s)
-        if status == 200 and reply is not None:
-            return reply
+        status, wait = 0, ""
+        try:
+            response = requests.post(url, json=body, auth=key, timeout=timeout_s,
+                                     allow_redirects=False)     # a key goes nowhere else
+            status, wait = response.status_code, response.headers.get("retry-after", "")
+            detail = response.text.replace(key[:], "<key>")     # a server may quote what it got
+            problem = f"HTTP {status} {' '.join(detail.split())[:200]}"
+            reply = response.json()
+            if status == 200 and isinstance(reply, dict):
+                return reply
+        except (requests.JSONDecodeError, RecursionError):
+            pass                               # half a reply, or a page of HTML
+        except (requests.RequestException, ValueError) as error:
+            problem = f"no reply ({type(error).__name__})"
+            if isinstance(error, ValueError):  # no address that one could ask
+                raise ServiceError(f"{host}: {problem}") from None
         if status in (401, 403, 432, 433):
             _spent.add((host, key))
             continue
         if status not in (0, 200, 408, 429) and status < 500:
             raise ServiceError(f"{host}: {problem}")
-        pause = max(2.0 ** tries, pause)       # never none: a server may ask for 0 s for ever
-        tries += 1
-        if waited + pause > patience_s:
-            raise ServiceError(f"{host}: {problem}; gave up after {tries} tries, as the next would "
-                               f"exceed {patience_s:g} s of waiting")
+        pause = max(2.0 ** tries, float(wait) if wait.isdecimal() else 0.0)
+        if waited + pause > PATIENCE_S:
+            raise ServiceError(f"{host}: {problem}; gave up after {waited:g} s of waiting, as the "
+                               f"next try would exceed {PATIENCE_S} s")
         sleep(pause)
         waited += pause
 
 
-def post_once(url, key, body, timeout_s):
-    """(HTTP status, 0 = none; reply dict or None; the problem in words; seconds it asks to wait)"""
-    def sign(request):             # as `auth`, else requests would prefer a key from ~/.netrc
-        request.headers["Authorization"] = "Bearer " + key[:]
-        return request
-
-    try:
-        response = requests.post(url, json=body, auth=sign, timeout=timeout_s,
-                                 allow_redirects=False)         # a key goes nowhere else
-    except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError,
-            requests.exceptions.ContentDecodingError) as problem:
-        return 0, None, f"no reply ({type(problem).__name__})", 0.0
-    except (requests.RequestException, UnicodeError) as problem:
-        return 400, None, f"the request cannot be sent ({type(problem).__name__})", 0.0
-    wait = response.headers.get("retry-after", "")
-    pause = float(wait) if re.fullmatch(r"\d{1,9}(\.\d+)?", wait) else 0.0
-    try:
-        reply = response.json()
-    except (ValueError, RecursionError):
-        reply = None                                            # half a reply, or a page of HTML
-    if response.status_code == 200 and not isinstance(reply, dict):
-        return 200, None, "the reply is no JSON object", pause
-    detail = response.text.replace(key[:], "<key>")             # a server may quote what it got
-    detail = re.sub(r"\s+", " ", detail)[:200]
-    return response.status_code, reply, f"HTTP {response.status_code} {detail}", pause
-
-
-def search_web(query, keys, max_results=4, base_url="https://api.tavily.com", depth="basic",
-               timeout_s=30, patience_s=60, sleep=time.sleep):
+def search_web(query, keys, max_results=4, base_url="https://api.tavily.com", timeout_s=30,
+               sleep=time.sleep):
     """Search the web with Tavily -> compact text: title, address and content of each result.
 
     Raises ValueError for an empty query, ServiceError as `post` does."""
     if not query.strip():
         raise ValueError("the search query is empty")
     # 400 characters is the most the service takes.
-    body = {"query": query.strip()[:400], "max_results": max_results, "search_depth": depth}
-    reply = post(base_url.rstrip("/") + "/search", keys, body, timeout_s, patience_s, sleep)
+    body = {"query": query.strip()[:400], "max_results": max_results, "search_depth": "basic"}
+    reply = post(f"{base_url}/search", keys, body, timeout_s, sleep)
     results = reply.get("results")
     if not isinstance(results, list) or not all(isinstance(item, dict) for item in results):
         raise ServiceError(f"{urlsplit(base_url).netloc}: the reply holds no list of results")
     parts = [f"Answer: {reply['answer']}"] if reply.get("answer") else []
     for number, item in enumerate(results[:max_results], 1):
-        parts.append(f"[{number}] {item.get('title') or ''}\n{item.get('url') or ''}\n"
-                     f"{str(item.get('content') or '').strip()}")
+        title, address, content = (str(item.get(name) or "").strip()
+                                   for name in ("title", "url", "content"))
+        parts.append(f"[{number}] {title}\n{address}\n{content}")
     return "\n\n".join(parts) or "no results"
 
 
@@ -583,14 +466,8 @@ JUDGE_PROMPT = (
     "correct if it commits to one answer that means the same as a reference answer; it is "
     "incorrect if it names something else, several candidates, or nothing. Reply with one word: "
     "correct or incorrect.")
-
-
-@dataclass(frozen=True)
-class JudgeSettings:
-    """Where the judge is: the full address of its chat completions, its model's name, a Key."""
-    url: str
-    model: str
-    key: Key
+# Where the judge is: the full address of its chat completions, its model's name, a Key.
+JudgeSettings = collections.namedtuple("JudgeSettings", "url model key")
 
 
 def judge_settings():
@@ -603,45 +480,43 @@ def judge_settings():
         return None
     if missing:
         raise ValueError(f"the judge is only partly set up: set {', '.join(missing)} as well")
-    url = found["API_BASE_URL"].rstrip("/")
-    if not re.match(r"https?://.", url):
+    if not re.match(r"https?://.", found["API_BASE_URL"].rstrip("/")):
         raise ValueError("API_BASE_URL must start with http:// or https://")
-    if not url.endswith("/chat/completions"):
-        url += "/chat/completions"
+    url = found["API_BASE_URL"].rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
     return JudgeSettings(url, found["API_MODEL"], usable_key(found["API_KEY"], "API_KEY"))
 
 
-def judge(question, gold, answer, settings=None, cache="out/judge", timeout_s=120, patience_s=120,
+def judge(question, gold, answer, settings=None, cache="out/judge", timeout_s=120,
           sleep=time.sleep):
     """Ask a language model whether `answer` means `gold` -> "correct", "incorrect" or "invalid".
 
     gold: a string or a list of them. Replies that hold a verdict are kept in folder `cache` under
-    the hash of address, model and messages, and not asked for again. Raises ValueError if no judge
-    is set up, ServiceError if it cannot be reached or its reply is no chat completion."""
+    the hash of all that was asked, and not asked for again. Raises ValueError if no judge is set
+    up, ServiceError if it cannot be reached or its reply is no chat completion."""
     settings = settings or judge_settings()
     if settings is None:
         raise ValueError("no judge is set up: set API_KEY, API_BASE_URL and API_MODEL")
-    golds = [gold] if isinstance(gold, str) else list(gold)
-    # A mark that the answer cannot contain, as it depends on all of it.
-    mark = hashlib.sha256(json.dumps([question, golds, answer]).encode()).hexdigest()[:16]
-    user = (f"Question: {question}\nReference answers: {json.dumps(golds, ensure_ascii=False)}\n"
-            f"The answer to grade:\n[{mark}]\n{answer[:4000]}\n[/{mark}]")
-    messages = [{"role": "system", "content": JUDGE_PROMPT}, {"role": "user", "content": user}]
-    name = json.dumps([settings.url, settings.model, messages])
-    file = Path(cache) / (hashlib.sha256(name.encode()).hexdigest() + ".json")
+    golds = json.dumps([gold] if isinstance(gold, str) else list(gold), ensure_ascii=False)
+    asked = json.dumps([settings.url, settings.model, JUDGE_PROMPT, question, golds, answer])
+    name = hashlib.sha256(asked.encode()).hexdigest()
+    file = Path(cache, f"{name}.json")
     if file.is_file():
         return read_verdict(json.loads(file.read_text(encoding="utf-8"))["reply"])
+    mark = name[:16]               # the answer cannot contain it, as it depends on all of it
+    user = (f"Question: {question}\nReference answers: {golds}\n"
+            f"The answer to grade:\n[{mark}]\n{answer[:4000]}\n[/{mark}]")
+    messages = [{"role": "system", "content": JUDGE_PROMPT}, {"role": "user", "content": user}]
     body = {"model": settings.model, "messages": messages, "temperature": 0, "max_tokens": 2048}
-    reply = post(settings.url, [settings.key], body, timeout_s, patience_s, sleep)
+    reply = post(settings.url, [settings.key], body, timeout_s, sleep)
     try:
         content = reply["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError):
-        raise ServiceError(f"{urlsplit(settings.url).netloc}: the reply is no chat completion"
-                           ) from None
+        host = urlsplit(settings.url).netloc
+        raise ServiceError(f"{host}: the reply is no chat completion") from None
     verdict = read_verdict(content)
     if verdict != "invalid":
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(f"{file.name}.{secrets.token_hex(4)}")
+        part = file.with_name(f"{name}.{secrets.token_hex(4)}")     # whole or not at all
         part.write_text(json.dumps({"model": settings.model, "reply": content}), encoding="utf-8")
         os.replace(part, file)
     return verdict
@@ -649,13 +524,10 @@ def judge(question, gold, answer, settings=None, cache="out/judge", timeout_s=12
 
 def read_verdict(reply):
     """The judge's verdict: the last line, which must be one word. Anything else is "invalid"."""
-    if not isinstance(reply, str):
-        return "invalid"                       # null: the model spent all its tokens on thinking
-    reply = reply.rpartition("</think>")[2]
+    reply = str(reply).rpartition("</think>")[2]
     if "<think>" in reply:
         return "invalid"                       # cut off while it was still thinking
-    lines = reply.strip().splitlines()
-    word = lines[-1].strip(" \t*_`'\".").lower() if lines else ""
+    word = reply.strip().rpartition("\n")[2].strip(" \t*_`'\".").lower()
     return word if word in ("incorrect", "correct") else "invalid"
 
 
@@ -665,11 +537,8 @@ def next_call(text):
     """(tool, body) if `text` ends in a call, `<python> .. </python>` or `<search> .. </search>`.
 
     None if not: the model goes on writing, or is done."""
-    found = re.search(r"</(python|search)>\s*$", text)
-    start = text.rfind(f"<{found[1]}>", 0, found.start()) if found else -1
-    if start < 0:
-        return None
-    return found[1], text[start + len(found[1]) + 2:found.start()]
+    found = re.fullmatch(r".*<(python|search)>(.*)</\1>\s*", text, re.DOTALL)
+    return found.groups() if found else None
 
 
 def run_tool(tool, body, search=None):
@@ -677,8 +546,11 @@ def run_tool(tool, body, search=None):
 
     python has 10 s; search is a function query -> text, None where there is no key."""
     if tool == "python":
-        code = re.sub(r"^\s*```\w*\n|\n```\s*$", "", body).strip("\n")
-        result = describe(run_python(code, timeout_s=10))
+        run = run_python(re.sub(r"^\s*```\w*\n|\n```\s*$", "", body).strip("\n"), timeout_s=10)
+        result = run.stdout.rstrip()
+        if run.status != "ok":
+            result += f"\n[{run.status} after {run.seconds:.1f} s]\n{run.stderr.strip()[-2000:]}"
+        result = result.strip("\n") or "(nothing was printed)"
     elif tool == "search":
         try:
             result = search(body.strip()) if search else "web search is not available"
@@ -686,18 +558,8 @@ def run_tool(tool, body, search=None):
             result = f"web search failed: {problem}"
     else:
         raise ValueError(f"unknown tool '{tool}': there are python and search")
-    # The model must not be able to close the result from inside: what follows would pass for its
-    # own words.
+    # The model must not be able to close the result: what follows would pass for its own words.
     result = re.sub(r"<\s*/\s*result\s*>", "[/result]", result, flags=re.IGNORECASE)
     if len(result) > RESULT_CAP:
         result = result[:RESULT_CAP - 6] + "\n[cut]"
     return f"\n<result>\n{result}\n</result>\n"
-
-
-def describe(run):
-    """What a model gets to read about its program."""
-    parts = [run.stdout.rstrip()]
-    if run.status != "ok":
-        parts.append(f"[{run.status} after {run.seconds:.1f} s]")
-        parts.append(run.stderr.strip()[-2000:])
-    return "\n".join(part for part in parts if part) or "(nothing was printed)"

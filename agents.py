@@ -136,6 +136,8 @@ class Past:
 
     def rows(self, places):
         """The Past of these rows alone; a row may come several times."""
+        if places == list(range(len(self.mask))):
+            return self
         places, cache = torch.tensor(places, device=self.mask.device), self.copy_cache()
         cache.reorder_cache(places)
         return Past(cache, self.mask[places], self.last[places])
@@ -211,12 +213,16 @@ class Agent:
 
     # ---- prompts ----------------------------------------------------------------------------
 
-    def tokenize(self, texts):
-        """Token ids of each text on its own, without special tokens: [[int]]."""
+    def tokenize(self, texts, plain=False):
+        """Token ids of each text on its own, without special tokens: [[int]]. plain: a text of
+        strangers, in which <|im_end|> is to be eight letters and not the end of a turn."""
         unique = list(dict.fromkeys(texts))          # what follows a slot is the same in all rows
         if not unique:
             return []
-        ids = self.tokenizer(unique, add_special_tokens=False)["input_ids"]
+        # Half a surrogate pair, which JSON can carry, is no text that a tokenizer takes.
+        proper = [text.encode("utf-8", "replace").decode() for text in unique]
+        ids = self.tokenizer(proper, add_special_tokens=False, split_special_tokens=plain)
+        ids = ids["input_ids"]
         known = dict(zip(unique, ids))
         return [known[text] for text in texts]
 

@@ -13,6 +13,7 @@ for as many turns). Controls: `untrained` (fresh outer links), `zero` (zeros are
 OUT/results.jsonl has a line a question and method, OUT/summary.json and OUT/summary.png the table.
 An answer that cannot be read is asked for once more (--answer_retry); what stays unread is wrong.
 """
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -31,7 +32,7 @@ import common
 from link import read_json, write_json, write_whole
 from recurse import WORDS, chunks, load_mas_system, recurse, write
 from styles import get_style
-from tasks import Score, get_task, pass_at_k
+from tasks import Score, get_task, pass_at_k, task_names
 from tools import read_keys, search_web
 
 ALL_METHODS = ("text", "text_brief", "single", "single_loop", "untrained", "zero", "shuffle",
@@ -80,8 +81,9 @@ def flags():
         help="instead of scoring, print N problems with the latents in words")
     early = common.early_flags()
     style = get_style(early.style or "tiny")
+    name = early.task or early.dataset
     settings = {**style.settings.get("evaluate", {}),
-                **style.settings.get(early.task or early.dataset, {})}
+                **(style.settings.get(name, {}) if name in task_names() else {})}
     args = common.parse_flags(parser, settings)
     return args, common.with_prompts(style, args.prompts)
 
@@ -113,15 +115,16 @@ def answer_batch(mas, task, batch, method, rounds, options):
         if isinstance(problem, torch.AcceleratorError) and not isinstance(
                 problem, torch.OutOfMemoryError):
             raise                                    # the card itself has failed: so would all else
-        failure = f"{type(problem).__name__}: {str(problem).strip().splitlines()[0]}"
+        failure = " ".join([f"{type(problem).__name__}:", *str(problem).split("\n")[:1]])
     if failure and len(batch) > 1 and method != "shuffle":      # here the broken batch is let go of
         torch.cuda.empty_cache()
         return [line for example in batch
                 for line in answer_batch(mas, task, [example], method, rounds, options)]
     if failure:
-        answers = [{"outputs": [], "parsed": [None], "correct": [False], "notes": [],
-                    "retried": 0, "error": failure, "decoded_tokens": 0, "latent_steps": 0,
-                    "seconds": 0.0, "peak_memory_mb": 0.0} for _ in batch]
+        count = options["samples"]
+        answers = [{"outputs": [], "parsed": [None] * count, "correct": [False] * count,
+                    "notes": [""] * count, "retried": 0, "error": failure, "decoded_tokens": 0,
+                    "latent_steps": 0, "seconds": 0.0, "peak_memory_mb": 0.0} for _ in batch]
     return [{**line, "id": example.id, "question": example.question, "gold": example.gold,
              **answer} for example, answer in zip(batch, answers)]
 
@@ -210,7 +213,9 @@ def make_plan(methods, depths, batches):
 
 def warm_up(mas, batch):
     """One short untimed answer: first calls pay for what later ones find ready."""
-    mas.respond([example.question for example in batch[:2]], 1, 1, batch[0].kind, max_new_tokens=2)
+    with contextlib.suppress(RuntimeError):              # whoever fails here fails again, and is
+        mas.respond([example.question for example in batch[:2]], 1, 1, batch[0].kind,
+                    max_new_tokens=2)                    # recorded then
 
 
 def peak_memory_mb(cards):
@@ -419,10 +424,12 @@ def pool(rows):
 
 # ---- main ---------------------------------------------------------------------------------------
 
-def open_results(out, settings, resume):
-    """{key of a question and method: its line} of a run with the same settings; without resume
-    older results are moved aside. A batch of which a line is missing, or failed, is answered again
-    as a whole (see main), so that a resumed run equals an unbroken one."""
+def open_results(out, settings, resume, asked):
+    """{key of a question and method: its line} of a run with the same settings that asked the same
+    {(id, question)}; without resume older results are moved aside.
+
+    A batch of which a line is missing, or failed, is answered again as a whole (see main), so that
+    a resumed run equals an unbroken one."""
     results, summary = out / "results.jsonl", out / "summary.json"
     if not resume:
         out.mkdir(parents=True, exist_ok=True)
@@ -434,13 +441,17 @@ def open_results(out, settings, resume):
     if not results.is_file() or not summary.is_file():
         raise FileNotFoundError(f"nothing to resume: {results} is missing; leave --resume away")
     earlier = read_json(summary, dict).get("settings", {})
-    odd = [key for key in settings if earlier.get(key) != settings[key]]
+    odd = [key for key in settings if earlier.get(key) != settings[key]
+           and key not in ("device", "offload")]          # where it runs changes no answer
     if odd:
         raise ValueError(f"{out} holds another run ({', '.join(odd)} differ): use the same flags, "
                          "or another --out")
     common.drop_torn_line(results)
-    return {line_key(line): line for line in common.read_json_lines(results)
-            if "error" not in line}
+    lines = common.read_json_lines(results)
+    if any((line.get("id"), line.get("question")) not in asked for line in lines):
+        raise ValueError(f"{results} holds answers to other questions: use the same data, or "
+                         "another --out")
+    return {line_key(line): line for line in lines if "error" not in line}
 
 
 def line_key(line):
@@ -518,7 +529,7 @@ def main():
     mas = load_mas_system(style, args.device, args.dtype, task.kind, bool(args.trust_remote_code),
                           parse_override(args.ckpt_override), args.revision,
                           bool(args.enable_thinking), args.offload, args.allow_unsafe_code)
-    if "search" in style.tools:
+    if "search" in mas.style.tools:
         mas.search = web_search(args.tavily_keys_file)
     if args.show:
         show(mas, examples[:args.show], options, max(args.num_recursive_rounds))
@@ -529,7 +540,8 @@ def main():
     settings["ranks"] = common.RANKS
     own = out / f"rank{common.RANK}" if common.RANKS > 1 else out     # where this rank writes
     plan = make_plan(args.method, args.num_recursive_rounds, batches[common.RANK::common.RANKS])
-    lines = open_results(own, settings, args.resume)
+    lines = open_results(own, settings, args.resume,
+                         {(example.id, example.question) for example in examples})
     plan = [(method, rounds, batch) for method, rounds, batch in plan
             if any((method, rounds, example.id) not in lines for example in batch)]
     for method, rounds, batch in plan:
@@ -553,9 +565,6 @@ def main():
         parts = [out / f"rank{rank}" / "results.jsonl" for rank in range(common.RANKS)]
         lines = {line_key(line): line for part in parts for line in common.read_json_lines(part)}
     lines = write_lines(out, whole_plan, lines)
-    failed = [line["error"] for line in lines if not line["outputs"]]
-    if len(failed) == len(lines):
-        raise ValueError(f"every question failed: {failed[0]}")
     rows = summarise(lines)
     write_json(out / "summary.json", {"settings": settings, "rows": rows})
     print_table(rows)
@@ -563,6 +572,9 @@ def main():
     plot(rows, out / "summary.png")
     print(f"{len(examples)} questions, {time.time() - started:.0f} s; results.jsonl, summary.json "
           f"and summary.png are in {out}")
+    failed = [line["error"] for line in lines if not line["outputs"]]
+    if len(failed) == len(lines):
+        raise ValueError(f"every question failed: {failed[0]}")
 
 
 if __name__ == "__main__":

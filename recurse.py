@@ -104,7 +104,8 @@ class Draft:
         self.agent, role, round, self.read = turn
         seed, samples = options.pop("seed"), options.pop("samples")
         self.per_question = samples * options.pop("repeats")
-        self.stop = tuple(options.pop("stop", ()))
+        stop = options.pop("stop", ())
+        self.stop = (stop,) if isinstance(stop, str) else tuple(stop)
         self.max_new_tokens, self.options = options.pop("max_new_tokens"), options
         self.rows = [row for row in range(len(questions)) for _ in range(samples)]
         self.seeds = [text_seed(seed, role, round, questions[row], p % self.per_question)
@@ -127,11 +128,11 @@ class Draft:
             self.told[p] = self.told[p] + self.newest[p]
             self.decoded[p] += len(self.newest[p])
 
-    def add(self, p, text):
-        """Put text behind draft p, in place of its end token, as if it had been written."""
+    def add(self, p, text, plain=False):
+        """Put text behind draft p, in place of its end token (plain: see Agent.tokenize)."""
         while self.told[p] and self.told[p][-1] in self.agent.end_tokens:
             self.told[p] = self.told[p][:-1]
-        self.told[p] = self.told[p] + self.agent.tokenize([text])[0]
+        self.told[p] = self.told[p] + self.agent.tokenize([text], plain)[0]
 
     def use_tools(self, drafts, tools, search):
         """Run the calls that drafts end in, side by side, and add the results; returns the drafts
@@ -148,7 +149,7 @@ class Draft:
         with ThreadPoolExecutor(MAX_CALLS) as pool:
             results = pool.map(lambda call: run_tool(*call, search), calls.values())
             for p, result in zip(calls, results):
-                self.add(p, result)
+                self.add(p, result, plain=True)
         return going
 
     def text(self, p):
@@ -320,6 +321,8 @@ class MAS:
 
         Samples share all that is no word: prompts, latents and the last prompt are read once. Where
         the agents' messages are words, each sample is a run of its own. `writing`: see Draft."""
+        if samples < 1:
+            raise ValueError(f"samples must be at least 1, not {samples}")
         if samples > 1 and method in ("text", "text_brief", "single_loop"):
             kinds = [kind] * len(questions) if isinstance(kind, str) else kind
             questions = [question for question in questions for _ in range(samples)]

@@ -163,7 +163,7 @@ def hub_rows(name, config, split):
     import datasets                            # takes a second to import: only where it is needed
     try:
         rows = datasets.load_dataset(name, config, split=split)
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as problem:
         raise OSError(no_hub(name, problem)) from problem
     yield from ((Place(name, number), row) for number, row in enumerate(rows, start=1))
 

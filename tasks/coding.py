@@ -42,7 +42,9 @@ NAMES = ("mbppplus", "livecodebench")
 MBPP, LIVE = ("evalplus/mbppplus", None, "test"), "livecodebench/code_generation_lite"
 LIVE_FILES = [f"test{number}.jsonl" for number in ("", 2, 3, 4, 5, 6)]      # together release v6
 MBPP_SECONDS, LIVE_SECONDS = 10, 6         # a script, a test
-BLOCK = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.M)
+FENCE = r"^[ \t]*```[ \t]*"                # one with a language opens, also where a block is open
+BLOCK = re.compile(FENCE + r"(\w*)[^\n`]*\n(.*?)(?:" + FENCE + r"(?!\w)|(?=" + FENCE + r"\w)|\Z)",
+                   re.DOTALL | re.M)
 FUTURE = re.compile(r"^from __future__ .*\n", re.M)                # has to stand before all else
 # What LiveCodeBench lets a program take as given; builtins last, for math has another pow.
 MODULES = "bisect collections copy functools heapq itertools math operator random re string typing"

@@ -15,7 +15,6 @@ An answer that cannot be read is asked for once more (--answer_retry); what stay
 """
 import contextlib
 import dataclasses
-import functools
 import importlib.util
 import json
 import math
@@ -145,22 +144,15 @@ def answers_to(mas, task, batch, method, rounds, options):
         torch.cuda.synchronize(card)
     seconds = time.perf_counter() - started
     count = options["samples"]
-    # Programs and judges run side by side, but no more than there are processors for (their time
-    # is limited): as many as torch itself takes.
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        score = functools.partial(score_answer, task)
-        asked = [example for example in batch for _ in range(count)]
-        scores = list(pool.map(score, asked, texts))
+    scores, unread = score_answers(task, batch, texts, count), []
+    if task.retry and options["answer_retry"]:
         unread = [p for p, score in enumerate(scores) if score.parsed is None]
-        if task.retry and options["answer_retry"] and unread:
-            started = time.perf_counter()
-            texts = retry(run, task, unread)
-            seconds += time.perf_counter() - started
-            again = pool.map(score, [asked[p] for p in unread], [texts[p] for p in unread])
-            for p, anew in zip(unread, list(again)):
-                scores[p] = anew
-        else:
-            unread = []
+    if unread:
+        started = time.perf_counter()
+        texts = retry(run, task, unread)
+        seconds += time.perf_counter() - started
+        scores = [new if p in unread else old for p, (old, new) in enumerate(
+            zip(scores, score_answers(task, batch, texts, count, unread)))]
     answers = []
     for i, tokens in enumerate(run.decoded_tokens):
         mine = slice(i * count, (i + 1) * count)
@@ -175,13 +167,20 @@ def answers_to(mas, task, batch, method, rounds, options):
     return answers
 
 
-def score_answer(task, example, text):
-    """task.score, or where the scorer itself breaks (no service, no sandbox) a Score that says so:
-    what was generated is kept."""
-    try:
-        return task.score(example, text)
-    except (RuntimeError, ValueError, OSError) as problem:        # a service, damaged tests
-        return Score(False, "", f"{NO_SCORE}: {problem}")
+def score_answers(task, batch, texts, count, wanted=None):
+    """A Score for each text (of those in `wanted` only), `count` texts a question. Programs and
+    judges run side by side, but no more of them than there are processors, since their time is
+    limited: as many as torch itself takes."""
+    def score(p):
+        if wanted is not None and p not in wanted:
+            return None
+        try:
+            return task.score(batch[p // count], texts[p])
+        except (RuntimeError, ValueError, OSError) as problem:    # a service away, damaged tests:
+            return Score(False, "", f"{NO_SCORE}: {problem}")     # what was generated is kept
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return list(pool.map(score, range(len(texts))))
 
 
 @torch.no_grad()

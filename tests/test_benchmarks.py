@@ -477,7 +477,7 @@ def test_a_crash_in_the_middle_is_resumed(no_keys, monkeypatch, tmp_path):
             file.write('{"id": "half a li')
         run_evaluate(monkeypatch, *flags, "--out", "cut", "--resume")
         assert untimed(Path("cut/results.jsonl")) == whole
-    for flag, value in (("--num_rollouts", 3), ("--answer_retry", 0), ("--sample_seed", 3)):
+    for flag, value in (("--num_rollouts", 3), ("--answer_retry", 0), ("--top_k", 3)):
         assert f"{flag[2:]} differ" in refused(monkeypatch, *flags, flag, value, "--out", "cut",
                                                "--resume")
     assert untimed(Path("cut/results.jsonl")) == whole

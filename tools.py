@@ -241,7 +241,7 @@ def confined_run(code, stdin, timeout_s, memory_mb, layers, orders=None):
         for file, text in ((given, stdin), (slip, json.dumps({**(orders or {}), "nonce": nonce}))):
             file.write(text.encode("utf-8", "replace"))
             file.seek(0)
-        job = {"layers": layers, "seconds": int(timeout_s) + 2, "checked": orders is not None,
+        job = {"layers": layers, "seconds": int(timeout_s) + 2, "checked": bool(orders),
                "memory": (memory_mb + FOR_PYTHON_MB) << 20, "out_of_memory": OUT_OF_MEMORY,
                "calls": SYSTEM_CALLS.get(platform.machine()), "slip": slip.fileno(),
                "ready": ready.fileno()}      # no secret, as every process can read it
@@ -373,9 +373,7 @@ def usable_key(text, where):
 
 
 def read_keys(file=None):
-    """Tavily keys: one a line of `file` (# comments), else TAVILY_API_KEY (environment or .env).
-
-    Raises ValueError if there is none or the file cannot be read."""
+    """Tavily keys: one a line of `file` (# comments), else TAVILY_API_KEY; ValueError if none."""
     where = file or "TAVILY_API_KEY"
     try:
         text = Path(file).read_text(encoding="utf-8") if file else setting(where)
@@ -437,10 +435,10 @@ def search_web(query, keys, max_results=4, base_url="https://api.tavily.com", ti
     """Search the web with Tavily -> compact text: title, address and content of each result.
 
     Raises ValueError for an empty query, ServiceError as `post` does."""
-    if not query.strip():
+    query = query.strip()[:400]                # the most that the service takes
+    if not query:
         raise ValueError("the search query is empty")
-    # 400 characters is the most the service takes.
-    body = {"query": query.strip()[:400], "max_results": max_results, "search_depth": "basic"}
+    body = {"query": query, "max_results": max_results, "search_depth": "basic"}
     reply = post(f"{base_url}/search", keys, body, timeout_s, sleep)
     results = reply.get("results")
     if not isinstance(results, list) or not all(isinstance(item, dict) for item in results):
@@ -466,9 +464,8 @@ JudgeSettings = collections.namedtuple("JudgeSettings", "url model key")
 
 
 def judge_settings():
-    """JudgeSettings from API_KEY, API_BASE_URL and API_MODEL; None if none of them is set.
-
-    Raises ValueError naming what is missing if only some are."""
+    """JudgeSettings from API_KEY, API_BASE_URL and API_MODEL; None if none of them is set, and
+    ValueError if only some are."""
     found = {name: setting(name) for name in ("API_KEY", "API_BASE_URL", "API_MODEL")}
     missing = [name for name, value in found.items() if not value]
     if len(missing) == len(found):
@@ -527,9 +524,7 @@ def read_verdict(reply):
 # ---- tools in an agent's text -------------------------------------------------------------------
 
 def next_call(text):
-    """(tool, body) if `text` ends in a call, `<python> .. </python>` or `<search> .. </search>`.
-
-    None if not: the model goes on writing, or is done."""
+    """(tool, body) if `text` ends in `<python> .. </python>` or `<search> .. </search>`, or None"""
     found = re.fullmatch(r".*<(python|search)>(.*)</\1>\s*", text, re.DOTALL)
     return found.groups() if found else None
 
@@ -537,7 +532,7 @@ def next_call(text):
 def run_tool(tool, body, search=None):
     """Run one call -> `<result> .. </result>`, the text to insert; it also says what went wrong.
 
-    python has 10 s; search is a function query -> text, None where there is no key."""
+    search: a function query -> text, None where there is no key."""
     if tool == "python":
         run = run_python(re.sub(r"^\s*```\w*\n|\n```\s*$", "", body).strip("\n"), timeout_s=10)
         result = run.stdout.rstrip()

@@ -6,19 +6,19 @@
     text = search_web("who wrote Emma?", read_keys())
     word = judge(question, gold, answer)          correct | incorrect | invalid
 
-**The sandbox.** Model-written python is a stranger's program. It runs in a process of its own, as
-`python -I`, with an empty environment, in a fresh folder that is removed afterwards, its input and
-output in files without a name, and under as many of LAYERS as this machine has. They overlap on
-purpose. Each is tried on a small program once; what is missing is printed, with what that means.
+**The sandbox.** Model-written python is a stranger's program. It runs in a process of its own, with
+an empty environment, in a fresh folder that is removed afterwards, its input and output in files
+without a name, and under as many of LAYERS as this machine has. They overlap on purpose. Each is
+tried on a small program once; what is missing is printed, with what that means.
 
-**A pass.** Exit code 0 proves nothing (`os._exit(0)`), nor does printed text. Our own code reads
-a nonce once program and test have ended, and hands it back in another file. Right answers stay
-out of the process where they can: call_function returns a value, and we compare.
+**A pass.** Exit code 0 proves nothing (`os._exit(0)`), nor does printed text: our own code in the
+process gets a nonce when the program has ended, and hands it back behind the test. Right answers
+stay out of the process where they can: call_function returns a value, and we compare.
 
 **Not stopped**: tampering inside one process. A program that returns an object equal to everything,
-patches what the test imports, or finds our two files by walking frames or descriptors, can fake
-a pass in `passes`, and the value in `call_function`. Nor is disk use bounded while it runs (each
-file is, to 32 MB), nor the number of threads if you are root.
+patches what the test imports, or finds our file by walking frames or descriptors, can fake a pass
+in `passes`, and the value in `call_function`. Nor is disk use bounded while it runs (each file is,
+to 32 MB), nor the number of threads if you are root.
 """
 import collections
 import contextlib
@@ -51,16 +51,20 @@ LAYERS = {
     "landlock": "read and write every file that you can",
     "seccomp": "start processes, open sockets, change modes and times of your files",
 }
+# Options of unshare, which gives a program namespaces of its own; its user keeps its id there.
+UNSHARE = {"pid namespace": ["--ipc", "--pid", "--fork", "--kill-child", "--mount-proc"],
+           "net namespace": ["--net"]}
 OUTPUT_CAP = 8_000_000         # bytes kept of stdout, of stderr and of a function's value
 FOR_PYTHON_MB = 512            # address space beside the data: interpreter + numpy peak at 140 MB
+MEMORY_MB = 1024               # for the data of a program
 OUT_OF_MEMORY = 113            # exit code of a program that raised MemoryError
 RESULT_CAP = 6000              # characters of a tool's result that go back into the text
 
 # System calls that the seccomp layer refuses, by machine (the numbers of the kernel's unistd.h).
 # `denied`, line by line: sockets, io_uring, processes, other processes' memory; signals by other
 # ways, priorities, affinity; modes, owners, times and attributes of files, which landlock leaves
-# open; what would outlive the program (shared memory, queues, keys), and mounts and namespaces.
-# Allowed with conditions: clone for threads, kill and tgkill of itself, prlimit of itself.
+# open; what would outlive the program (shared memory, queues, keys), mounts and namespaces. Allowed
+# for itself only: kill, tgkill, prlimit, and clone, which is to make a thread.
 # (Those of aarch64 were compared with the kernel's table; only x86_64 has been run so far.)
 SYSTEM_CALLS = {
     "x86_64": {"arch": 0xC000003E, "clone": 56, "kill": [62, 234], "prlimit": 302, "denied": [
@@ -75,9 +79,8 @@ SYSTEM_CALLS = {
         180, 186, 190, 194, 217, 218, 219, 40, 97, 241, 268, 280, 282]},
 }
 
-# What the sandboxed process starts with: it takes the limits on, then runs program.py. As text,
-# since it may need nothing of ours, and since no python code should run between fork and exec in
-# this process, which may have threads.
+# What the sandboxed process starts with. As text, since it may need nothing of ours, and since no
+# python code should run between fork and exec in this process, which may have threads.
 LAUNCHER = '''
 import ctypes, json, os, resource, struct, sys, traceback, types
 
@@ -121,17 +124,18 @@ if "landlock" in layers:                     # from here on only these places ca
     check(libc.syscall(446, rules, 0))
     os.close(rules)
 if "seccomp" in layers:    # a small program for the kernel, which looks at every system call
-    allow, deny, absent, kill = 0x7fff0000, 0x00050001, 0x00050026, 0x80000000   # EPERM, ENOSYS
+    allow, deny, absent, kill = 0x7fff0000, 0x50001, 0x50026, 0x80000000     # EPERM, ENOSYS
     load, equal, at_least, has_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06
     steps = [(load, 0, 0, 4), (equal, 1, 0, calls["arch"]), (answer, 0, 0, kill),
              (load, 0, 0, 0), (at_least, 0, 1, 0x40000000), (answer, 0, 0, deny),
              (equal, 0, 1, 435), (answer, 0, 0, absent)]    # clone3 hides its flags; libc has clone
     for number in calls["denied"]:
         steps += [(equal, 0, 1, number), (answer, 0, 0, deny)]
-    for number, test, value in [(calls["clone"], has_bit, 0x10000), (calls["prlimit"], equal, 0),
-                                *[(number, equal, os.getpid()) for number in calls["kill"]]]:
+    # Allowed by their first argument: flags with CLONE_THREAD, 0 or its own id for itself.
+    for number, test, value in ([(calls["clone"], has_bit, 0x10000), (calls["prlimit"], equal, 0)]
+                                + [(number, equal, os.getpid()) for number in calls["kill"]]):
         steps += [(equal, 0, 4, number), (load, 0, 0, 16), (test, 1, 0, value),
-                  (answer, 0, 0, deny), (answer, 0, 0, allow)]   # by the call's first argument
+                  (answer, 0, 0, deny), (answer, 0, 0, allow)]
     steps.append((answer, 0, 0, allow))
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
     check(libc.prctl(22, 2, struct.pack("HP", len(steps), ctypes.addressof(code)), 0, 0))
@@ -142,8 +146,8 @@ if not job["checked"]:
     os.close(slip)
 sys.argv = ["program.py"]
 name = "program" if job["checked"] else "__main__"    # a demonstration is no part of a check
-module = sys.modules[name] = types.ModuleType(name)
-names = module.__dict__
+sys.modules[name] = types.ModuleType(name)
+names = vars(sys.modules[name])
 try:
     with open("program.py", encoding="utf-8") as file:
         source = file.read()
@@ -193,32 +197,30 @@ class Run:
 
 # ---- python in a sandbox ------------------------------------------------------------------------
 
-def run_python(code, stdin="", timeout_s=10, memory_mb=1024):
+def run_python(code, stdin="", timeout_s=10, memory_mb=MEMORY_MB):
     """Run `code` as a script (`__main__`) in the sandbox -> Run. Thread-safe.
 
-    timeout_s is wall time in seconds; memory_mb bounds the data (the cap on the address space is
-    FOR_PYTHON_MB higher, since libraries reserve more than they use). Output is cut at OUTPUT_CAP
-    bytes; what is no text becomes U+FFFD. All it started is gone on return (without pid namespace
-    and seccomp: all in its process group). Raises SandboxError if the sandbox does not start."""
+    timeout_s is wall time; memory_mb bounds the data (the address space may be FOR_PYTHON_MB more,
+    since libraries reserve more than they use). Output is cut at OUTPUT_CAP bytes; what is no text
+    becomes U+FFFD. All it started is gone on return (without pid namespace and seccomp: all in its
+    process group). Raises SandboxError if the sandbox does not start."""
     return confined_run(code, stdin, timeout_s, memory_mb, sandbox_layers())
 
 
 def passes(code, test, timeout_s=10):
     """Run `code`, then `test` in the same namespace -> Run; status ok = both ran to their ends.
 
-    Neither os._exit(0), SystemExit nor printed text makes a pass (see the head of this file).
     The program is imported, so a block under `if __name__ == "__main__"` is skipped."""
-    return confined_run(code, "", timeout_s, 1024, sandbox_layers(), {"test": test})
+    return confined_run(code, "", timeout_s, MEMORY_MB, sandbox_layers(), {"test": test})
 
 
 def call_function(code, function, arguments, timeout_s=6):
     """Solution().function(*arguments) or function(*arguments) of `code` -> Run with `value`.
 
-    arguments: a list of what JSON can hold. The value comes back through JSON (a tuple as a list,
-    an array as lists); one that JSON cannot hold, or of more than OUTPUT_CAP bytes, is an error.
-    None unless status is ok."""
+    Arguments and value go through JSON (a tuple comes back as a list, an array as lists); a value
+    that JSON cannot hold, or of more than OUTPUT_CAP bytes, is an error, and None."""
     orders = {"function": function, "arguments": arguments}
-    return confined_run(code, "", timeout_s, 1024, sandbox_layers(), orders)
+    return confined_run(code, "", timeout_s, MEMORY_MB, sandbox_layers(), orders)
 
 
 def confined_run(code, stdin, timeout_s, memory_mb, layers, orders=None):
@@ -239,14 +241,17 @@ def confined_run(code, stdin, timeout_s, memory_mb, layers, orders=None):
         for file, text in ((given, stdin), (slip, json.dumps({**(orders or {}), "nonce": nonce}))):
             file.write(text.encode("utf-8", "replace"))
             file.seek(0)
-        job = {"layers": layers, "seconds": int(timeout_s) + 2, "checked": orders is not None,
+        job = {"layers": layers, "seconds": int(timeout_s) + 2, "checked": bool(orders),
                "memory": (memory_mb + FOR_PYTHON_MB) << 20, "out_of_memory": OUT_OF_MEMORY,
                "calls": SYSTEM_CALLS.get(platform.machine()), "slip": slip.fileno(),
                "ready": ready.fileno()}      # no secret, as every process can read it
+        command = [sys.executable, "-I", "-c", LAUNCHER, json.dumps(job)]
+        if options := [option for layer in layers for option in UNSHARE.get(layer, ())]:
+            unshare = shutil.which("unshare") or "unshare"
+            command = [unshare, "--user", "--map-current-user", *options, *command]
         process = subprocess.Popen(
-            [*namespace_command(layers), sys.executable, "-I", "-c", LAUNCHER, json.dumps(job)],
-            stdin=given, stdout=out, stderr=err, pass_fds=(slip.fileno(), ready.fileno()),
-            start_new_session=True, cwd=folder,
+            command, stdin=given, stdout=out, stderr=err, cwd=folder, start_new_session=True,
+            pass_fds=(slip.fileno(), ready.fileno()),
             # One thread for numpy: it reserves memory for each, on 64 cores more than the cap.
             env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": folder,
                  "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"})
@@ -260,8 +265,7 @@ def confined_run(code, stdin, timeout_s, memory_mb, layers, orders=None):
     run = Run(ended if in_time else "timeout", stdout, stderr, seconds)
     if orders and run.status == "ok":
         try:
-            mark, value = proof[:len(nonce)], proof[len(nonce):]
-            run.value = json.loads(value if mark == nonce else "")
+            run.value = json.loads(proof.removeprefix(nonce) if proof.startswith(nonce) else "")
         except (ValueError, RecursionError) as problem:    # it ended early, or made up a value
             run.status, run.stderr = "error", f"{run.stderr}\n[no result: {problem}]"
     return run
@@ -275,19 +279,19 @@ def wait_and_end(process, timeout_s, namespaced):
     except subprocess.TimeoutExpired:
         return False
     finally:
-        # The first process of a namespace takes all others along, and only when they are gone
-        # does unshare, its parent, end: so that one is killed, not unshare.
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        while process.poll() is None:
-            first = children.read_text().split() if namespaced and children.exists() else ()
-            with contextlib.suppress(ProcessLookupError):      # it may have gone meanwhile
-                os.kill(int(first[0]) if first else process.pid, signal.SIGKILL)
-            time.sleep(0.002)
-        # A killed process takes a moment to go; one that nobody waits for never goes.
-        with contextlib.suppress(ProcessLookupError):          # nobody is left in its group
-            for _ in range(50):
+        # The first process of a namespace takes all others along, and only when they are gone does
+        # unshare, its parent, end: so that one is killed first. It may have none, or end meanwhile.
+        with contextlib.suppress(OSError, ValueError):
+            if namespaced and process.poll() is None:
+                children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+                os.kill(int(children.read_text()), signal.SIGKILL)
+                process.wait()
+        with contextlib.suppress(ProcessLookupError):     # until nobody is left in its group
+            for _ in range(50):                           # some may be dead and never waited for
                 os.killpg(process.pid, signal.SIGKILL)
+                process.poll()
                 time.sleep(0.005)
+        process.wait()
 
 
 def read_output(file):
@@ -297,35 +301,27 @@ def read_output(file):
     return text + "\n[output cut here]" if len(written) > OUTPUT_CAP else text
 
 
-def namespace_command(layers):
-    """What stands before python to give it namespaces of its own; the user keeps its id there."""
-    own = {"net namespace": "--net",
-           "pid namespace": "--ipc --pid --fork --kill-child --mount-proc"}
-    options = " ".join(own.get(layer, "") for layer in layers).split()
-    unshare = shutil.which("unshare") or "unshare"
-    return [unshare, "--user", "--map-current-user", *options] if options else []
-
-
 @functools.cache
 def sandbox_layers():
     """Names of the layers of LAYERS that work on this machine, found out once by trying them.
 
     A layer counts if a small program, which loads numpy if it is there, prints under it what it
-    does without. Where neither namespaces nor landlock work, this process is made undumpable
-    (PR_SET_DUMPABLE 0: no core dumps, no debugger of the same user), since a program of the same
-    user could read our environment in /proc otherwise. Nothing else here changes this process."""
+    does without. Where neither namespaces nor landlock work, this process is made undumpable, as a
+    program of the same user could read our environment in /proc otherwise."""
     def printed(layers):
+        code = "import importlib.util as u\nprint(u.find_spec('numpy') and __import__('numpy'))"
         try:
-            return confined_run(code, "", 30, 1024, layers).stdout
+            run = confined_run(code, "", 30, MEMORY_MB, layers)
         except (SandboxError, OSError):
-            return ""                          # the layer is not there
-    code = "import importlib.util as u\nprint(u.find_spec('numpy') and __import__('numpy'))"
+            return None                        # the layer is not there
+        return run.stdout if run.status == "ok" else None
+
     active, bare = [], printed([])
     for name in LAYERS:
         if bare and printed([*active, name]) == bare:
             active.append(name)
     if bare and not {"pid namespace", "landlock"} & set(active):
-        ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)
+        ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)     # PR_SET_DUMPABLE; no core dumps, no debugger
     return tuple(active)
 
 
@@ -377,9 +373,7 @@ def usable_key(text, where):
 
 
 def read_keys(file=None):
-    """Tavily keys: one a line of `file` (# comments), else TAVILY_API_KEY (environment or .env).
-
-    Raises ValueError if there is none or the file cannot be read."""
+    """Tavily keys: one a line of `file` (# comments), else TAVILY_API_KEY; ValueError if none."""
     where = file or "TAVILY_API_KEY"
     try:
         text = Path(file).read_text(encoding="utf-8") if file else setting(where)
@@ -441,19 +435,18 @@ def search_web(query, keys, max_results=4, base_url="https://api.tavily.com", ti
     """Search the web with Tavily -> compact text: title, address and content of each result.
 
     Raises ValueError for an empty query, ServiceError as `post` does."""
-    if not query.strip():
+    query = query.strip()[:400]                # the most that the service takes
+    if not query:
         raise ValueError("the search query is empty")
-    # 400 characters is the most the service takes.
-    body = {"query": query.strip()[:400], "max_results": max_results, "search_depth": "basic"}
+    body = {"query": query, "max_results": max_results, "search_depth": "basic"}
     reply = post(f"{base_url}/search", keys, body, timeout_s, sleep)
     results = reply.get("results")
     if not isinstance(results, list) or not all(isinstance(item, dict) for item in results):
         raise ServiceError(f"{urlsplit(base_url).netloc}: the reply holds no list of results")
     parts = [f"Answer: {reply['answer']}"] if reply.get("answer") else []
     for number, item in enumerate(results[:max_results], 1):
-        title, address, content = (str(item.get(name) or "").strip()
-                                   for name in ("title", "url", "content"))
-        parts.append(f"[{number}] {title}\n{address}\n{content}")
+        told = [str(item.get(name) or "").strip() for name in ("title", "url", "content")]
+        parts.append(f"[{number}] " + "\n".join(told))
     return "\n\n".join(parts) or "no results"
 
 
@@ -471,18 +464,17 @@ JudgeSettings = collections.namedtuple("JudgeSettings", "url model key")
 
 
 def judge_settings():
-    """JudgeSettings from API_KEY, API_BASE_URL and API_MODEL; None if none of them is set.
-
-    Raises ValueError naming what is missing if only some are."""
+    """JudgeSettings from API_KEY, API_BASE_URL and API_MODEL; None if none of them is set, and
+    ValueError if only some are."""
     found = {name: setting(name) for name in ("API_KEY", "API_BASE_URL", "API_MODEL")}
     missing = [name for name, value in found.items() if not value]
     if len(missing) == len(found):
         return None
     if missing:
         raise ValueError(f"the judge is only partly set up: set {', '.join(missing)} as well")
-    if not re.match(r"https?://.", found["API_BASE_URL"].rstrip("/")):
-        raise ValueError("API_BASE_URL must start with http:// or https://")
     url = found["API_BASE_URL"].rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+    if not re.match(r"https?://[^/]", url):
+        raise ValueError("API_BASE_URL must start with http:// or https://")
     return JudgeSettings(url, found["API_MODEL"], usable_key(found["API_KEY"], "API_KEY"))
 
 
@@ -490,9 +482,8 @@ def judge(question, gold, answer, settings=None, cache="out/judge", timeout_s=12
           sleep=time.sleep):
     """Ask a language model whether `answer` means `gold` -> "correct", "incorrect" or "invalid".
 
-    gold: a string or a list of them. Replies that hold a verdict are kept in folder `cache` under
-    the hash of all that was asked, and not asked for again. Raises ValueError if no judge is set
-    up, ServiceError if it cannot be reached or its reply is no chat completion."""
+    gold: a string or a list of them. Replies with a verdict are kept in folder `cache` and not
+    asked for again. Raises ValueError if no judge is set up, ServiceError if it fails."""
     settings = settings or judge_settings()
     if settings is None:
         raise ValueError("no judge is set up: set API_KEY, API_BASE_URL and API_MODEL")
@@ -501,7 +492,7 @@ def judge(question, gold, answer, settings=None, cache="out/judge", timeout_s=12
     name = hashlib.sha256(asked.encode()).hexdigest()
     file = Path(cache, f"{name}.json")
     if file.is_file():
-        return read_verdict(json.loads(file.read_text(encoding="utf-8"))["reply"])
+        return read_verdict(json.loads(file.read_text(encoding="utf-8")))
     mark = name[:16]               # the answer cannot contain it, as it depends on all of it
     user = (f"Question: {question}\nReference answers: {golds}\n"
             f"The answer to grade:\n[{mark}]\n{answer[:4000]}\n[/{mark}]")
@@ -511,13 +502,12 @@ def judge(question, gold, answer, settings=None, cache="out/judge", timeout_s=12
     try:
         content = reply["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError):
-        host = urlsplit(settings.url).netloc
-        raise ServiceError(f"{host}: the reply is no chat completion") from None
+        raise ServiceError("the judge's reply is no chat completion") from None
     verdict = read_verdict(content)
     if verdict != "invalid":
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_name(f"{name}.{secrets.token_hex(4)}")     # whole or not at all
-        part.write_text(json.dumps({"model": settings.model, "reply": content}), encoding="utf-8")
+        part.write_text(json.dumps(content), encoding="utf-8")
         os.replace(part, file)
     return verdict
 
@@ -534,9 +524,7 @@ def read_verdict(reply):
 # ---- tools in an agent's text -------------------------------------------------------------------
 
 def next_call(text):
-    """(tool, body) if `text` ends in a call, `<python> .. </python>` or `<search> .. </search>`.
-
-    None if not: the model goes on writing, or is done."""
+    """(tool, body) if `text` ends in `<python> .. </python>` or `<search> .. </search>`, or None"""
     found = re.fullmatch(r".*<(python|search)>(.*)</\1>\s*", text, re.DOTALL)
     return found.groups() if found else None
 
@@ -544,7 +532,7 @@ def next_call(text):
 def run_tool(tool, body, search=None):
     """Run one call -> `<result> .. </result>`, the text to insert; it also says what went wrong.
 
-    python has 10 s; search is a function query -> text, None where there is no key."""
+    search: a function query -> text, None where there is no key."""
     if tool == "python":
         run = run_python(re.sub(r"^\s*```\w*\n|\n```\s*$", "", body).strip("\n"), timeout_s=10)
         result = run.stdout.rstrip()

@@ -473,9 +473,6 @@ def load_agent(folder, device, dtype, trust_remote_code=False, thinking=False, o
     A released folder has an adapter_config.json beside the model, which makes transformers take
     it for a PEFT adapter: so the folder is loaded through a view of links without that file.
     Raises OSError or ValueError if files or weights are missing."""
-    def line(problem, view):
-        return str(problem).replace(view, str(folder)).split("\n")[0]
-
     with tempfile.TemporaryDirectory() as view:
         for file in Path(folder).resolve().iterdir():
             if file.name != "adapter_config.json":
@@ -496,8 +493,9 @@ def load_agent(folder, device, dtype, trust_remote_code=False, thinking=False, o
                 view, config=config, dtype=dtype, output_loading_info=True, **settings)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError,
                 json.JSONDecodeError) as problem:
+            says = str(problem).replace(view, str(folder)).split("\n")[0]
             raise ValueError(f"{folder} does not load as a causal language model with tokenizer: "
-                             + line(problem, view)) from problem
+                             + says) from problem
         finally:
             transformers.utils.logging.set_verbosity(loudness)
     if config.tie_word_embeddings and set(report["missing_keys"]) == {"lm_head.weight"}:

@@ -5,6 +5,7 @@ Nothing here is about latents; a reader who wants to see the method can leave th
 import argparse
 import copy
 import dataclasses
+import datetime
 import functools
 import json
 import math
@@ -172,7 +173,8 @@ def run(main):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if RANKS > 1:
-        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo",
+                                             timeout=datetime.timedelta(days=1))   # uneven shares
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")            # one rank speaks; errors come from all
     try:

@@ -512,6 +512,37 @@ def web_search(keys_file):
     return lambda query: search_web(query, keys)
 
 
+def answer_all(mas, task, batches, options, args, settings):
+    """Answer every batch by every method: result lines in the order of the plan. Each rank takes
+    its share of the batches; the first one puts all together."""
+    out, ranks, depths = Path(args.out), common.RANKS, args.num_recursive_rounds
+    own = out / f"rank{common.RANK}" if ranks > 1 else out            # where this rank writes
+    asked = {(example.id, example.question) for batch in batches for example in batch}
+    lines = open_results(own, settings, args.resume, asked)
+    plan = [(method, rounds, batch)
+            for method, rounds, batch in make_plan(args.method, depths, batches[common.RANK::ranks])
+            if any((method, rounds, example.id) not in lines for example in batch)]
+    for method, rounds, batch in plan:            # batches broken off are answered as a whole
+        for example in batch:
+            lines.pop((method, rounds, example.id), None)
+    whole_plan = make_plan(args.method, depths, batches)
+    write_lines(own, whole_plan, lines)
+    kinds = {key: link.kind for key, link in mas.outer.items()}
+    fresh = mas.with_fresh_outer(kinds, seed=args.seed)
+    warm_up(mas, batches[0])
+    for method, rounds, batch in common.progress(plan, "evaluate"):
+        new = answer_batch(fresh if method == "untrained" else mas, task, batch, method, rounds,
+                           options)
+        with open(own / "results.jsonl", "a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in new)
+        lines.update({line_key(line): line for line in new})
+    if ranks > 1:
+        torch.distributed.barrier()
+        parts = [out / f"rank{rank}" / "results.jsonl" for rank in range(ranks)]
+        lines = {line_key(line): line for part in parts for line in common.read_json_lines(part)}
+    return write_lines(out, whole_plan, lines) if common.RANK == 0 else []
+
+
 def main():
     args, style = flags()
     if not args.show:
@@ -537,33 +568,9 @@ def main():
     out, started = Path(args.out), time.time()
     settings = {key: value for key, value in vars(args).items() if key not in ("out", "resume")}
     settings["ranks"] = common.RANKS
-    own = out / f"rank{common.RANK}" if common.RANKS > 1 else out     # where this rank writes
-    plan = make_plan(args.method, args.num_recursive_rounds, batches[common.RANK::common.RANKS])
-    lines = open_results(own, settings, args.resume,
-                         {(example.id, example.question) for example in examples})
-    plan = [(method, rounds, batch) for method, rounds, batch in plan
-            if any((method, rounds, example.id) not in lines for example in batch)]
-    for method, rounds, batch in plan:
-        for example in batch:
-            lines.pop((method, rounds, example.id), None)
-    whole_plan = make_plan(args.method, args.num_recursive_rounds, batches)
-    write_lines(own, whole_plan, lines)
-    kinds = {key: link.kind for key, link in mas.outer.items()}
-    fresh = mas.with_fresh_outer(kinds, seed=args.seed)
-    warm_up(mas, batches[0])
-    for method, rounds, batch in common.progress(plan, "evaluate"):
-        new = answer_batch(fresh if method == "untrained" else mas, task, batch, method, rounds,
-                           options)
-        with open(own / "results.jsonl", "a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in new)
-        lines.update({line_key(line): line for line in new})
-    if common.RANKS > 1:
-        torch.distributed.barrier()
-        if common.RANK > 0:
-            return
-        parts = [out / f"rank{rank}" / "results.jsonl" for rank in range(common.RANKS)]
-        lines = {line_key(line): line for part in parts for line in common.read_json_lines(part)}
-    lines = write_lines(out, whole_plan, lines)
+    lines = answer_all(mas, task, batches, options, args, settings)
+    if common.RANK > 0:
+        return
     rows = summarise(lines)
     write_json(out / "summary.json", {"settings": settings, "rows": rows})
     print_table(rows)

@@ -392,15 +392,25 @@ def rollout(bench):
 
 @torch.no_grad()
 def step(bench):
-    """One cached latent step at B = 1 against its floor, matrix and step in turns."""
-    T, steps = bench.size["step"]
-    past = bench.agent.read(*some_embeds(bench.agent, T, 1))
-    bench.agent.think(past, 2)
+    """One cached latent step at B = 1 against its floor, in turns; and against its own matrices."""
+    (T, steps), agent = bench.size["step"], bench.agent
+    past = agent.read(*some_embeds(agent, T, 1))
+    agent.think(past, 2)
     read, size = matrix_reader(bench)
-    share = step_bytes(bench.agent) / size          # of the matrix, in bytes
-    bench.compare(f"floor, and a step after T={T}", lambda: [read() for _ in range(steps)],
-                  lambda: bench.agent.think(past, 1 + steps), None,
-                  units=(steps / share, steps), at_most=bench.size["step_at_most"])
+    matrices = [weight for module in (agent.body.layers, agent.inner)
+                for weight in module.parameters() if weight.dim() == 2]
+    vectors = {weight.shape[1]: weight.new_ones(weight.shape[1]) for weight in matrices}
+
+    def think():
+        return agent.think(past, 1 + steps)
+
+    bench.compare(f"floor, and a step after T={T}", lambda: [read() for _ in range(steps)], think,
+                  None, units=(steps * size / step_bytes(agent), steps),
+                  at_most=bench.size["step_at_most"] or float("inf"))
+    # Short rows are read more slowly than long ones: how much of the gap is that?
+    bench.compare("torch.mv on its matrices, and the same step", lambda: [
+        torch.mv(weight, vectors[weight.shape[1]]) for _ in range(steps) for weight in matrices],
+        think, None, units=(steps, steps), at_most=float("inf"))
 
 
 @torch.no_grad()

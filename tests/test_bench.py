@@ -69,9 +69,9 @@ def test_sections_are_selected(ask):
 
 def test_half_precision(ask):
     """Within its own tolerance, in every section that compares results."""
-    _, figures = ask("--dtype", "bfloat16", "--sections", "rollout", "head", "round", "inner",
-                     "outer", "decode", "pass10")
-    assert figures["dtype"] == "torch.bfloat16" and len(figures["sections"]) == 7
+    _, figures = ask("--dtype", "bfloat16", "--sections", "rollout", "step", "head", "round",
+                     "inner", "outer", "decode", "pass10")
+    assert figures["dtype"] == "torch.bfloat16" and len(figures["sections"]) == 8
 
 
 def test_each_agent_may_have_other_dimensions(ask, monkeypatch):

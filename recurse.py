@@ -385,6 +385,12 @@ def local_folder(name, revision=None, who=""):
                                 f"[{type(problem).__name__}]") from problem
 
 
+def by_role(style, override):
+    """{role or "outer": folder} of a ckpt_override, under our names of the roles."""
+    return {key if key == "outer" else style.role(key).name: folder
+            for key, folder in (override or {}).items()}
+
+
 def base_model(folder):
     """The base model that goes with an inner link: the folder itself if it holds one, else the one
     its link was trained on (another of the same width would fit, and be wrong), else ""."""
@@ -403,9 +409,8 @@ def load_agents(style, device="auto", dtype="auto", task="math", trust_remote_co
     thoughts, (B, m, d), cross over. ckpt_override: {role: folder or hub id} used in place of a
     role's repo; models: {role: base model}. A repo without a model (links trained here) goes with
     the role's base model. inner_kind: for repos that do not say."""
-    style, override = get_style(style), ckpt_override or {}
-    override = {key if key == "outer" else style.role(key).name: folder
-                for key, folder in override.items()}
+    style = get_style(style)
+    override = by_role(style, ckpt_override)
     for edge in style.edges:
         if hasattr(torch.nn.ModuleDict(), edge.key):
             raise ValueError(f"style {style.name}: edge key '{edge.key}' is a name that torch uses "
@@ -439,7 +444,8 @@ def load_mas_system(style, device="auto", dtype="auto", task="math", trust_remot
     among the links of repos that hold several; revision: of the style's repos; offload: see MAS;
     allow_unsafe_code: let the tools run programs even where nothing confines them.
     Raises ValueError or OSError, naming the file."""
-    style, override = get_style(style), ckpt_override or {}
+    style = get_style(style)
+    override = by_role(style, ckpt_override)
     if "python" in style.tools:
         require_sandbox(allow_unsafe_code)
     folder = override.get("outer", style.repo)

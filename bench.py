@@ -511,8 +511,8 @@ def inner(bench):
                 states = torch.cat([h for h, _ in features[start:start + 2]])      # (2 n, d)
                 tokens = torch.cat([ids for _, ids in features[start:start + 2]])  # (2 n,)
                 loss, *_ = train_inner.inner_loss(link, agent.embedding, states, tokens, args)
-                training.backward(loss)
-                training.step(loss=loss.item())
+                training.backward(loss, len(states))
+                training.step()
                 losses.append(loss.item())
         return torch.tensor(losses)
 
@@ -549,7 +549,7 @@ def outer(bench):
     def ours(batches, **others):
         args, total = training_settings(bench, latent_length=m, **others), 0
         for batch in batches:
-            loss, _ = train_outer.outer_loss(bench.mas, batch, R, args)
+            loss, *_ = train_outer.outer_loss(bench.mas, batch, R, args)
             (loss / len(batches)).backward()
             total += loss.item() / len(batches)
         return gradient(total)

@@ -434,7 +434,8 @@ class Training:
             self.scaler.scale(loss * weight).backward()
         self.tokens += weight
         for name, value in {"loss": loss, **values}.items():
-            self.values[name] = self.values.get(name, 0.0) + weight * float(value)
+            value = value.item() if torch.is_tensor(value) else value
+            self.values[name] = self.values.get(name, 0.0) + weight * value
 
     def step(self):
         """Clip, update, and log every args.log_every steps."""

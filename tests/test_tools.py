@@ -219,6 +219,10 @@ if ctypes.CDLL(None).ptrace(0x4206, <VICTIM>, 0, 0) == 0: print('DONE IT')"""),
 import os, time
 for _ in range(6): os.fork()
 time.sleep(60)"""),
+    "a fork that sleeps": ((LIMITS,), """
+import os, time
+os.fork()
+time.sleep(60)"""),
     "a background process": ((LIMITS,), """
 import subprocess
 subprocess.Popen(['sleep', '60'])

@@ -456,6 +456,9 @@ def load_mas_system(style, device="auto", dtype="auto", task="math", trust_remot
     notes = folder / "train_args.json"         # links trained here: over these base models
     notes = read_json(notes, dict) if notes.is_file() else {}
     models = {role.name: notes.get(f"{role.name}_model") for role in style.roles}
+    for role, given in override.items():
+        if (Path(given) / "config.json").is_file():         # it brings its own
+            models.pop(role, None)
     mas = load_agents(style, device, dtype, task, trust_remote_code, override, revision, models,
                       thinking=thinking, offload=offload)
     widths = {edge.key: (mas.agents[edge.src].width, mas.agents[edge.dst].width)

@@ -121,7 +121,7 @@ def stub_tools(monkeypatch):
 def test_last_box(text, expected):
     started = time.perf_counter()
     assert last_box(text) == expected
-    assert time.perf_counter() - started < 2
+    assert time.perf_counter() - started < 20            # quadratic time would be minutes
 
 
 # ---- mathematics --------------------------------------------------------------------------------
@@ -469,7 +469,7 @@ def test_ready_says_whether_there_is_a_judge(stub_tools, capsys):
 def test_program_in(text, program):
     started = time.perf_counter()
     assert coding.program_in(text) == program
-    assert time.perf_counter() - started < 2
+    assert time.perf_counter() - started < 20            # quadratic time would be minutes
 
 
 @pytest.mark.parametrize("printed, expected, same", [

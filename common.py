@@ -467,10 +467,10 @@ class Training:
         A rank whose loss was not finite takes part all the same, with zeros and a mark, so that no
         rank waits for ever and all leave the step out."""
         weights = list(self.links.parameters())
-        for weight in weights:
-            if weight.grad is None or not self.finite:    # some links are not used when R = 1
-                weight.grad = torch.zeros_like(weight)
         if RANKS > 1:
+            for weight in weights:
+                if weight.grad is None or not self.finite:
+                    weight.grad = torch.zeros_like(weight)
             device = weights[0].device
             numbers = torch.tensor([*self.values.values(), self.tokens, float(not self.finite)],
                                    device=device)
@@ -478,11 +478,12 @@ class Training:
             torch.distributed.all_reduce(flat)
             parts = flat.split([*(weight.numel() for weight in weights), len(numbers)])
             for weight, part in zip(weights, parts):
-                weight.grad.copy_(part.view_as(weight))
+                # A link that nobody used (R = 1) has no gradient, which AdamW tells from zero.
+                weight.grad = part.view_as(weight).to(weight.device) if part.any() else None
             *shared, self.tokens, spoilt = parts[-1].tolist()
             self.values, self.finite = dict(zip(self.values, shared)), spoilt == 0
-        if self.finite:
-            for weight in weights:
+        for weight in weights:
+            if weight.grad is not None and self.finite:
                 weight.grad /= self.tokens
         self.values = {name: value / self.tokens for name, value in self.values.items()}
 

@@ -19,7 +19,7 @@ import transformers
 from tqdm import tqdm
 
 from link import DAMAGED, read_json, write_json, write_whole
-from styles import ANSWER_FORMAT, KINDS, get_style
+from styles import ANSWER_FORMAT, KINDS
 from tasks import generated_task, no_hub
 
 # Under torchrun several ranks (processes, one a device) share the work; otherwise there is one.

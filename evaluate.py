@@ -14,7 +14,6 @@ OUT/results.jsonl has a line a question and method, OUT/summary.json and OUT/sum
 An answer that cannot be read is asked for once more (--answer_retry); what stays unread is wrong.
 """
 import contextlib
-import dataclasses
 import importlib.util
 import json
 import math

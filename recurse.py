@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import errors, snapshot_download
 
-from agents import Agent, apply_link, load_agent, pick_device
+from agents import apply_link, load_agent, pick_device
 from link import OuterLink, load_inner, load_outer, read_json
 from styles import ANSWER_FORMAT, KINDS, get_style
 from tools import next_call, require_sandbox, run_tool

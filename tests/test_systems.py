@@ -19,7 +19,7 @@ import pytest
 import torch
 import transformers
 from conftest import (PROJECT, QUESTIONS, THREE, TOLERANCE, VOCABULARY, largest_difference,
-                      new_agent, new_mas, new_model, randomise, word_tokenizer)
+                      new_mas, new_model, randomise, word_tokenizer)
 from huggingface_hub import errors
 from huggingface_hub.utils import hf_raise_for_status
 from safetensors.torch import load_file

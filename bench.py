@@ -39,7 +39,8 @@ import common
 import evaluate
 import train_inner
 import train_outer
-from agents import DTYPES, Agent, apply_link, new_cache, pick_device
+from agents import (CAPTURE, DTYPES, WORTH_RECORDING, Agent, apply_link, cache_name,
+                    new_cache, pick_device)
 from link import InnerLink, OuterLink
 from recurse import MAS, load_mas_system, recurse
 from styles import Edge, Role, Style, all_styles, get_style
@@ -52,7 +53,7 @@ PATIENCE = 20       # seconds after which a comparison that was repeated once is
 # round: T, m, B; text: what the published token counts are divided by; inner: T, n, steps;
 # outer: T, m, B, R, n; decode, pass10: T, n; growth: T, m, B, R; matrix: shows the bandwidth.
 CPU = dict(rollout=[(64, 16, 1, 0, 0), (64, 8, 4, 0, 0), (256, 48, 1, 8, 15), (512, 32, 1, 4, 16)],
-           step=(256, 16), step_at_most=1.4, head=(64, 512), round=(32, 8, 2), text=32,
+           step=(256, 32), step_at_most=1.4, head=(64, 512), round=(32, 8, 2), text=32,
            inner=(64, 64, 2), outer=(16, 4, 2, 2, 16), outer_wanted=0, decode=(64, 16),
            pass10=(128, 8), growth=(8, 8, 1, 2), layers=8, matrix=(8192, 16384))
 GPU = dict(CPU, rollout=[(256, 48, 1, 0, 0), (512, 32, 1, 0, 0), (256, 48, 32, 0, 0)],
@@ -170,8 +171,10 @@ def depth(agent, layers):
     """The agent with its first so many layers alone (0: all)."""
     whole = agent.body.layers
     agent.body.layers = whole[:layers or len(whole)]
+    agent.kept.clear()                       # a recorded step still has the layers it had
     yield agent
     agent.body.layers = whole
+    agent.kept.clear()
 
 
 # ---- the published algorithm, from its equations ------------------------------------------------
@@ -292,6 +295,8 @@ class Bench:
         self.layers = options.layers or self.size["layers"]
         self.mas = new_system(options.dims, self.layers, self.device, self.dtype)
         self.agent = self.mas.agents["planner"]
+        for agent in self.mas.agents.values():
+            agent.capture = options.capture
         self.tolerance = 1e-3 if self.dtype == torch.float32 else 0.1
         self.rows = []
 
@@ -302,6 +307,13 @@ class Bench:
         result = run()
         self.wait()
         return time.perf_counter() - started, result
+
+    def recorded(self, run):
+        """The run, after two first ones: in the second its steps are recorded."""
+        run()
+        self.agent.kept["steps"].taken = WORTH_RECORDING
+        run()
+        return run
 
     def wait(self):
         if self.device.type == "cuda":
@@ -374,6 +386,7 @@ def physics(bench):
     read, size = matrix_reader(bench)
     seconds = min(bench.timed(read)[0] for _ in range(5))
     weights, bandwidth = step_bytes(bench.agent), size / seconds
+    bench.bandwidth = bandwidth
     floor = 1000 * weights / bandwidth
     print(f"a latent step of {bench.options.dims}, {len(bench.agent.body.layers)} layers, reads "
           f"{weights / 1e9:.3f} GB of weights; torch.mv on {size / 1e9:.2f} GB reads "
@@ -388,10 +401,16 @@ def rollout(bench):
         with depth(bench.agent, layers) as agent:
             embeds, mask = some_embeds(agent, T, B)
             as_stated = bench.options.dims == "qwen3-0.6b" and len(agent.body.layers) == layers
-            bench.compare(f"T={T} m={m} B={B}, {len(agent.body.layers)} layers",
-                          lambda: published_rollout(agent, embeds, m),
-                          lambda: agent.think(agent.read(embeds, mask), m),
-                          at_least=wanted if as_stated else 0)
+            ours = bench.recorded(lambda: agent.think(agent.read(embeds, mask), m))
+            row = bench.compare(f"T={T} m={m} B={B}, {len(agent.body.layers)} layers",
+                                lambda: published_rollout(agent, embeds, m), ours,
+                                at_least=wanted if as_stated else 0)
+            if row.get("reached") is False:
+                read_s = bench.timed(lambda: agent.read(embeds, mask))[0]
+                limit = row["reference_s"][0] / (read_s + (m - 1) * step_bytes(agent)
+                                                 / bench.bandwidth)
+                bench.note(f"reading the prompt ({1000 * read_s:.0f} ms) and {m - 1} floors would "
+                           f"be {limit:.1f}x: the most that this machine allows", limit=limit)
 
 
 @torch.no_grad()
@@ -399,15 +418,12 @@ def step(bench):
     """One cached latent step at B = 1 against its floor, in turns; and against its own matrices."""
     (T, steps), agent = bench.size["step"], bench.agent
     past = agent.read(*some_embeds(agent, T, 1))
-    agent.think(past, 2)
     read, size = matrix_reader(bench)
     matrices = [weight for module in (agent.body.layers, agent.inner)
                 for weight in module.parameters() if weight.dim() == 2]
     vectors = [weight.new_ones(weight.shape[1]) for weight in matrices]
 
-    def think():
-        return agent.think(past, 1 + steps)
-
+    think = bench.recorded(lambda: agent.think(past, 1 + steps))
     bench.compare(f"floor, and a step after T={T}", lambda: [read() for _ in range(steps)], think,
                   None, units=(steps * size / step_bytes(agent), steps),
                   at_most=bench.size["step_at_most"] or float("inf"))
@@ -579,8 +595,9 @@ def decode(bench):
         return agent.model.generate(ids_here, attention_mask=torch.ones_like(ids_here),
                                     max_new_tokens=n, do_sample=False, pad_token_id=0)[0, T:]
 
-    bench.compare(f"a token, T={T} n={n}", library, lambda: torch.tensor(agent.write(
-        agent.read(*agent.embed([ids.tolist()], {})), n).ids[0]), same_tokens(bench), units=(n, n))
+    ours = bench.recorded(lambda: torch.tensor(agent.write(
+        agent.read(*agent.embed([ids.tolist()], {})), n).ids[0]))
+    bench.compare(f"a token, T={T} n={n}", library, ours, same_tokens(bench), units=(n, n))
 
 
 def same_tokens(bench):
@@ -634,7 +651,7 @@ def model_memory(config, dtype, batch_size, tokens):
         body = model.get_decoder()
         width, cache = body.config.hidden_size, new_cache(body.config)
         embeds = torch.empty(batch_size, tokens, width, dtype=dtype)
-        body(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
+        body(inputs_embeds=embeds, use_cache=True, **{cache_name(body): cache})
     held = []
     for layer in cache.layers:
         for value in vars(layer).values():
@@ -694,6 +711,7 @@ def flags():
     add("--layers", type=common.at_least(0), default=0, help="0: 8 on a CPU, all on a GPU")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", default="auto", choices=common.DTYPES)
+    add("--capture", default="record", choices=CAPTURE, help="how single steps run: see agents.py")
     add("--threads", type=common.at_least(0), default=0, help="0: one on a CPU")
     add("--repeats", type=common.at_least(1), default=3, help="of each comparison")
     return parser.parse_args()

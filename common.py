@@ -18,6 +18,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
+from agents import CAPTURE
 from link import DAMAGED, read_json, write_json, write_whole
 from styles import ANSWER_FORMAT, KINDS
 from tasks import generated_task, no_hub
@@ -78,6 +79,9 @@ def add_system_flags(parser):
     parser.add_argument("--prompts", default="",
                         help="JSON {role: {prompt or first: text or {kind: text}, system: text}}: "
                              "other words")
+    parser.add_argument("--capture", default="record", choices=CAPTURE,
+                        help="single steps: recorded once and replayed (CUDA graph, or trace on a "
+                             "CPU); compile: fused first, a minute a model and batch size; off")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--resume", action="store_true", help="go on where this run was stopped")
 
@@ -404,7 +408,7 @@ class Training:
                                            enabled=dtype == torch.float16)
         self.settings = {key: value for key, value in vars(args).items()
                          if key not in ("resume", "save_dir", "log_every", "save_steps", "device",
-                                      "seeds", "eval_samples")}
+                                      "capture", "seeds", "eval_samples")}
         self.settings["ranks"] = RANKS                 # they decide which rows make a step
         if args.resume:
             self._load_state()

@@ -557,7 +557,8 @@ def main():
     options["samples"] = args.num_rollouts = args.num_rollouts or task.samples
     mas = load_mas_system(style, args.device, args.dtype, task.kind, bool(args.trust_remote_code),
                           parse_override(args.ckpt_override), args.revision,
-                          bool(args.enable_thinking), args.offload, args.allow_unsafe_code)
+                          bool(args.enable_thinking), args.offload, args.allow_unsafe_code,
+                          args.capture)
     if "search" in mas.style.tools:
         mas.search = web_search(args.tavily_keys_file)
     if args.show:

@@ -402,7 +402,7 @@ def base_model(folder):
 
 def load_agents(style, device="auto", dtype="auto", task="math", trust_remote_code=False,
                 ckpt_override=None, revision=None, models=None, inner_kind="2layer_ln_res",
-                thinking=False, offload=False):
+                thinking=False, offload=False, capture="record"):
     """A system without outer links: every agent with its inner link, all frozen.
 
     device: one, or several with commas: each agent goes to the one with the least on it; only
@@ -427,7 +427,8 @@ def load_agents(style, device="auto", dtype="auto", task="math", trust_remote_co
         base = local_folder(model, who=who).resolve()
         if base not in bases:                           # two roles may share one frozen model
             place = filled.index(min(filled))
-            bases[base] = load_agent(base, *places[place], trust_remote_code, thinking, offload)
+            bases[base] = load_agent(base, *places[place], trust_remote_code, thinking, offload,
+                                     capture)
             filled[place] += bases[base].model.get_memory_footprint()
         agent = agents[role.name] = copy.copy(bases[base])
         agent.inner = load_inner(folder, agent.width, task, inner_kind).to(agent.device)
@@ -437,11 +438,12 @@ def load_agents(style, device="auto", dtype="auto", task="math", trust_remote_co
 
 def load_mas_system(style, device="auto", dtype="auto", task="math", trust_remote_code=False,
                     ckpt_override=None, revision=None, thinking=False, offload=False,
-                    allow_unsafe_code=False):
+                    allow_unsafe_code=False, capture="record"):
     """A whole system, ready to answer.
 
     style: a name or a Style; ckpt_override: {role or "outer": folder or hub id}; task chooses
     among the links of repos that hold several; revision: of the style's repos; offload: see MAS;
+    capture: how single steps run, see Steps;
     allow_unsafe_code: let the tools run programs even where nothing confines them.
     Raises ValueError or OSError, naming the file."""
     style = get_style(style)
@@ -460,7 +462,7 @@ def load_mas_system(style, device="auto", dtype="auto", task="math", trust_remot
         if (Path(given) / "config.json").is_file():         # it brings its own
             models.pop(role, None)
     mas = load_agents(style, device, dtype, task, trust_remote_code, override, revision, models,
-                      thinking=thinking, offload=offload)
+                      thinking=thinking, offload=offload, capture=capture)
     widths = {edge.key: (mas.agents[edge.src].width, mas.agents[edge.dst].width)
               for edge in mas.style.edges}
     links = load_outer(folder, widths, task)

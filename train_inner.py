@@ -144,7 +144,7 @@ def main():
     base = local_folder(args.model_name_or_path or role.model, args.revision,
                         f"role {role.name}")
     agent = load_agent(base, device, dtype, bool(args.trust_remote_code),
-                       bool(args.enable_thinking))
+                       bool(args.enable_thinking), capture=args.capture)
     agent.inner = new_link(agent, args)
     before = readability(agent, style, role, held_out, args)
     features = features_of(agent, style, role, examples, args)

@@ -262,7 +262,7 @@ def main():
     mas = load_agents(style, args.device, args.dtype, args.mas_task, bool(args.trust_remote_code),
                       inner, args.revision, models,
                       inner_kind=args.inner_adapter_type_fallback,
-                      thinking=bool(args.enable_thinking))
+                      thinking=bool(args.enable_thinking), capture=args.capture)
     trained = {}
     for seed in args.seeds or [args.seed]:
         trained[seed] = train(mas, args, seed, folder / f"seed_{seed}" if args.seeds else folder)

@@ -1,5 +1,6 @@
 """One agent: cached against uncached, batch against single, padded against unpadded, spliced text
 against plain tokens, decoding against the library's generate and the exact distribution."""
+import functools
 import json
 import shutil
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
+import agents
 from agents import Agent, RecurrentLayer, common_length, load_agent, pick_device
 from link import save_inner
 from tiny.build import new_tokenizer
@@ -211,6 +213,122 @@ def test_a_past_is_never_changed(agent):
         assert one.cache.get_seq_length() == length == mask.shape[1]
         for layer, earlier in zip(one.cache.layers, layers):
             assert all(torch.equal(a, b) for a, b in zip(held(layer), earlier))
+
+
+# ---- single steps in buffers, recorded and replayed ---------------------------------------------
+
+def test_recorded_steps_are_uncached_and_serve_again(agent, monkeypatch):
+    """Padded batches of other lengths in the same buffers, one after the other; a row alone."""
+    monkeypatch.setattr(agents, "WORTH_RECORDING", 0)
+    used = []
+    with torch.no_grad():
+        for prompts in (PROMPTS[:2], [ids[:5] for ids in PROMPTS[2:]], PROMPTS[:2], PROMPTS[3:],
+                        [words("start")]):
+            thoughts = agent.think(read_plain(agent, prompts), M)
+            for b, ids in enumerate(prompts):
+                plain = plain_think(agent, embed_words(agent, ids), M)
+                assert largest_difference(thoughts[b:b + 1], plain) < agent.close
+            used.append(agent.kept["steps"].recorded)
+    assert agent.capture == "record" and all(used)
+    assert used[0] is used[1] is used[2] and used[3] is used[4] is not used[0]
+
+
+def test_recorded_writing_is_generate(agent, monkeypatch):
+    """Rows end one after the other; half of them gone, the rest are moved into new buffers."""
+    monkeypatch.setattr(agents, "WORTH_RECORDING", 0)
+    past = read_plain(agent, PROMPTS)
+    whole, lengths = agent.write(past, 10).ids, set()
+    assert whole == [generate(agent, ids, 10) for ids in PROMPTS]
+    for token in dict.fromkeys(token for ids in whole for token in ids):
+        agent.end_tokens = {token}
+        ids = agent.write(past, 10).ids
+        assert ids == [row[:row.index(token) + 1] if token in row else row for row in whole]
+        lengths.add(len({len(row) for row in ids}))
+    assert max(lengths) > 1, "no token ended the rows at different places: no test"
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5"])
+def test_a_long_text_outgrows_its_buffers(family):
+    """Twice: at 256 tokens, and (recorded by then) at twice as many."""
+    agent = new_agent(family)
+    agent.end_tokens = {VOCABULARY["<pad>"]}
+    said = agent.write(read_plain(agent, PROMPTS[:2]), 600)
+    assert said.ids == [generate(agent, ids, 600) for ids in PROMPTS[:2]]
+    assert max(map(len, said.ids)) == 600, "no text was long: no test"
+    assert agent.kept["steps"].capacity > 512 and agent.kept["steps"].recorded
+
+
+def test_recording_begins_when_it_is_worth_it():
+    agent = new_agent("qwen3")
+    past = read_plain(agent, PROMPTS)
+    with torch.no_grad():
+        first = agent.think(past, agents.WORTH_RECORDING)
+        agent.think(past, 2)
+        assert not agent.kept["steps"].recorded
+        again = agent.think(past, agents.WORTH_RECORDING)
+    assert agent.kept["steps"].recorded and largest_difference(first, again) < 1e-5
+
+
+def test_old_buffers_leave_nothing_behind():
+    """A prompt that went to NaN does not spoil the next one in the same buffers."""
+    agent = new_agent("qwen3")
+    past = read_plain(agent, PROMPTS)
+    with torch.no_grad():
+        before = agent.think(past, M)
+        embeds, mask = left_pad([embed_words(agent, ids) for ids in PROMPTS])
+        assert agent.think(agent.read(embeds * float("nan"), mask), 20).isnan().all()
+        assert torch.equal(agent.think(past, M), before)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3", "qwen3_5"])
+def test_torch_compile_takes_the_step_whole(family, monkeypatch):
+    """capture compile: no graph break; what a backend would make of it is not tested here."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    agent = new_agent(family)
+    past = read_plain(agent, PROMPTS)
+    with torch.no_grad():
+        plain = agent.think(past, M)
+        agent.capture, agent.kept["steps"].taken = "compile", agents.WORTH_RECORDING
+        for _ in range(2):
+            assert largest_difference(agent.think(past, M), plain) < agent.close
+    assert agent.capture == "compile" and agent.kept["steps"].recorded
+
+
+def test_what_cannot_be_recorded_says_why_and_runs(monkeypatch, capsys):
+    def no_trace(*args, **kwargs):
+        raise RuntimeError("no trace today\nand more")
+
+    agent, at_rest = new_agent("qwen3"), new_agent("qwen3")
+    past = read_plain(agent, PROMPTS)
+    with torch.no_grad():
+        plain = agent.think(past, M)
+        agent.kept.clear()
+        monkeypatch.setattr(agents, "WORTH_RECORDING", 0)
+        monkeypatch.setattr(torch.jit, "trace", no_trace)
+        at_rest.at_rest = [(at_rest.embedding.weight, at_rest.embedding.weight.data)]
+        for one, reason in ((agent, "no trace today"), (at_rest, "offload")):
+            capsys.readouterr()
+            assert torch.equal(one.think(past, M), plain) and one.capture == "off"
+            assert torch.equal(one.think(past, M), plain)
+            said = capsys.readouterr().out
+            assert said.count("\n") == 1 and "not recorded" in said and reason in said
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("capture", ["record", "compile"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cuda_graph_is_the_step(family, capture, monkeypatch):
+    there, here = new_agent(family), new_agent(family)
+    agent = Agent(there.model.cuda(), there.tokenizer, there.inner.cuda(), capture=capture)
+    monkeypatch.setattr(agents, "WORTH_RECORDING", 0)
+    embeds, mask = left_pad([embed_words(here, ids) for ids in PROMPTS])
+    with torch.no_grad():
+        past, plain = agent.read(embeds.cuda(), mask.cuda()), here.read(embeds, mask)
+        for _ in range(2):
+            thoughts = agent.think(past, M).cpu()
+            assert largest_difference(thoughts, here.think(plain, M)) < 10 * here.close
+        assert agent.write(past, 8).ids == here.write(plain, 8).ids
+    assert agent.capture == capture and agent.kept["steps"].recorded
 
 
 # ---- prompts as tokens --------------------------------------------------------------------------

@@ -35,6 +35,8 @@ from recurse import load_agents, recurse
 from styles import get_style
 from tasks import generated_task
 
+KNOWN_GB = 4           # of main memory for thoughts of round 1 that are kept over the epochs
+
 
 def flags():
     """(the published flags and ours, the style)."""
@@ -80,7 +82,7 @@ def flags():
 
 # ---- the losses ---------------------------------------------------------------------------------
 
-def outer_loss(mas, rows, rounds, args):
+def outer_loss(mas, rows, rounds, args, known=None):
     """(loss, final answer's cross-entropy, its number of tokens) of a batch of rows, unrolled over
     `rounds` rounds.
 
@@ -88,8 +90,12 @@ def outer_loss(mas, rows, rounds, args):
 
     over the K turns that hear latents before the last one (all of them means per target token),
     and with --supervise_final_only 0: + non_last_loss_weight x mean of the earlier rounds'
-    answers."""
+    answers.
+
+    known: {(role, id of a row): its thoughts in round 1, (m, d)} of roles that hear nobody in that
+    round: no outer link is in them, so they are the same in every epoch. Filled here."""
     role_losses, early_answers, last_role = [], [], mas.style.roles[-1].name
+    first = first_roles(mas.style) if known is not None else ()
 
     def targets(agent, role, round):
         return gold_tokens(agent, mas.style.role(role), rows, round, args.max_length)
@@ -100,6 +106,10 @@ def outer_loss(mas, rows, rounds, args):
 
     def turn(agent, role, round, read):
         """Thinking, as recurse asks for it, with this turn's losses taken on the way."""
+        places = [(role, id(row)) for row in rows]
+        if round == 1 and role in first and all(place in known for place in places):
+            H = [known[place].to(agent.device) for place in places]
+            return torch.stack(H) if args.latents == "rollout" else H
         wanted = args.role_loss_weight > 0 or (role == last_role and not args.supervise_final_only)
 
         def think():
@@ -110,6 +120,8 @@ def outer_loss(mas, rows, rounds, args):
             return thoughts(agent, past, mas.style.role(role), rows, round, args), loss
 
         H, loss = run_turn(think, args)
+        if round == 1 and role in first and 1e9 * KNOWN_GB > sum(h.nbytes for h in known.values()):
+            known.update((place, h.cpu()) for place, h in zip(places, H))
         if loss is not None:
             loss = loss.to(mas.agents[last_role].device)       # agents may sit on several cards
             role_losses.append(loss)
@@ -129,6 +141,13 @@ def outer_loss(mas, rows, rounds, args):
     if early_answers and not args.supervise_final_only:
         loss = loss + args.non_last_loss_weight * sum(early_answers) / len(early_answers)
     return loss, final, sum(map(len, answers))
+
+
+def first_roles(style):
+    """The roles that hear nobody in round 1: those who speak to them speak later."""
+    names = [role.name for role in style.roles]
+    return {name for i, name in enumerate(names)
+            if not any(edge.dst == name and edge.src in names[:i] for edge in style.edges)}
 
 
 def run_turn(turn, args):
@@ -230,12 +249,13 @@ def train(mas, args, seed, folder):
     total_steps = args.max_steps or -(-len(rows) * args.num_train_epochs // per_step)
     training = common.Training(mas.outer, args, args.outer_lr, folder, total_steps,
                                mas.agents[last.name].dtype)
+    known = {} if total_steps * per_step > len(rows) else None       # more than one epoch
     for step in training.steps(f"outer links, seed {seed}"):
         rounds = args.num_recursive_rounds
         if args.random_rounds:
             rounds = random.Random(f"rounds {seed} {step}").randint(1, rounds)
         for batch in training.batches(rows, step):
-            loss, final, tokens = outer_loss(mas, batch, rounds, args)
+            loss, final, tokens = outer_loss(mas, batch, rounds, args, known)
             training.backward(loss, tokens, final=final, rounds=rounds)
         training.step()
     if common.RANK == 0:

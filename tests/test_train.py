@@ -13,6 +13,7 @@ import train_inner
 import train_outer
 from link import InnerLink, load_inner, load_outer
 from recurse import load_mas_system
+from styles import get_style
 from styles.tiny import tiny as tiny_style
 from tasks import tiny
 
@@ -26,11 +27,11 @@ def outer_args(**changes):
     return argparse.Namespace(**{**settings, **changes})
 
 
-def outer_gradients(mas, rows, rounds, args):
+def outer_gradients(mas, rows, rounds, args, known=None):
     """(loss, {parameter: gradient}) of one outer loss."""
     mas.outer.requires_grad_(True)
     mas.outer.zero_grad()
-    loss, *_ = train_outer.outer_loss(mas, rows, rounds, args)
+    loss, *_ = train_outer.outer_loss(mas, rows, rounds, args, known)
     loss.backward()
     mas.outer.requires_grad_(False)
     return loss.item(), {name: p.grad.clone() for name, p in mas.outer.named_parameters()
@@ -119,6 +120,39 @@ def test_a_batch_is_the_mean_of_its_rows(double, latents):
     for name in gradients:
         mean = sum(s[1][name] for s in single) / len(ROWS)
         assert (gradients[name] - mean).norm() <= 1e-4 * mean.norm()
+
+
+@pytest.mark.parametrize("latents", ["rollout", "teacher"])
+def test_first_thoughts_kept_over_epochs_change_nothing(shipped, latents, monkeypatch):
+    """In batches that are put together anew, with the links changed: kept = thought again. The
+    first agent of round 1 does not think a second time, and beyond the budget nothing is kept."""
+    mas, known = shipped.with_fresh_outer(seed=3), {}
+    args, thinkers = outer_args(latents=latents, role_loss_weight=0.3), []
+    outer_gradients(mas, ROWS[:2], 2, args, known)
+    outer_gradients(mas, ROWS[2:], 2, args, known)
+    assert set(known) == {("planner", id(row)) for row in ROWS}
+    mas, mixed, plain = shipped.with_fresh_outer(seed=4), [ROWS[3], ROWS[0]], train_outer.thoughts
+    monkeypatch.setattr(train_outer, "thoughts", lambda agent, past, role, rows, round, args: (
+        thinkers.append((role.name, round)), plain(agent, past, role, rows, round, args))[1])
+    loss, gradients = outer_gradients(mas, mixed, 2, args, known)
+    assert ("planner", 1) not in thinkers and ("planner", 2) in thinkers
+    again, wanted = outer_gradients(mas, mixed, 2, args)
+    assert loss == pytest.approx(again, abs=1e-6) and ("planner", 1) in thinkers
+    for name in wanted:
+        apart = (gradients[name] - wanted[name]).abs().max()
+        assert apart < 1e-4 * wanted[name].abs().max(), name
+    monkeypatch.setattr(train_outer, "KNOWN_GB", 0)
+    empty = {}
+    outer_gradients(mas, mixed, 1, args, empty)
+    assert empty == {}
+
+
+def test_first_roles_hear_nobody_in_round_1():
+    names = {style: train_outer.first_roles(get_style(style)) for style in (
+        "tiny", "sequential_light")}
+    assert names == {"tiny": {"planner"}, "sequential_light": {"planner"}}
+    mixture = get_style("mixture")
+    assert train_outer.first_roles(mixture) == {role.name for role in mixture.roles[:-1]}
 
 
 def test_the_losses_are_weighed_as_documented(shipped):

@@ -562,10 +562,10 @@ def outer(bench):
             link.grad = None
         return [torch.tensor(loss), flat / flat.abs().max()]
 
-    def ours(batches, **others):
+    def ours(batches, known=None, **others):
         args, total = training_settings(bench, latent_length=m, **others), 0
         for batch in batches:
-            loss, *_ = train_outer.outer_loss(bench.mas, batch, R, args)
+            loss, *_ = train_outer.outer_loss(bench.mas, batch, R, args, known)
             (loss / len(batches)).backward()
             total += loss.item() / len(batches)
         return gradient(total)
@@ -581,6 +581,19 @@ def outer(bench):
              {"gradient_checkpointing": 1})):
         bench.compare(case, lambda: ours(reference, latents="rollout"),
                       lambda: ours([rows], latents="rollout", **tried), units=(B, B))
+    known = {}
+    ours([rows], known, latents="rollout")
+    bench.compare("the same, first thoughts anew against kept from an epoch before",
+                  lambda: ours([rows], latents="rollout"),
+                  lambda: ours([rows], known, latents="rollout"), units=(B, B))
+    peaks = []
+    for checkpointing in (0, 1):
+        peak_memory_mb(bench.device, reset=True)
+        before = peak_memory_mb(bench.device)
+        ours([rows], latents="rollout", gradient_checkpointing=checkpointing)
+        peaks.append(peak_memory_mb(bench.device) - before)
+    bench.note(f"memory of a step beside the models: turns kept {peaks[0]:.0f} MB, checkpointed "
+               f"{peaks[1]:.0f} MB", kept_mb=peaks[0], checkpointed_mb=peaks[1])
     bench.mas.outer.requires_grad_(False)
 
 
@@ -661,7 +674,8 @@ def model_memory(config, dtype, batch_size, tokens):
 
 
 def style_memory(style, configs, dtype, batch_size, tokens):
-    """Bytes that a style takes: {"weights", "links", "cache"}.
+    """Bytes that a style takes: {"weights", "largest" (of one agent: what --offload keeps on the
+    card), "links", "cache"}.
 
     configs: {base model: config}; a base model that two roles share counts once. Links are
     float32. cache: of all agents together, batch_size rows of `tokens` positions in each."""
@@ -672,6 +686,7 @@ def style_memory(style, configs, dtype, batch_size, tokens):
         links = [InnerLink(width) for _, _, width in by_role.values()]
         links += [OuterLink(by_role[edge.src][2], by_role[edge.dst][2]) for edge in style.edges]
     return {"weights": sum(weights for weights, _, _ in models.values()),
+            "largest": max(weights for weights, _, _ in models.values()),
             "links": size_of([weight for link in links for weight in link.parameters()]),
             "cache": sum(cache for _, cache, _ in by_role.values())}
 
@@ -681,14 +696,15 @@ def memory_table(tokens=1000):
     configs = real_dims()
     print(f"GB of weights and links, and of a cache of {tokens} positions of one question in all "
           "agents")
-    print(f"{'style':18s} {'dtype':9s} {'weights':>8s} {'links':>6s} {'cache':>6s}")
+    print(f"{'style':18s} {'dtype':9s} {'weights':>8s} {'offload':>8s} {'links':>6s} "
+          f"{'cache':>6s}")
     for style in all_styles().values():
         if not all(role.model in configs for role in style.roles):
             continue
         for dtype in ("bfloat16", "float32"):
             size = style_memory(style, configs, DTYPES[dtype], 1, tokens)
             print(f"{style.name:18s} {dtype:9s} {size['weights'] / 1e9:8.2f} "
-                  f"{size['links'] / 1e9:6.2f} {size['cache'] / 1e9:6.3f}")
+                  f"{size['largest'] / 1e9:8.2f} {size['links'] / 1e9:6.2f} {size['cache'] / 1e9:6.3f}")
 
 
 def memory(bench):

@@ -241,12 +241,15 @@ def test_style_memory_counts_a_shared_model_once(mas):
     assert size["links"] == sum(weight.nbytes for weight in links)
     assert size["weights"] == sum(one.nbytes for agent in mas.agents.values()
                                   for one in (*agent.model.parameters(), *agent.model.buffers()))
+    assert size["largest"] == max(sum(one.nbytes for one in (*agent.model.parameters(),
+                                                             *agent.model.buffers()))
+                                  for agent in mas.agents.values())
     two = Style("two", (Role("a", "planner", "", "{question}\n{b}"),
                         Role("b", "planner", "", "{question}\n{a}")),
                 (Edge("ab", "a", "b"), Edge("ba", "b", "a")))
     shared = bench.style_memory(two, configs, torch.float32, 2, 5)
     one = bench.model_memory(configs["planner"], torch.float32, 2, 5)
-    assert shared["weights"] == one[0] and shared["cache"] == 2 * one[1]
+    assert shared["weights"] == shared["largest"] == one[0] and shared["cache"] == 2 * one[1]
 
 
 def test_memory_table(capsys):
@@ -255,5 +258,5 @@ def test_memory_table(capsys):
     lines = {tuple(line.split()[:2]): line.split()[2:]
              for line in capsys.readouterr().out.splitlines()}
     assert len(lines) == 12
-    assert lines["sequential_light", "bfloat16"][1] == f"{4 * (21.5 + 53.0) / 1000:.2f}"
-    assert lines["sequential_scaled", "float32"][1] == f"{4 * (45.1 + 112.0) / 1000:.2f}"
+    assert lines["sequential_light", "bfloat16"][2] == f"{4 * (21.5 + 53.0) / 1000:.2f}"
+    assert lines["sequential_scaled", "float32"][2] == f"{4 * (45.1 + 112.0) / 1000:.2f}"

@@ -704,7 +704,8 @@ def memory_table(tokens=1000):
         for dtype in ("bfloat16", "float32"):
             size = style_memory(style, configs, DTYPES[dtype], 1, tokens)
             print(f"{style.name:18s} {dtype:9s} {size['weights'] / 1e9:8.2f} "
-                  f"{size['largest'] / 1e9:8.2f} {size['links'] / 1e9:6.2f} {size['cache'] / 1e9:6.3f}")
+                  f"{size['largest'] / 1e9:8.2f} {size['links'] / 1e9:6.2f} "
+                  f"{size['cache'] / 1e9:6.3f}")
 
 
 def memory(bench):

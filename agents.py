@@ -195,7 +195,7 @@ class Steps(torch.nn.Module):
     All that a step needs and changes lies in buffers of a fixed size: keys and values, the mask,
     the positions. Nothing is copied as the cache grows, and the step can be recorded once and
     replayed without Python, as a CUDA graph on a GPU, as a TorchScript trace on a CPU (the two
-    took a step from 1.51 to 1.35 of its floor there). The agent's `capture` says how: record;
+    took a step from 1.51 to 1.36 of its floor there). The agent's `capture` says how: record;
     compile, torch.compile first, which fuses small kernels and takes a minute for each model and
     batch size; or off."""
 

@@ -178,24 +178,27 @@ class FixedLayer(StaticLayer):
         self.keys, self.values, self.place, self.is_initialized = keys, values, place, True
 
     def update(self, keys, values, *args, **kwargs):
+        """Write one position, (B, heads, 1, width) each: the whole buffers."""
         self.keys.index_copy_(2, self.place, keys)
         self.values.index_copy_(2, self.place, values)
         return self.keys, self.values
 
     def get_seq_length(self):
+        """Where the library's causal mask places the new position."""
         return self.place[0]
 
     def get_mask_sizes(self, *args):
+        """(columns of the mask, the first one's number)."""
         return self.keys.shape[2], 0
 
 
 class Steps(torch.nn.Module):
-    """Single positions behind what was read, without gradient: h = steps(x), (B, 1, d) each.
+    """Single positions behind what was read, without gradient: h = steps.step(x), (B, 1, d).
 
     All that a step needs and changes lies in buffers of a fixed size: keys and values, the mask,
     the positions. Nothing is copied as the cache grows, and the step can be recorded once and
-    replayed without Python, as a CUDA graph on a GPU, as a TorchScript trace on a CPU (the two
-    took a step from 1.51 to 1.36 of its floor there). The agent's `capture` says how: record;
+    replayed without Python, as a CUDA graph on a GPU, as a TorchScript trace on a CPU (buffers and
+    trace took a step from 1.51 to 1.36 times its floor there). The agent's `capture` says how: record;
     compile, torch.compile first, which fuses small kernels and takes a minute for each model and
     batch size; or off."""
 
@@ -262,6 +265,7 @@ class Steps(torch.nn.Module):
     def forward(self, x):
         """One position. All that changes does so in place, on the device: it can be recorded."""
         self.seen.index_fill_(1, self.place, 1)
+        # h = body(x | cache)                                                      (B, 1, d)
         h = self.agent._forward(x, self.cache, self.seen, self.position)
         self.position.add_(1)
         self.place.add_(1)
@@ -317,6 +321,7 @@ def cuda_graph(step, x):
             h = step(x)
 
     def replay(new):
+        """h (B, 1, d) of the next position, new (B, 1, d)."""
         x.copy_(new)
         graph.replay()
         return h.clone()                             # the next replay overwrites h
@@ -342,7 +347,8 @@ class Agent:
         self.embedding = model.get_input_embeddings()    # called, not indexed: Gemma scales inside
         self.device, self.dtype = self.embedding.weight.device, self.embedding.weight.dtype
         self.at_rest = []                                # with offload: (weight, its place of rest)
-        self.capture, self.kept = capture, {}            # single steps: how, and their buffers
+        self.capture = capture                           # how single steps run: see Steps
+        self.kept = {}       # the Steps in use; a dict, which roles with the same base model share
         self.width = self.embedding.weight.shape[1]
         self.thinking = thinking                         # the chat template's own switch
         if tokenizer.chat_template is None:
@@ -540,6 +546,7 @@ class Agent:
         then m-1 cached steps through the inner link. Differentiable. (The paper's rollout.)"""
         learning = torch.is_grad_enabled() and any(
             one.requires_grad for one in (past.last, *self.inner.parameters()))
+        # m = 1 takes no step: no buffers for it.
         step = self._growing(past) if learning or m == 1 else self._steps(past, m - 1).step
         thoughts = [past.last]
         for _ in range(m - 1):
@@ -606,8 +613,8 @@ class Agent:
                 more = min(max_new_tokens - 1 - step, max(256, step))              # buffers double
                 steps = self._steps(steps or past, more, kept)
                 token, rows = token[kept], [rows[place] for place in going] if fewer else rows
-            h = steps.step(self.embedding(token)[:, None])                              # (b, 1, d)
-            logits = self.head(h[:, -1])
+            h = steps.step(self.embedding(token)[:, None])                         # (b, 1, d)
+            logits = self.head(h[:, -1])                                           # (b, V)
         written = [tokens[:ends.get(row)] for row, tokens in enumerate(written)]
         texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
         return Said([text.strip() for text in texts], written)

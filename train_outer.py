@@ -90,10 +90,7 @@ def outer_loss(mas, rows, rounds, args, known=None):
 
     over the K turns that hear latents before the last one (all of them means per target token),
     and with --supervise_final_only 0: + non_last_loss_weight x mean of the earlier rounds'
-    answers.
-
-    known: {(role, id of a row): its thoughts in round 1, (m, d)} of roles that hear nobody in that
-    round: no outer link is in them, so they are the same in every epoch. Filled here."""
+    answers. known: see first_thoughts; None keeps nothing."""
     role_losses, early_answers, last_role = [], [], mas.style.roles[-1].name
     first = first_roles(mas.style) if known is not None else ()
 
@@ -106,10 +103,6 @@ def outer_loss(mas, rows, rounds, args, known=None):
 
     def turn(agent, role, round, read):
         """Thinking, as recurse asks for it, with this turn's losses taken on the way."""
-        places = [(role, id(row)) for row in rows]
-        if round == 1 and role in first and all(place in known for place in places):
-            H = [known[place].to(agent.device) for place in places]
-            return torch.stack(H) if args.latents == "rollout" else H
         wanted = args.role_loss_weight > 0 or (role == last_role and not args.supervise_final_only)
 
         def think():
@@ -119,9 +112,9 @@ def outer_loss(mas, rows, rounds, args, known=None):
                     if wanted and hears_links else None)
             return thoughts(agent, past, mas.style.role(role), rows, round, args), loss
 
+        if round == 1 and role in first:
+            return first_thoughts(known, role, rows, agent.device, lambda: think()[0])
         H, loss = run_turn(think, args)
-        if round == 1 and role in first and 1e9 * KNOWN_GB > sum(h.nbytes for h in known.values()):
-            known.update((place, h.cpu()) for place, h in zip(places, H))
         if loss is not None:
             loss = loss.to(mas.agents[last_role].device)       # agents may sit on several cards
             role_losses.append(loss)
@@ -148,6 +141,19 @@ def first_roles(style):
     names = [role.name for role in style.roles]
     return {name for i, name in enumerate(names)
             if not any(edge.dst == name and edge.src in names[:i] for edge in style.edges)}
+
+
+def first_thoughts(known, role, rows, device, think):
+    """B thoughts (m, d) of a role that hears nobody in round 1. No outer link is in them, so they
+    are the same in every epoch: known, {(role, id of a row): its thoughts}, keeps them in main
+    memory, up to KNOWN_GB."""
+    places = [(role, id(row)) for row in rows]
+    if all(place in known for place in places):
+        return [known[place].to(device) for place in places]
+    H = list(think())
+    if len(known) * H[0].nbytes < 1e9 * KNOWN_GB:
+        known.update((place, h.cpu()) for place, h in zip(places, H))
+    return H
 
 
 def run_turn(turn, args):

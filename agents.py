@@ -198,9 +198,9 @@ class Steps(torch.nn.Module):
     All that a step needs and changes lies in buffers of a fixed size: keys and values, the mask,
     the positions. Nothing is copied as the cache grows, and the step can be recorded once and
     replayed without Python, as a CUDA graph on a GPU, as a TorchScript trace on a CPU (buffers and
-    trace took a step from 1.51 to 1.36 times its floor there). The agent's `capture` says how: record;
-    compile, torch.compile first, which fuses small kernels and takes a minute for each model and
-    batch size; or off."""
+    trace took a step from 1.51 to 1.36 times its floor there). The agent's `capture` says how:
+    record; compile, torch.compile first, which fuses small kernels and takes a minute for each
+    model and batch size; or off."""
 
     def __init__(self, agent, layers, rows, capacity):
         super().__init__()

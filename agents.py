@@ -39,8 +39,10 @@ from transformers.cache_utils import LinearAttentionLayer, StaticLayer
 RECURRENT = "linear_attention"         # Qwen3.5: layers with a state in place of keys and values
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
 CAPTURE = ("record", "compile", "off")  # how single steps run: see Steps
-ROOM = 64                              # buffers are a multiple of this long
-WORTH_RECORDING = 32                   # steps in the same buffers before one is recorded
+ROOM = 16                              # buffers are a multiple of this long
+# So many steps in the same buffers, and the next one is recorded. A trace costs what it saves in
+# about a hundred steps; of a CUDA graph we expect ten (not measured).
+WORTH_RECORDING = {"cpu": 128, "cuda": 10}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -241,7 +243,8 @@ class Steps(torch.nn.Module):
 
     def begin(self, past, rows=slice(None)):
         """Go on from these rows of a Past, or of other Steps; nothing older is left."""
-        if self.taken >= WORTH_RECORDING and not self.recorded and self.agent.capture != "off":
+        worth = self.taken >= WORTH_RECORDING[self.agent.device.type]
+        if worth and not self.recorded and self.agent.capture != "off":
             for buffer in self.buffers():
                 buffer.zero_()
             self.recorded = record(self)
@@ -499,7 +502,9 @@ class Agent:
         if not steps or steps is past or steps.rows != count or not (
                 length <= steps.capacity <= 2 * length + ROOM):
             self.kept.clear()                            # first, for the memory's sake
-            steps = Steps(self, past.cache.layers, count, -(-length // ROOM) * ROOM)
+            # An eighth more than asked for: prompts of the next batch may be a little longer.
+            capacity = -(-(length + length // 8) // ROOM) * ROOM
+            steps = Steps(self, past.cache.layers, count, capacity)
             steps.taken = past.taken if isinstance(past, Steps) else 0
             self.kept["steps"] = steps
         steps.begin(past, rows)

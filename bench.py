@@ -64,7 +64,7 @@ TINY = dict(rollout=[(12, 4, 1, 0, 0), (12, 4, 3, 1, 0)], step=(12, 4), step_at_
             round=(8, 3, 2), text=256, inner=(6, 5, 2), outer=(6, 3, 2, 2, 4), outer_wanted=0,
             decode=(8, 4), pass10=(8, 3), growth=(8, 4, 2, 2), layers=0, matrix=(256, 1024))
 TEXT_TOKENS, LATENT_TOKENS, LATENT_STEPS = 4100, 893, 48      # published, a question at R = 3
-TINY_QUESTIONS = 125                                          # of the shipped tiny system
+TINY_QUESTIONS = 500                                          # of the shipped tiny system
 
 # The base models, as their config.json describes them.
 SIGLIP = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27,
@@ -311,7 +311,7 @@ class Bench:
     def recorded(self, run):
         """The run, after two first ones: in the second its steps are recorded."""
         run()
-        self.agent.kept["steps"].taken = WORTH_RECORDING
+        self.agent.kept["steps"].taken = WORTH_RECORDING[self.device.type]
         run()
         return run
 
@@ -475,11 +475,12 @@ def text(bench):
     """Recursive text against recursive latents at R = 3, with evaluate's way of answering."""
     tiny, task, spent = load_mas_system("tiny", device="cpu"), get_task("tiny"), {}
     options = dict(tiny.style.settings["tiny"], samples=1, answer_retry=0)
-    options.pop("batch_size")
     examples = task.load(TINY_QUESTIONS)
+    batches = evaluate.in_batches(examples, options.pop("batch_size"))
 
     def answer(method):
-        answers = evaluate.answers_to(tiny, task, examples, method, 3, options)
+        answers = [one for batch in batches
+                   for one in evaluate.answers_to(tiny, task, batch, method, 3, options)]
         spent[method] = (sum(one["decoded_tokens"] for one in answers) / len(answers),
                          sum(one["correct"][0] for one in answers) / len(answers))
 

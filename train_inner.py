@@ -112,11 +112,14 @@ def features_of(agent, style, role, examples, args):
                              "--num_samples")
         states = torch.from_file(str(file), shared=True, size=shape[0] * shape[1],
                                  dtype=agent.dtype).view(shape)
-    places, tokens = states.split(lengths), []
-    for chunk in common.progress(chunks(examples, args.batch_size), "hidden states"):
-        for h, ids in common.gold_states(agent, style, role, chunk, args.max_length):
-            places[len(tokens)].copy_(h)
-            tokens.append(ids)
+    places, tokens = states.split(lengths), [None] * len(examples)
+    by_length = sorted(range(len(examples)), key=lengths.__getitem__)        # little is padding
+    for chunk in common.progress(chunks(by_length, args.batch_size), "hidden states"):
+        read = common.gold_states(agent, style, role, [examples[i] for i in chunk],
+                                  args.max_length)
+        for i, (h, ids) in zip(chunk, read):
+            places[i].copy_(h)
+            tokens[i] = ids
     return list(zip(places, tokens))
 
 

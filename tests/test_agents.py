@@ -219,7 +219,7 @@ def test_a_past_is_never_changed(agent):
 
 def test_recorded_steps_are_uncached_and_serve_again(agent, monkeypatch):
     """Padded batches of other lengths in the same buffers, one after the other; a row alone."""
-    monkeypatch.setattr(agents, "WORTH_RECORDING", 0)
+    monkeypatch.setitem(agents.WORTH_RECORDING, "cpu", 0)
     used = []
     with torch.no_grad():
         for prompts in (PROMPTS[:2], [ids[:5] for ids in PROMPTS[2:]], PROMPTS[:2], PROMPTS[3:],
@@ -235,7 +235,7 @@ def test_recorded_steps_are_uncached_and_serve_again(agent, monkeypatch):
 
 def test_recorded_writing_is_generate(agent, monkeypatch):
     """Rows end one after the other; half of them gone, the rest are moved into new buffers."""
-    monkeypatch.setattr(agents, "WORTH_RECORDING", 0)
+    monkeypatch.setitem(agents.WORTH_RECORDING, "cpu", 0)
     past = read_plain(agent, PROMPTS)
     whole, lengths = agent.write(past, 10).ids, set()
     assert whole == [generate(agent, ids, 10) for ids in PROMPTS]
@@ -262,10 +262,10 @@ def test_recording_begins_when_it_is_worth_it():
     agent = new_agent("qwen3")
     past = read_plain(agent, PROMPTS)
     with torch.no_grad():
-        first = agent.think(past, agents.WORTH_RECORDING)
-        agent.think(past, 2)
+        first = agent.think(past, agents.WORTH_RECORDING["cpu"])      # one step less than that
+        agent.think(past, agents.WORTH_RECORDING["cpu"] - 10)
         assert not agent.kept["steps"].recorded
-        again = agent.think(past, agents.WORTH_RECORDING)
+        again = agent.think(past, agents.WORTH_RECORDING["cpu"])
     assert agent.kept["steps"].recorded and largest_difference(first, again) < 1e-5
 
 
@@ -288,7 +288,7 @@ def test_torch_compile_takes_the_step_whole(family, monkeypatch):
     past = read_plain(agent, PROMPTS)
     with torch.no_grad():
         plain = agent.think(past, M)
-        agent.capture, agent.kept["steps"].taken = "compile", agents.WORTH_RECORDING
+        agent.capture, agent.kept["steps"].taken = "compile", 10**9
         for _ in range(2):
             assert largest_difference(agent.think(past, M), plain) < agent.close
     assert agent.capture == "compile" and agent.kept["steps"].recorded
@@ -303,7 +303,7 @@ def test_what_cannot_be_recorded_says_why_and_runs(monkeypatch, capsys):
     with torch.no_grad():
         plain = agent.think(past, M)
         agent.kept.clear()
-        monkeypatch.setattr(agents, "WORTH_RECORDING", 0)
+        monkeypatch.setitem(agents.WORTH_RECORDING, "cpu", 0)
         monkeypatch.setattr(torch.jit, "trace", no_trace)
         at_rest.at_rest = [(at_rest.embedding.weight, at_rest.embedding.weight.data)]
         for one, reason in ((agent, "no trace today"), (at_rest, "offload")):
@@ -320,7 +320,7 @@ def test_what_cannot_be_recorded_says_why_and_runs(monkeypatch, capsys):
 def test_a_cuda_graph_is_the_step(family, capture, monkeypatch):
     there, here = new_agent(family), new_agent(family)
     agent = Agent(there.model.cuda(), there.tokenizer, there.inner.cuda(), capture=capture)
-    monkeypatch.setattr(agents, "WORTH_RECORDING", 0)
+    monkeypatch.setitem(agents.WORTH_RECORDING, "cuda", 0)
     embeds, mask = left_pad([embed_words(here, ids) for ids in PROMPTS])
     with torch.no_grad():
         past, plain = agent.read(embeds.cuda(), mask.cuda()), here.read(embeds, mask)

@@ -46,7 +46,7 @@ from recurse import MAS, load_mas_system, recurse
 from styles import Edge, Role, Style, all_styles, get_style
 from tasks import get_task
 
-PATIENCE = 20       # seconds after which a comparison that was repeated once is not again
+PATIENCE = 15       # seconds after which a comparison that was repeated once is not again
 
 # T tokens of a prompt, m latent steps, B questions, R rounds, n tokens of a text.
 # rollout: (T, m, B, layers (0: all), speed-up wanted); step: T, steps; head: answer positions, all;

@@ -398,7 +398,7 @@ class Training:
             for weight in links.parameters():        # all start from the same links
                 torch.distributed.broadcast(weight.data, 0)
         self.optimizer = torch.optim.AdamW(links.parameters(), lr=learning_rate, betas=(0.9, 0.95),
-                                           weight_decay=args.weight_decay)
+                                           weight_decay=args.weight_decay, fused=True)
         self.schedule = transformers.get_scheduler(
             "constant_with_warmup" if args.lr_scheduler_type == "constant" else "cosine",
             self.optimizer, min(args.warmup_steps, total_steps), total_steps)

@@ -206,7 +206,7 @@ def warm_start(mas, rows, args, seed, per_step):
         role = mas.style.role(edge.src)
         examples = common.role_examples(mas.style, role, rows, args.mas_task)
         optimizer = torch.optim.AdamW(link.requires_grad_(True).parameters(), lr=4e-3,
-                                      betas=(0.9, 0.95), weight_decay=0.0)
+                                      betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.warm_start_steps)
         loss = torch.tensor(float("nan"))          # stays so if no text holds a shared token
         for step in common.progress(range(args.warm_start_steps), edge.key):

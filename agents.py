@@ -99,11 +99,13 @@ class RecurrentLayer(LinearAttentionLayer):
         self.record_past = True
 
     def update_conv_state(self, conv_states, state_idx=0, conv_kernel_size=None, **kwargs):
+        """The states that the convolution runs over; the last ones of them are kept."""
         full = super().update_conv_state(conv_states, state_idx, conv_kernel_size, **kwargs)
         self.conv_states[state_idx] = full[..., -conv_kernel_size:]
         return full
 
     def update_recurrent_state(self, recurrent_states, state_idx=0, **kwargs):
+        """The new state takes the old one's place, not its memory."""
         self.recurrent_states[state_idx] = recurrent_states
         self.is_recurrent_states_initialized[state_idx] = True
         return recurrent_states

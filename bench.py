@@ -316,6 +316,7 @@ class Bench:
         return run
 
     def wait(self):
+        """Until the device has done what it was asked."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -709,9 +710,27 @@ def memory_table(tokens=1000):
                   f"{size['cache'] / 1e9:6.3f}")
 
 
+@torch.no_grad()
 def memory(bench):
-    """What weights, links and caches of the real styles take, worked out from their dimensions."""
+    """What weights, links and caches of the real styles take, worked out from their dimensions; and
+    what a turn costs whose agent is brought to the device first (--offload)."""
     memory_table()
+    (T, m, B), agent = bench.size["round"], bench.agent
+    embeds, mask = some_embeds(agent, T, B)
+    weights = [*agent.model.parameters(), *agent.model.buffers()]
+    at_rest = [(weight, weight.data.cpu()) for weight in weights]     # on a CPU the same memory
+
+    def turn(weights_at_rest):
+        agent.at_rest = weights_at_rest
+        agent.rest()
+        agent.wake()
+        return agent.think(agent.read(embeds, mask), m)
+
+    size = sum(resting.nbytes for _, resting in at_rest) / 1e9
+    bench.compare(f"T={T} m={m} B={B}, offload moves {size:.1f} GB" if bench.device.type == "cuda"
+                  else "offload, which on a CPU moves nothing", lambda: turn([]),
+                  lambda: turn(at_rest), at_most=float("inf"))
+    agent.at_rest = []
 
 
 SECTIONS = {"rollout": rollout, "step": step, "head": head, "round": round_of_style, "text": text,
@@ -761,6 +780,7 @@ def hardware(device):
 
 
 def main():
+    """The physics, a table for each section, the JSON line."""
     options, started = flags(), time.time()
     bench = Bench(options)
     figures = {"hardware": hardware(bench.device), "cores": os.cpu_count(),

@@ -39,6 +39,7 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     def error(self, message):
+        """Say it in one line, and end with exit code 2."""
         self.exit(2, f"error: {message} (--help lists all flags)\n")
 
 

@@ -543,6 +543,7 @@ def answer_all(mas, task, batches, options, args, settings):
 
 
 def main():
+    """Ask, score, and write results.jsonl, summary.json and summary.png; or --show."""
     args, style = flags()
     if not args.show:
         need_matplotlib()

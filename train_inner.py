@@ -129,6 +129,7 @@ def features_file(args):
 
 
 def main():
+    """Rows, agent, hidden states, the loop, and what the trained link's latents say."""
     (args, style), started = flags(), time.time()
     role = style.role(args.mas_role)
     if args.text_field:

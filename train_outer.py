@@ -128,9 +128,7 @@ def outer_loss(mas, rows, rounds, args, known=None):
     answers = targets(agent, role, round)
     final = run_turn(lambda: cross_entropy(agent, read(), answers), args)
     weight = args.role_loss_weight
-    loss = final
-    if weight and role_losses:
-        loss = (final + weight * sum(role_losses)) / (1 + weight * len(role_losses))
+    loss = (final + weight * sum(role_losses)) / (1 + weight * len(role_losses))
     if early_answers and not args.supervise_final_only:
         loss = loss + args.non_last_loss_weight * sum(early_answers) / len(early_answers)
     return loss, final, sum(map(len, answers))
@@ -273,6 +271,7 @@ def train(mas, args, seed, folder):
 
 
 def main():
+    """A run for each seed, then the comparison before and after."""
     (args, style), started = flags(), time.time()
     folder, given = Path(args.save_dir), vars(args)
     names = [role.name for role in style.roles]

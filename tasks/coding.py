@@ -103,6 +103,7 @@ class DataOnly(pickle.Unpickler):
     """Reads pickled strings, lists and numbers, and refuses whatever could run."""
 
     def find_class(self, module, name):
+        """Refuse: data needs no class."""
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 

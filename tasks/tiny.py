@@ -49,6 +49,7 @@ class Problem:
 
     @property
     def question(self):
+        """start V s1 EVENT s2 EVENT .."""
         events = [f"s{i} {operation}" for i, operation in enumerate(self.operations, start=1)]
         return " ".join([f"start {self.values[0]}", *events])
 
@@ -58,6 +59,7 @@ class Problem:
         return f"s{i} {self.operations[i - 1]} {self.values[i]}"
 
     def reason(self, i):
+        """What event i does to the counter, `6 to 8`; past the end the last event again."""
         i = min(max(i, 1), len(self.operations))
         return f"{self.values[i - 1]} to {self.values[i]}"
 

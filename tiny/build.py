@@ -155,6 +155,7 @@ def copy_links(source, folder):
 
 
 def main():
+    """Agents, then inner links, then outer links and their comparison: all of it in --out."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default="out/tiny", help="where the system goes")
     parser.add_argument("--agent_steps", type=int, default=4000, help="training steps an agent")

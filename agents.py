@@ -42,7 +42,10 @@ CAPTURE = ("record", "compile", "off")  # how single steps run: see Steps
 ROOM = 16                              # buffers are a multiple of this long
 # So many steps in the same buffers, and the next one is recorded. A trace costs what it saves in
 # about a hundred steps; of a CUDA graph we expect ten (not measured).
-WORTH_RECORDING = {"cpu": 128, "cuda": 10}
+WORTH_RECORDING = {"cpu": 256, "cuda": 10}
+WARM_UP = 4                            # steps that recording takes
+# So often for each agent: torch never frees a trace (5 MB for 2 layers, 50 MB for 28).
+RECORDINGS = {"cpu": 8, "cuda": float("inf")}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -200,11 +203,11 @@ class Steps(torch.nn.Module):
     """Single positions behind what was read, without gradient: h = steps.step(x), (B, 1, d).
 
     All that a step needs and changes lies in buffers of a fixed size: keys and values, the mask,
-    the positions. Nothing is copied as the cache grows, and the step can be recorded once and
-    replayed without Python, as a CUDA graph on a GPU, as a TorchScript trace on a CPU (buffers and
-    trace took a step from 1.51 to 1.36 times its floor there). The agent's `capture` says how:
-    record; compile, torch.compile first, which fuses small kernels and takes a minute for each
-    model and batch size; or off."""
+    the positions. A step copies nothing that was there before, and one that comes often can be
+    recorded and replayed without Python, as a CUDA graph on a GPU, as a TorchScript trace on a CPU
+    (from 1.5 to 1.35 times its floor there). The agent's `capture` says how: record; compile,
+    torch.compile first, which fuses small kernels and takes a minute for each model and batch
+    size; or off."""
 
     def __init__(self, agent, layers, rows, capacity):
         super().__init__()
@@ -214,12 +217,14 @@ class Steps(torch.nn.Module):
         self.seen = self._buffer(like, rows, capacity)           # the mask
         self.position = self._buffer(like, rows, 1)              # of the next token in its text
         self.place = self._buffer(like, 1)                       # its column in the buffers
+        self.small = [self.seen, self.position, self.place]      # all that is no key or value
         self.cache = DynamicCache()
         self.cache.layers = [self._fixed(layer) for layer in layers]
 
     def _buffer(self, like, *shape):
         """Zeros that the module knows: for a trace all other tensors are constants."""
-        zeros = like.new_zeros(shape)
+        with torch.inference_mode(False):        # whoever asks first: others will write here too
+            zeros = like.new_zeros(shape)
         self.register_buffer(f"buffer{len(self._buffers)}", zeros)
         return zeros
 
@@ -236,6 +241,7 @@ class Steps(torch.nn.Module):
         fixed.conv_states = {0: self._buffer(conv, self.rows, conv.shape[1],
                                                layer.conv_kernel_size[0])}
         fixed.recurrent_states = {0: self._buffer(state, self.rows, *state.shape[1:])}
+        self.small += [fixed.conv_states[0], fixed.recurrent_states[0]]
         return fixed
 
     @property
@@ -245,11 +251,6 @@ class Steps(torch.nn.Module):
 
     def begin(self, past, rows=slice(None)):
         """Go on from these rows of a Past, or of other Steps; nothing older is left."""
-        worth = self.taken >= WORTH_RECORDING[self.agent.device.type]
-        if worth and not self.recorded and self.agent.capture != "off":
-            for buffer in self.buffers():
-                buffer.zero_()
-            self.recorded = record(self)
         length = past.mask.shape[1]
         for fixed, layer in zip(self.cache.layers, past.cache.layers):
             if isinstance(fixed, FixedLayer):
@@ -276,23 +277,32 @@ class Steps(torch.nn.Module):
         self.place.add_(1)
         return h
 
+    @torch.no_grad()
     def step(self, x):
-        """The same, recorded if it is."""
+        """The same, recorded if that is worth it by now."""
+        worth = self.taken >= WORTH_RECORDING[self.agent.device.type] and self.left > WARM_UP
+        if worth and not self.recorded and self.agent.recordings_left():
+            # The first calls write into columns that later steps overwrite; the rest is put back.
+            before = [buffer.clone() for buffer in self.small]
+            self.recorded = record(self, x)
+            for buffer, value in zip(self.small, before):
+                buffer.copy_(value)
         self.left -= 1
         self.taken += 1
         return (self.recorded or self.forward)(x)
 
 
-@torch.no_grad()
-def record(steps):
-    """The step over these buffers, recorded; None where that fails, and it says why. It runs a few
-    times on the way, so the buffers have to be filled anew."""
+def record(steps, x):
+    """The step over these buffers, recorded; None where that fails, and it says why. It runs
+    WARM_UP times on the way, with x."""
     agent, step = steps.agent, steps.forward
-    x = torch.zeros(steps.rows, 1, agent.width, dtype=agent.dtype, device=agent.device)
+    agent.kept["recordings"] = agent.kept.get("recordings", 0) + 1
+    x = steps._buffer(x, *x.shape).copy_(x)              # where a graph will look for its input
     try:
         if agent.at_rest:
             raise RuntimeError("with offload the weights do not stay in one place")
         if agent.capture == "compile":
+            torch._dynamo.config.recompile_limit = 64      # every number of rows is one of its own
             step = torch.compile(step, dynamic=False, fullgraph=True)
         elif agent.device.type == "cpu":
             with warnings.catch_warnings():          # shapes and flags become constants: so it is
@@ -302,12 +312,12 @@ def record(steps):
     except RuntimeError as problem:
         print(f"{agent.tokenizer.name_or_path}: single steps are not recorded: "
               f"{str(problem).splitlines()[0]}", flush=True)
-        agent.capture = "off"
+        agent.kept["recordings"] = float("inf")          # nor for a role with the same base model
 
 
 def warmed_up(step, x):
     """The step, run until all that is made or compiled at its first calls is there."""
-    for _ in range(3):
+    for _ in range(WARM_UP - 1):                         # a trace has run it once
         step(x)
     return step
 
@@ -316,14 +326,13 @@ def cuda_graph(step, x):
     """The step's kernels as one CUDA graph: replay(x) -> h. It reads and writes the very tensors
     that the step does now, so these have to stay where they are."""
     with torch.cuda.device(x.device):
-        aside = torch.cuda.Stream()                  # no recording may see the first calls
+        aside, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+        with torch.cuda.stream(aside):               # a stream of this card, and left at an error
             warmed_up(step, x)
+            with torch.cuda.graph(graph, stream=aside):
+                h = step(x)
         torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            h = step(x)
 
     def replay(new):
         """h (B, 1, d) of the next position, new (B, 1, d)."""
@@ -342,7 +351,9 @@ class Said:
 
 
 class Agent:
-    """A frozen causal language model with its tokenizer and its inner link."""
+    """A frozen causal language model with its tokenizer and its inner link.
+
+    One call at a time: thoughts and words of all calls go through the same buffers (kept)."""
 
     def __init__(self, model, tokenizer, inner=None, thinking=False, capture="record"):
         self.model = model.eval().requires_grad_(False)
@@ -353,7 +364,8 @@ class Agent:
         self.device, self.dtype = self.embedding.weight.device, self.embedding.weight.dtype
         self.at_rest = []                                # with offload: (weight, its place of rest)
         self.capture = capture                           # how single steps run: see Steps
-        self.kept = {}       # the Steps in use; a dict, which roles with the same base model share
+        self.kept = {}       # the Steps in use, how many recordings there were; a dict, which
+                             # roles with the same base model share
         self.width = self.embedding.weight.shape[1]
         self.thinking = thinking                         # the chat template's own switch
         if tokenizer.chat_template is None:
@@ -375,6 +387,11 @@ class Agent:
         tokens = torch.arange(0, len(table), max(1, len(table) // 4096), device=table.device)
         return self.embedding(tokens).float().pow(2).mean().sqrt().item()
 
+    def recordings_left(self):
+        """Whether steps may be recorded (once more)."""
+        return (self.capture != "off"
+                and self.kept.get("recordings", 0) < RECORDINGS[self.device.type])
+
     def wake(self):
         """Bring the weights to the device, where they rest elsewhere (offload)."""
         for weight, resting in self.at_rest:
@@ -383,7 +400,7 @@ class Agent:
 
     def rest(self):
         """Let go of the device. Frozen weights never change, so nothing is copied back."""
-        self.kept.clear()
+        self.kept.pop("steps", None)
         for weight, resting in self.at_rest:
             weight.data = resting
 
@@ -503,12 +520,11 @@ class Agent:
         steps = self.kept.get("steps")
         if not steps or steps is past or steps.rows != count or not (
                 length <= steps.capacity <= 2 * length + ROOM):
-            self.kept.clear()                            # first, for the memory's sake
+            steps = None                       # freed (unless past) before new ones are made
+            self.kept.pop("steps", None)
             # An eighth more than asked for: prompts of the next batch may be a little longer.
             capacity = -(-(length + length // 8) // ROOM) * ROOM
-            steps = Steps(self, past.cache.layers, count, capacity)
-            steps.taken = past.taken if isinstance(past, Steps) else 0
-            self.kept["steps"] = steps
+            self.kept["steps"] = steps = Steps(self, past.cache.layers, count, capacity)
         steps.begin(past, rows)
         return steps
 
@@ -612,9 +628,9 @@ class Agent:
             going = [place for place, row in enumerate(rows) if row not in ends]
             if not going or step == max_new_tokens - 1:
                 break
-            # A recorded step has a fixed number of rows: half gone is worth another recording.
-            fewer = len(going) < len(rows) and (2 * len(going) <= len(rows) or not steps
-                                                or not steps.recorded)
+            # A recorded step has a fixed number of rows: to be worth a new one half must be gone.
+            most = len(rows) // 2 if steps and steps.recorded else len(rows) - 1
+            fewer = len(going) <= most
             if fewer or not steps or not steps.left:
                 kept = torch.tensor(going, device=self.device) if fewer else slice(None)
                 more = min(max_new_tokens - 1 - step, max(256, step))              # buffers double

@@ -312,6 +312,7 @@ class Bench:
     def recorded(self, run):
         """The run, after two first ones: in the second its steps are recorded."""
         run()
+        self.agent.kept["recordings"] = 0
         self.agent.kept["steps"].taken = WORTH_RECORDING[self.device.type]
         run()
         return run
@@ -429,6 +430,15 @@ def step(bench):
     bench.compare(f"floor, and a step after T={T}", lambda: [read() for _ in range(steps)], think,
                   None, units=(steps * size / step_bytes(agent), steps),
                   at_most=bench.size["step_at_most"] or float("inf"))
+
+    def unrecorded():
+        kept, capture = agent.kept["steps"], agent.capture
+        replay, kept.recorded, agent.capture = kept.recorded, None, "off"
+        think()
+        kept.recorded, agent.capture = replay, capture
+
+    bench.compare("the same step kernel by kernel, and recorded", unrecorded, think, None,
+                  units=(steps, steps))
     # Short rows are read more slowly than long ones: how much of the gap is that?
     bench.compare("torch.mv on its matrices, and the same step",
                   lambda: [torch.mv(*pair) for pair in steps * list(zip(matrices, vectors))],

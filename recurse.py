@@ -408,7 +408,7 @@ def load_agents(style, device="auto", dtype="auto", task="math", trust_remote_co
     device: one, or several with commas: each agent goes to the one with the least on it; only
     thoughts, (B, m, d), cross over. ckpt_override: {role: folder or hub id} used in place of a
     role's repo; models: {role: base model}. A repo without a model (links trained here) goes with
-    the role's base model. inner_kind: for repos that do not say."""
+    the role's base model. inner_kind: for repos that do not say. capture: see Steps."""
     style = get_style(style)
     override = by_role(style, ckpt_override)
     for edge in style.edges:
@@ -443,8 +443,8 @@ def load_mas_system(style, device="auto", dtype="auto", task="math", trust_remot
 
     style: a name or a Style; ckpt_override: {role or "outer": folder or hub id}; task chooses
     among the links of repos that hold several; revision: of the style's repos; offload: see MAS;
-    capture: how single steps run, see Steps;
-    allow_unsafe_code: let the tools run programs even where nothing confines them.
+    allow_unsafe_code: let the tools run programs even where nothing confines them; capture: how
+    single steps run, see Steps.
     Raises ValueError or OSError, naming the file."""
     style = get_style(style)
     override = by_role(style, ckpt_override)

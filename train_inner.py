@@ -113,7 +113,8 @@ def features_of(agent, style, role, examples, args):
         states = torch.from_file(str(file), shared=True, size=shape[0] * shape[1],
                                  dtype=agent.dtype).view(shape)
     places, tokens = states.split(lengths), [None] * len(examples)
-    by_length = sorted(range(len(examples)), key=lengths.__getitem__)        # little is padding
+    # Texts of like length together: less is padding.
+    by_length = sorted(range(len(examples)), key=lengths.__getitem__)
     for chunk in common.progress(chunks(by_length, args.batch_size), "hidden states"):
         read = common.gold_states(agent, style, role, [examples[i] for i in chunk],
                                   args.max_length)

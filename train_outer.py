@@ -144,13 +144,14 @@ def first_roles(style):
 def first_thoughts(known, role, rows, device, think):
     """B thoughts (m, d) of a role that hears nobody in round 1. No outer link is in them, so they
     are the same in every epoch: known, {(role, id of a row): its thoughts}, keeps them in main
-    memory, up to KNOWN_GB."""
+    memory, up to KNOWN_GB. One row that is not known, and the whole batch is thought again."""
     places = [(role, id(row)) for row in rows]
     if all(place in known for place in places):
         return [known[place].to(device) for place in places]
     H = list(think())
-    if len(known) * H[0].nbytes < 1e9 * KNOWN_GB:
-        known.update((place, h.cpu()) for place, h in zip(places, H))
+    if sum(h.nbytes for h in known.values()) < 1e9 * KNOWN_GB:
+        # A copy: a view would keep the whole padded batch in memory.
+        known.update((place, h.to("cpu", copy=True)) for place, h in zip(places, H))
     return H
 
 

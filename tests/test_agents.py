@@ -1,8 +1,11 @@
 """One agent: cached against uncached, batch against single, padded against unpadded, spliced text
 against plain tokens, decoding against the library's generate and the exact distribution."""
+import copy
 import functools
+import gc
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -249,7 +252,7 @@ def test_recorded_writing_is_generate(agent, monkeypatch):
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_5"])
 def test_a_long_text_outgrows_its_buffers(family):
-    """Twice: at 256 tokens, and (recorded by then) at twice as many."""
+    """At some 300 tokens; the buffers of the rest are recorded on the way."""
     agent = new_agent(family)
     agent.end_tokens = {VOCABULARY["<pad>"]}
     said = agent.write(read_plain(agent, PROMPTS[:2]), 600)
@@ -259,14 +262,70 @@ def test_a_long_text_outgrows_its_buffers(family):
 
 
 def test_recording_begins_when_it_is_worth_it():
-    agent = new_agent("qwen3")
+    agent, worth = new_agent("qwen3"), agents.WORTH_RECORDING["cpu"]
     past = read_plain(agent, PROMPTS)
     with torch.no_grad():
-        first = agent.think(past, agents.WORTH_RECORDING["cpu"])      # one step less than that
-        agent.think(past, agents.WORTH_RECORDING["cpu"] - 10)
-        assert not agent.kept["steps"].recorded
-        again = agent.think(past, agents.WORTH_RECORDING["cpu"])
+        agent.think(past, worth // 2 + 1)
+        first = agent.think(past, worth // 2 + 1)                     # so many steps by now
+        assert agent.kept["steps"].taken == worth and not agent.kept["steps"].recorded
+        again = agent.think(past, worth // 2 + 1)
     assert agent.kept["steps"].recorded and largest_difference(first, again) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recording_on_the_way_changes_nothing(family, monkeypatch):
+    """Recorded in the middle of the thoughts, at each place there is: the same thoughts."""
+    agent = new_agent(family)
+    past = read_plain(agent, PROMPTS)
+    with torch.no_grad():
+        plain = agent.think(past, 2 * M)
+        for taken in range(1, 2 * M):
+            agent.kept.clear()
+            monkeypatch.setitem(agents.WORTH_RECORDING, "cpu", taken)
+            assert largest_difference(agent.think(past, 2 * M), plain) < 1e-5
+            assert bool(agent.kept["steps"].recorded) == (taken < 2 * M - 1)
+
+
+def test_recordings_are_few_and_shared(monkeypatch):
+    """A trace is never freed: rows that end one by one, and roles of the same base model, do not
+    add up without bound."""
+    agent, made = new_agent("qwen3"), []
+    monkeypatch.setitem(agents.WORTH_RECORDING, "cpu", 0)
+    monkeypatch.setitem(agents.RECORDINGS, "cpu", 2)
+    record = agents.record
+    monkeypatch.setattr(agents, "record", lambda steps, x: made.append(steps) or record(steps, x))
+    twin = copy.copy(agent)
+    with torch.no_grad():
+        for one in (agent, twin):
+            for count in range(1, 5):
+                one.think(read_plain(one, PROMPTS[:1] * count), M)
+    assert [steps.rows for steps in made] == [1, 2] and agent.kept is twin.kept
+    with torch.no_grad():
+        again = agent.think(read_plain(agent, PROMPTS), M)
+        agent.kept.clear()
+        assert largest_difference(agent.think(read_plain(agent, PROMPTS), M), again) < 1e-5
+
+
+def test_old_buffers_are_freed_before_new_ones_are_made(monkeypatch):
+    agent, alive = new_agent("qwen3"), []
+    with torch.no_grad():
+        agent.think(read_plain(agent, PROMPTS), M)
+        old, new = weakref.ref(agent.kept["steps"]), agents.Steps.__init__
+        monkeypatch.setattr(agents.Steps, "__init__", lambda *given: (
+            gc.collect(), alive.append(old()), new(*given))[-1])
+        agent.think(read_plain(agent, PROMPTS[:1]), M)
+    assert alive == [None]
+
+
+def test_inference_mode_and_no_grad_share_buffers(monkeypatch):
+    monkeypatch.setitem(agents.WORTH_RECORDING, "cpu", 3)
+    agent = new_agent("qwen3")
+    thoughts = []
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with mode():
+            thoughts.append(agent.think(read_plain(agent, PROMPTS), M))
+    assert agent.kept["steps"].recorded
+    assert all(largest_difference(thoughts[0], one) < 1e-5 for one in thoughts)
 
 
 def test_old_buffers_leave_nothing_behind():
@@ -284,14 +343,16 @@ def test_old_buffers_leave_nothing_behind():
 def test_torch_compile_takes_the_step_whole(family, monkeypatch):
     """capture compile: no graph break; what a backend would make of it is not tested here."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setitem(agents.RECORDINGS, "cpu", 100)
     agent = new_agent(family)
-    past = read_plain(agent, PROMPTS)
     with torch.no_grad():
-        plain = agent.think(past, M)
-        agent.capture, agent.kept["steps"].taken = "compile", 10**9
-        for _ in range(2):
-            assert largest_difference(agent.think(past, M), plain) < agent.close
-    assert agent.capture == "compile" and agent.kept["steps"].recorded
+        plain = agent.think(read_plain(agent, PROMPTS[:1]), M)
+        agent.capture = "compile"
+        monkeypatch.setitem(agents.WORTH_RECORDING, "cpu", 0)
+        for count in range(1, 12):                     # each number of rows is compiled by itself
+            thoughts = agent.think(read_plain(agent, PROMPTS[:1] * count), M)
+            assert agent.kept["steps"].recorded, f"{count} rows"
+            assert largest_difference(thoughts, plain.expand_as(thoughts)) < agent.close
 
 
 def test_what_cannot_be_recorded_says_why_and_runs(monkeypatch, capsys):
@@ -308,7 +369,7 @@ def test_what_cannot_be_recorded_says_why_and_runs(monkeypatch, capsys):
         at_rest.at_rest = [(at_rest.embedding.weight, at_rest.embedding.weight.data)]
         for one, reason in ((agent, "no trace today"), (at_rest, "offload")):
             capsys.readouterr()
-            assert torch.equal(one.think(past, M), plain) and one.capture == "off"
+            assert torch.equal(one.think(past, M), plain) and not one.recordings_left()
             assert torch.equal(one.think(past, M), plain)
             said = capsys.readouterr().out
             assert said.count("\n") == 1 and "not recorded" in said and reason in said

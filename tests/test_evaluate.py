@@ -52,10 +52,10 @@ def test_an_interrupted_run_resumes_to_the_same_results(tmp_path, monkeypatch):
     run_evaluate(monkeypatch, *QUICK, "--out", tmp_path / "cut", "--temperature", 0.8)
     results = tmp_path / "cut/results.jsonl"
     text = results.read_text()
-    for cut in (len(text) // 3, len(text) - 5):
+    for cut, capture in ((len(text) // 3, "off"), (len(text) - 5, "record")):
         results.write_text(text[:cut])
         run_evaluate(monkeypatch, *QUICK, "--out", tmp_path / "cut", "--temperature", 0.8,
-                     "--resume")
+                     "--resume", "--capture", capture)
         assert untimed(results) == untimed(tmp_path / "whole/results.jsonl")
     with pytest.raises(ValueError, match="temperature"):
         run_evaluate(monkeypatch, *QUICK, "--out", tmp_path / "cut", "--resume")

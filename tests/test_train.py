@@ -131,6 +131,7 @@ def test_first_thoughts_kept_over_epochs_change_nothing(shipped, latents, monkey
     outer_gradients(mas, ROWS[:2], 2, args, known)
     outer_gradients(mas, ROWS[2:], 2, args, known)
     assert set(known) == {("planner", id(row)) for row in ROWS}
+    assert all(h.untyped_storage().nbytes() == h.nbytes for h in known.values())    # no views
     mas, mixed, plain = shipped.with_fresh_outer(seed=4), [ROWS[3], ROWS[0]], train_outer.thoughts
     monkeypatch.setattr(train_outer, "thoughts", lambda agent, past, role, rows, round, args: (
         thinkers.append((role.name, round)), plain(agent, past, role, rows, round, args))[1])

@@ -296,7 +296,7 @@ def record(steps, x):
     """The step over these buffers, recorded; None where that fails, and it says why. It runs
     WARM_UP times on the way, with x."""
     agent, step = steps.agent, steps.forward
-    agent.kept["recordings"] = agent.kept.get("recordings", 0) + 1
+    agent.kept["recordings"] += 1
     x = steps._buffer(x, *x.shape).copy_(x)              # where a graph will look for its input
     try:
         if agent.at_rest:
@@ -364,8 +364,8 @@ class Agent:
         self.device, self.dtype = self.embedding.weight.device, self.embedding.weight.dtype
         self.at_rest = []                                # with offload: (weight, its place of rest)
         self.capture = capture                           # how single steps run: see Steps
-        self.kept = {}       # the Steps in use, how many recordings there were; a dict, which
-                             # roles with the same base model share
+        # The Steps in use, and how many recordings there were: roles of one base model share them.
+        self.kept = {"steps": None, "recordings": 0}
         self.width = self.embedding.weight.shape[1]
         self.thinking = thinking                         # the chat template's own switch
         if tokenizer.chat_template is None:
@@ -389,8 +389,7 @@ class Agent:
 
     def recordings_left(self):
         """Whether steps may be recorded (once more)."""
-        return (self.capture != "off"
-                and self.kept.get("recordings", 0) < RECORDINGS[self.device.type])
+        return self.capture != "off" and self.kept["recordings"] < RECORDINGS[self.device.type]
 
     def wake(self):
         """Bring the weights to the device, where they rest elsewhere (offload)."""
@@ -400,7 +399,7 @@ class Agent:
 
     def rest(self):
         """Let go of the device. Frozen weights never change, so nothing is copied back."""
-        self.kept.pop("steps", None)
+        self.kept["steps"] = None
         for weight, resting in self.at_rest:
             weight.data = resting
 
@@ -429,6 +428,7 @@ class Agent:
         user = re.sub("{(" + pattern + ")}", "\ue000\\1\ue001", user)
 
         def chat(messages):
+            """The messages as one text, up to where the model is to go on."""
             # Llama's template writes the date of the day unless told one: results would vary.
             return self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True,
@@ -505,6 +505,7 @@ class Agent:
         cache, mask = past.copy_cache(), past.mask
 
         def step(x):
+            """h (B, 1, d) of the next position, x (B, 1, d)."""
             nonlocal mask
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
             return self._forward(x, cache, mask)
@@ -517,11 +518,10 @@ class Agent:
 
         The buffers of the last call, and what was recorded over them, serve again if they fit."""
         count, length = len(past.mask[rows]), past.mask.shape[1] + more
-        steps = self.kept.get("steps")
+        steps = self.kept["steps"]
         if not steps or steps is past or steps.rows != count or not (
                 length <= steps.capacity <= 2 * length + ROOM):
-            steps = None                       # freed (unless past) before new ones are made
-            self.kept.pop("steps", None)
+            self.kept["steps"] = steps = None       # freed (unless past) before new ones are made
             # An eighth more than asked for: prompts of the next batch may be a little longer.
             capacity = -(-(length + length // 8) // ROOM) * ROOM
             self.kept["steps"] = steps = Steps(self, past.cache.layers, count, capacity)
@@ -667,6 +667,7 @@ class Agent:
                                  for seed in seeds]).to(self.device)               # (B, steps)
 
         def pick(logits, rows, written, step):
+            """The next word of each row that is still in the batch."""
             if warpers:
                 so_far = None                        # only the repetition penalty looks back
                 if repetition_penalty != 1.0:

@@ -172,10 +172,10 @@ def depth(agent, layers):
     """The agent with its first so many layers alone (0: all)."""
     whole = agent.body.layers
     agent.body.layers = whole[:layers or len(whole)]
-    agent.kept.clear()                       # a recorded step still has the layers it had
+    agent.kept["steps"] = None               # a recorded step still has the layers it had
     yield agent
     agent.body.layers = whole
-    agent.kept.clear()
+    agent.kept["steps"] = None
 
 
 # ---- the published algorithm, from its equations ------------------------------------------------
@@ -432,6 +432,7 @@ def step(bench):
                   at_most=bench.size["step_at_most"] or float("inf"))
 
     def unrecorded():
+        """The same thoughts, each step by Python and the library's own code."""
         kept, capture = agent.kept["steps"], agent.capture
         replay, kept.recorded, agent.capture = kept.recorded, None, "off"
         think()
@@ -530,9 +531,11 @@ def inner(bench):
     examples = [(some_words(T, i), "math", {}, some_words(n, 100 + i)) for i in range(2 * steps)]
 
     def read():
+        """All states, once."""
         features[:] = common.gold_states(agent, style, style.roles[0], examples, n)
 
     def ours():
+        """Losses of an epoch over states that are read already, by train_inner."""
         link, losses = copy.deepcopy(agent.inner).requires_grad_(True), []
         with tempfile.TemporaryDirectory() as folder:
             training = common.Training(link, args, 5e-4, folder, 10**9)
@@ -576,6 +579,7 @@ def outer(bench):
         return [torch.tensor(loss), flat / flat.abs().max()]
 
     def ours(batches, known=None, **others):
+        """Loss and gradients of these batches, by train_outer."""
         args, total = training_settings(bench, latent_length=m, **others), 0
         for batch in batches:
             loss, *_ = train_outer.outer_loss(bench.mas, batch, R, args, known)
@@ -734,6 +738,7 @@ def memory(bench):
     at_rest = [(weight, weight.data.cpu()) for weight in weights]     # on a CPU the same memory
 
     def turn(weights_at_rest):
+        """A turn of an agent whose weights rest elsewhere."""
         agent.at_rest = weights_at_rest
         agent.rest()
         agent.wake()

@@ -440,7 +440,7 @@ def open_results(out, settings, resume, asked):
         raise FileNotFoundError(f"nothing to resume: {results} is missing; leave --resume away")
     earlier = read_json(summary, dict).get("settings", {})
     odd = [key for key in settings if earlier.get(key) != settings[key]
-           and key not in ("device", "offload", "capture")]      # where it runs changes no answer
+           and key not in ("device", "offload", "capture")]      # they change no answer
     if odd:
         raise ValueError(f"{out} holds another run ({', '.join(odd)} differ): use the same flags, "
                          "or another --out")

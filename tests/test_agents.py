@@ -280,7 +280,7 @@ def test_recording_on_the_way_changes_nothing(family, monkeypatch):
     with torch.no_grad():
         plain = agent.think(past, 2 * M)
         for taken in range(1, 2 * M):
-            agent.kept.clear()
+            agent.kept.update(steps=None, recordings=0)
             monkeypatch.setitem(agents.WORTH_RECORDING, "cpu", taken)
             assert largest_difference(agent.think(past, 2 * M), plain) < 1e-5
             assert bool(agent.kept["steps"].recorded) == (taken < 2 * M - 1)
@@ -302,7 +302,7 @@ def test_recordings_are_few_and_shared(monkeypatch):
     assert [steps.rows for steps in made] == [1, 2] and agent.kept is twin.kept
     with torch.no_grad():
         again = agent.think(read_plain(agent, PROMPTS), M)
-        agent.kept.clear()
+        agent.kept.update(steps=None, recordings=0)
         assert largest_difference(agent.think(read_plain(agent, PROMPTS), M), again) < 1e-5
 
 
@@ -363,7 +363,7 @@ def test_what_cannot_be_recorded_says_why_and_runs(monkeypatch, capsys):
     past = read_plain(agent, PROMPTS)
     with torch.no_grad():
         plain = agent.think(past, M)
-        agent.kept.clear()
+        agent.kept.update(steps=None, recordings=0)
         monkeypatch.setitem(agents.WORTH_RECORDING, "cpu", 0)
         monkeypatch.setattr(torch.jit, "trace", no_trace)
         at_rest.at_rest = [(at_rest.embedding.weight, at_rest.embedding.weight.data)]

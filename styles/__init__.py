@@ -1,27 +1,34 @@
 """A style is data: who takes part, who hears whom, and what each one is asked.
 
-    Role(name, model, repo, prompt)      one agent; prompt: a str, or {kind of question: str}
-    Edge(key, src, dst)                  src's thoughts reach dst through outer link `key`
-    Style(name, roles, edges)            roles speak in order; the last one writes the answer
+    Role(name, model, repo, prompt)      one agent. prompt: a text, or {kind of question: text}
+    Edge(key, src, dst)                  src's thoughts reach dst through the outer link `key`
+    Style(name, roles, edges)            roles speak in order, and the last one writes the answer
 
-In a prompt `{question}`, `{answer_format}` and a slot `{role name}` for each role it hears are
-replaced; every other brace stays. `first` is the prompt of a role that has heard nothing yet;
-without it, each line of `prompt` that holds an unfilled slot is left out. A style is a file of
-this folder that makes a Style, or any other .py file given by its path; nothing has to be
-registered.
+In a prompt, {question}, {answer_format} and a slot {role name} for each role that is heard are
+filled in. Every other brace stays as it is. A role has up to three prompts, all written out:
 
-The prompts of all styles are our own words. The released links were trained under others, so they
-may score lower here than published; `evaluate.py --prompts FILE.json` puts other words in.
+    prompt    It has heard all the roles that it hears. This prompt holds all their slots.
+    first     It has not heard them all yet: it is round 1, and some speak later. This prompt holds
+              the slots of those that speak before it. The last role has heard everyone in round 1:
+              its `first` holds no slot, and is used where it is asked alone (method `single`).
+    own       The last role alone hears its own last text (method `single_loop`). Its slot is its
+              own name.
+
+A style is a file of this folder that makes a Style, or any other .py file, given by its path.
+Nothing has to be registered. To change a shipped style, make a file that imports it and uses
+dataclasses.replace. The prompts of all styles are our own words. The released links were trained
+under other words, so they may score lower here than published.
 """
-import dataclasses
 import importlib
 import importlib.util
 import pkgutil
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-# The published names of roles and styles, which flags and data may use as well.
+import torch
+
+# The published names of roles and styles. Flags and data may use them as well.
 PUBLISHED_ROLES = {
     "refiner": "critic", "hie_math_expert": "math", "hie_code_expert": "code",
     "hie_science_expert": "science", "hie_summarizer": "summarizer", "distill_expert": "expert",
@@ -30,6 +37,7 @@ PUBLISHED_ROLES = {
 PUBLISHED_DESIGNS = {"sequential": "sequential_light", "hie": "mixture",
                      "distill": "distillation", "deliberation": "deliberation"}
 
+# The kinds of questions, and what {answer_format} stands for in the prompts of each.
 KINDS = ("math", "choice", "code", "search")
 ANSWER_FORMAT = {
     "math": "End with the final answer as \\boxed{...}.",
@@ -38,60 +46,26 @@ ANSWER_FORMAT = {
     "search": "End with the shortest possible answer as \\boxed{...}.",
 }
 
-# What the prompts of the real styles are put together from (see per_kind).
-TASK = {
-    "math": "Problem:\n{question}",
-    "choice": "Multiple-choice question:\n{question}",
-    "code": "Programming task:\n{question}",
-    "search": "Question:\n{question}",
-}
-SOLVE = {
-    "math": "Solve the problem step by step. {answer_format}",
-    "choice": "Weigh the options one by one, then choose. {answer_format}",
-    "code": "Write the program. {answer_format}",
-    "search": "Put the facts together, then answer. {answer_format}",
-}
-
-
-def per_kind(*parts):
-    """{kind: prompt}, each put together from parts that are a str or a {kind: str}."""
-    return {kind: "\n\n".join(part if isinstance(part, str) else part[kind] for part in parts)
-            for kind in KINDS}
-
-
-def benchmark_settings(batch_size, latent_length, math500_tokens=2000):
-    """Style.settings for evaluate.py: the published decoding budgets, and {data set: m}. Without
-    other flags the latent system alone is asked, in three rounds, as the publishers do."""
-    tokens = {"math500": math500_tokens, "aime25": 16000, "aime26": 16000, "gpqa": 4000,
-              "medqa": 4000, "mbppplus": 4000, "livecodebench": 4000}
-    settings = {name: {"max_new_tokens": count} for name, count in tokens.items()}
-    for name in ("mbppplus", "livecodebench"):
-        settings[name]["temperature"] = 0.2
-    for name, m in latent_length.items():
-        settings[name]["latent_length"] = m
-    evaluate = {"batch_size": batch_size, "method": ["latent"], "num_recursive_rounds": [3]}
-    return {"evaluate": evaluate, **settings}
-
 
 @dataclass(frozen=True)
 class Role:
     """One agent: its base model, the repo or folder with its trained inner link, what it is asked.
 
-    `target` names the data columns with its gold text, the first one present counts; a cell is a
-    string (said in every round) or a list of one text a round (the last one repeats)."""
+    target: the data columns with its gold text, of which the first one present counts. A cell is a
+    text (said in every round) or a list with one text a round (the last one repeats)."""
     name: str
     model: str
     repo: str
     prompt: str | dict
     first: str | dict = ""
+    own: str | dict = ""
     target: tuple = ()
     system: str = ""
-    own: str = ""                # what introduces its own last text, in method single_loop
 
 
 @dataclass(frozen=True)
 class Edge:
-    """A directed connection; `key` is the name of its outer link in the released files."""
+    """A directed connection. `key` is the name of its outer link in the released files."""
     key: str
     src: str
     dst: str
@@ -99,8 +73,8 @@ class Edge:
 
 @dataclass(frozen=True)
 class Style:
-    """A checked system. `settings`: {script or data set: {flag: default}}, for flags not given;
-    links_by_task: whether an agent has an inner link for code and another for all else."""
+    """A checked system. settings: {script or data set: {flag: default}}, for flags not given.
+    links_by_task: an agent has one inner link for code and another one for everything else."""
     name: str
     roles: tuple
     edges: tuple
@@ -113,7 +87,7 @@ class Style:
         check(self)
 
     def role(self, name):
-        """The role called `name`. Raises ValueError, listing the names there are."""
+        """The role of that name, ours or the published one. Raises ValueError if there is none."""
         for role in self.roles:
             if role.name in (name, PUBLISHED_ROLES.get(name)):
                 return role
@@ -125,145 +99,113 @@ class Style:
         sources = {edge.src for edge in self.edges if edge.dst == name}
         return [role.name for role in self.roles if role.name in sources]
 
+    def heard_first(self, name):
+        """Names of the roles that `name` has heard in round 1: those that speak before it."""
+        names = [role.name for role in self.roles]
+        return [other for other in self.heard_by(name) if names.index(other) < names.index(name)]
+
     def prompt(self, role, kind, heard):
-        """What `role` is asked about a question of `kind`, having heard the roles in `heard`."""
-        if not heard and role.first:
-            return by_kind(self, role, role.first, kind)
-        unfilled = [f"{{{name}}}" for name in self.heard_by(role.name) if name not in heard]
-        text = by_kind(self, role, role.prompt, kind)
-        return without_lines(text, lambda line: any(slot in line for slot in unfilled))
+        """What `role` is asked about a question of `kind`, having heard the roles in `heard`.
+
+        Raises ValueError if the style has no words for that."""
+        which = "prompt" if set(heard) == set(self.heard_by(role.name)) else "first"
+        prompt = getattr(role, which)
+        text = prompt.get(kind) if isinstance(prompt, dict) else prompt
+        odd = [name for name in {*heard, *self.heard_by(role.name)}   # slots left out, or left open
+               if text and (f"{{{name}}}" in text) != (name in heard)]
+        if not text or odd:
+            which = "own" if list(heard) == [role.name] else which              # see alone()
+            raise ValueError(f"style {self.name}: role {role.name} has no `{which}` prompt for "
+                             f"kind '{kind}' where it has heard {', '.join(heard) or 'nobody'}: "
+                             "add it to the style, or choose other data")
+        return text
 
     def alone(self):
         """The last role by itself, hearing its own last text: methods single and single_loop."""
-        last = self.roles[-1]
-        slots = [f"{{{name}}}" for name in self.heard_by(last.name)]
-
-        def own(prompt):
-            if isinstance(prompt, dict):
-                return {kind: own(text) for kind, text in prompt.items()}
-            text = without_lines(prompt, lambda line: not any(
-                part in line for part in ("{question}", slots[0])) and any(
-                slot in line for slot in slots))
-            for slot in slots[1:]:
-                text = text.replace(slot, "")
-            lines = [f"{last.own} {slots[0]}" if last.own and slots[0] in line else line
-                     for line in text.split("\n")]
-            return "\n".join(lines).replace(slots[0], f"{{{last.name}}}")
-
-        return dataclasses.replace(self, edges=(Edge("own", last.name, last.name),),
-                                   roles=(dataclasses.replace(last, prompt=own(last.prompt)),))
+        last = replace(self.roles[-1], prompt=self.roles[-1].own)
+        return replace(self, roles=(last,), edges=(Edge("own", last.name, last.name),))
 
 
-def without_lines(text, left_out):
-    """The text without the lines for which left_out(line) holds, nor the gaps they leave."""
-    kept = "\n".join(line for line in text.split("\n") if not left_out(line))
-    return kept if kept == text else kept.replace("\n\n\n", "\n\n").strip("\n")
-
-
-def by_kind(style, role, prompt, kind):
-    """The prompt for a kind of question. Raises ValueError if the role has none for it."""
-    if isinstance(prompt, str):
-        return prompt
-    if kind not in prompt:
-        raise ValueError(f"style {style.name}: role {role.name} has no prompt for kind '{kind}', "
-                         f"only for {', '.join(prompt)}: add it to the style or choose other data")
-    return prompt[kind]
-
+# ---- checks -------------------------------------------------------------------------------------
 
 def check(style):
     """Raise ValueError, naming style, role and fix, for a style that cannot work."""
-    def wrong(what):
-        raise ValueError(f"style {style.name}: {what}")
+    def need(fine, what):
+        if not fine:
+            raise ValueError(f"style {style.name}: {what}")
 
     for what, kind, items in (("roles", Role, style.roles), ("edges", Edge, style.edges)):
-        if not isinstance(items, tuple) or not all(isinstance(item, kind) for item in items):
-            wrong(f"its {what} are no tuple of {kind.__name__}: write ({kind.__name__}(..), ..), "
-                  "with a comma even behind a single one")
-    names = [role.name for role in style.roles]
-    if not names:
-        wrong("it has no roles: give it at least one")
+        need(isinstance(items, tuple) and all(isinstance(item, kind) for item in items),
+             f"its {what} are no tuple of {kind.__name__}: write ({kind.__name__}(..), ..), with a "
+             "comma even behind a single one")
+    names, keys = [role.name for role in style.roles], [edge.key for edge in style.edges]
+    ways = [f"from {edge.src} to {edge.dst}" for edge in style.edges]
+    need(names, "it has no roles: give it at least one")
+    for what, items in (("roles are called", names), ("edges are called", keys),
+                        ("edges lead", ways)):
+        for item in items:
+            need(items.count(item) == 1, f"two {what} {item}: rename one or take one out")
     for name in names:
-        if names.count(name) > 1:
-            wrong(f"two roles are called {name}: rename one")
-        if name in ("question", "answer_format", "outer") or re.fullmatch(r"agent\d+", name):
-            wrong(f"a role cannot be called {name}, a word that prompts or flags use: rename it")
-    keys = [edge.key for edge in style.edges]
-    ways = [(edge.src, edge.dst) for edge in style.edges]
+        need(not re.fullmatch(r"question|answer_format|outer|agent\d+", name),
+             f"a role cannot be called {name}, a word of prompts or flags: rename it")
     for edge in style.edges:
-        if keys.count(edge.key) > 1:
-            wrong(f"two edges are called {edge.key}: rename one")
-        if ways.count((edge.src, edge.dst)) > 1:
-            wrong(f"two edges lead from {edge.src} to {edge.dst}: take one out")
-        if edge.key in ("outer_adapter", "lr_scheduler"):
-            wrong(f"edge key '{edge.key}' makes a flag that is taken: rename it")
-        if not re.fullmatch(r"\w+", edge.key):
-            wrong(f"edge key '{edge.key}' is a file name: letters, digits and _ only")
         for end in (edge.src, edge.dst):
-            if end not in names:
-                wrong(f"edge {edge.key} names role {end}, which does not exist: "
-                      f"use one of {', '.join(names)}")
-    if not style.heard_by(names[-1]):
-        wrong(f"nobody is heard by {names[-1]}, the last role, which writes: add an edge to it")
+            need(end in names, f"edge {edge.key} names role {end}, which does not exist: use one "
+                 "of " + ", ".join(names))
+        # The key names a file, a flag and a module of a torch.nn.ModuleDict.
+        need(re.fullmatch(r"\w+", edge.key) and not hasattr(torch.nn.ModuleDict(), edge.key)
+             and edge.key not in ("outer_adapter", "lr_scheduler"),
+             f"edge key '{edge.key}' is taken, or no file name: use other letters, digits and _")
+    need(style.heard_by(names[-1]), f"nobody is heard by {names[-1]}, the last role, which writes: "
+         "add an edge to it")
     for role in style.roles:
-        check_prompts(style, role, names, wrong)
+        check_prompts(style, role, names, need)
 
 
-def check_prompts(style, role, names, wrong):
-    """Each prompt of a role needs {question} and just the slots of the roles that it hears."""
-    if not isinstance(role.target, tuple):
-        wrong(f"role {role.name}: target is a tuple of column names, like ('plan',)")
-    if not role.model:
-        wrong(f"role {role.name} has no model: name a hub id or a folder")
-    heard = style.heard_by(role.name)
-    for field_name in ("prompt", "first"):
-        prompts = getattr(role, field_name)
+def check_prompts(style, role, names, need):
+    """Each prompt needs {question}, and exactly the slots of the roles heard where it is used."""
+    who, heard, early = f"role {role.name}", style.heard_by(role.name), style.heard_first(role.name)
+    need(isinstance(role.target, tuple), f"{who}: target is a tuple of columns, like ('plan',)")
+    need(role.model, f"{who} has no model: name a hub id or a folder")
+    if len(names) > 1:                     # else it is Style.alone, whose prompt is the old `own`
+        need(role.prompt, f"{who} has no prompt: give it one")
+        need(role.first or heard == early, f"{who} hears roles that speak later, so it needs a "
+             "`first` prompt for round 1: give it one")
+    last = role.name == names[-1]          # it has heard everyone, unless it is asked alone
+    for which, allowed in (("prompt", [heard]), ("first", [[]] if last else [[], early]),
+                           ("own", [[role.name]])):
+        prompts = getattr(role, which)
         prompts = prompts if isinstance(prompts, dict) else {"": prompts}
-        if not prompts and field_name == "prompt":
-            wrong(f"role {role.name} has no prompt: give it one")
         for kind, text in prompts.items():
-            where = f"role {role.name}, {field_name}" + (f" for {kind}" if kind else "")
-            if kind and kind not in KINDS:
-                wrong(f"{where}: unknown kind of question: use {', '.join(KINDS)}")
-            if not text and field_name == "first":
-                continue
-            slots = set(re.findall("{(" + "|".join(map(re.escape, names)) + ")}", text))
-            if "{question}" not in text:
-                wrong(f"{where}: there is no {{question}} in it: add it")
-            if field_name == "first" and slots:
-                wrong(f"{where}: it holds slot {{{sorted(slots)[0]}}}, but it is used before "
-                      "anything is heard: take the slot out")
-            if field_name == "prompt" and slots != set(heard):
-                odd = sorted(slots ^ set(heard))[0]
-                if odd in heard:
-                    wrong(f"{where}: it hears {odd} but holds no slot {{{odd}}}: add one")
-                wrong(f"{where}: slot {{{odd}}} can never be filled: add an edge "
-                      f"{odd} -> {role.name}")
-            # Nothing is heard by the last role when it is asked alone, nor before anyone spoke.
-            unheard = role is style.roles[-1] or names.index(role.name) <= min(
-                map(names.index, heard), default=-1)
-            if unheard and not role.first and any(
-                    "{question}" in line and any(f"{{{slot}}}" in line for slot in slots)
-                    for line in text.split("\n")):
-                wrong(f"{where}: {{question}} shares its line with a slot, and goes with it when "
-                      "nothing is heard: put it on its own line, or give a `first`")
+            where = f"{who}, {which}" + (f" for {kind}" if kind else "")
+            need(kind in ("", *KINDS), f"{where}: unknown kind of question: use {', '.join(KINDS)}")
+            slots = [name for name in names if f"{{{name}}}" in text]
+            need(not text or "{question}" in text, f"{where}: there is no {{question}}: add it")
+            need(not text or slots in allowed, f"{where}: it holds the slots "
+                 f"{{{', '.join(slots)}}}, but {{{', '.join(allowed[-1])}}} are heard where it is "
+                 "used: change the prompt or the edges")
+
+
+# ---- finding a style ----------------------------------------------------------------------------
+
+def styles_in(module):
+    """The Styles among a module's names, in order."""
+    return [value for value in vars(module).values() if isinstance(value, Style)]
 
 
 def all_styles():
-    """{name: Style} of every Style that a file of this folder makes."""
+    """{name: Style} of all files of this folder."""
     modules = [importlib.import_module(f"{__name__}.{info.name}")
                for info in pkgutil.iter_modules(__path__)]
-    found = [value for module in modules for value in vars(module).values()]
-    return {style.name: style for style in found if isinstance(style, Style)}
+    return {style.name: style for module in modules for style in styles_in(module)}
 
 
-def get_style(style):
-    """The Style called `style` in this folder, the one in a .py file given by its path, or `style`
-    itself if it is one already. Published design names work too.
-
-    Raises ValueError for an unknown name, listing the known ones."""
-    if isinstance(style, Style):
-        return style
-    path, name = Path(style), PUBLISHED_DESIGNS.get(style, style)
+def get_style(name):
+    """The Style of that name in this folder, or the last one that a .py file makes, or `name`
+    itself if it is a Style. Published design names work too. Raises ValueError if there is none."""
+    if isinstance(name, Style):
+        return name
+    path, styles = Path(name), all_styles()
     if path.suffix == ".py":
         if not path.is_file():
             raise ValueError(f"style file {path} does not exist: check --style")
@@ -271,17 +213,15 @@ def get_style(style):
         module = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
-        except Exception as problem:              # somebody's program: it may raise anything
+        except Exception as problem:         # it is a user's program, which may raise anything
             raise ValueError(f"style file {path} does not run: {type(problem).__name__}: {problem}"
                              ) from problem
-        shipped = map(id, all_styles().values())
-        made = {id(value): value for value in vars(module).values() if isinstance(value, Style)}
-        made = [made[key] for key in made.keys() - set(shipped)]
-        if len(made) != 1:
-            raise ValueError(f"style file {path} makes {len(made)} styles: let it make one")
-        return made[0]
-    styles = all_styles()
+        made = [style for style in styles_in(module) if style not in styles.values()]
+        if not made:
+            raise ValueError(f"style file {path} makes no style of its own: let it make one")
+        return made[-1]
+    name = PUBLISHED_DESIGNS.get(name, name)
     if name not in styles:
-        raise ValueError(f"unknown style '{style}': choose one of {', '.join(sorted(styles))}, or "
+        raise ValueError(f"unknown style '{name}': choose one of {', '.join(sorted(styles))}, or "
                          "give a .py file that makes one")
     return styles[name]

@@ -1,18 +1,19 @@
 """Three experts side by side -> summarizer -> back to each expert: the paper's mixture style."""
-from styles import SOLVE, TASK, Edge, Role, Style, benchmark_settings, per_kind
+from styles import Edge, Role, Style
+from styles.words import SOLVE, TASK, benchmark_settings, per_kind
 
 REPO = "RecursiveMAS/Mixture-"
 
 
-def expert(name, field, model, repo, target):
-    """One of the experts. In round 1 the lines about the summary are left out."""
+def expert(name, subject, model, repo, target):
+    """One of the experts. In round 1 it has not heard the summarizer yet."""
+    share = (f"Say what {subject} contributes to the answer: the facts, methods and steps that you "
+             "are sure of, and where others are likely to go wrong.")
     return Role(
         name, model, REPO + repo, target=target,
-        system=f"You are the {field} expert in a team of three experts and a summarizer.",
-        prompt=per_kind(
-            TASK, "What the summarizer made of the last round: {summarizer}",
-            f"Say what {field} contributes to the answer: the facts, methods and steps that "
-            "you are sure of, and where others are likely to go wrong."))
+        system=f"You are the {subject} expert in a team of three experts and a summarizer.",
+        first=per_kind(TASK, share),
+        prompt=per_kind(TASK, "What the summarizer made of the last round: {summarizer}", share))
 
 
 mixture = Style(
@@ -31,11 +32,12 @@ mixture = Style(
              target=("hie_summarizer", "summary", "answer"),
              system="You put together what a mathematician, a programmer and a scientist say: "
                     "keep what holds, drop what does not.",
-             own="Your own last answer:",
+             first=per_kind(TASK, SOLVE),
              prompt=per_kind(TASK,
                              "What is known so far, of mathematics: {math}\n"
                              "Of programming: {code}\n"
-                             "Of science: {science}", SOLVE)),
+                             "Of science: {science}", SOLVE),
+             own=per_kind(TASK, "Your own last answer: {summarizer}", SOLVE)),
     ),
     edges=(Edge("outer_1s", "math", "summarizer"), Edge("outer_2s", "code", "summarizer"),
            Edge("outer_3s", "science", "summarizer"), Edge("outer_s1", "summarizer", "math"),

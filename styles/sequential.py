@@ -1,5 +1,6 @@
 """Planner -> critic -> solver -> planner ..: the paper's sequential style, light and scaled."""
-from styles import SOLVE, TASK, Edge, Role, Style, benchmark_settings, per_kind
+from styles import Edge, Role, Style
+from styles.words import SOLVE, TASK, benchmark_settings, per_kind
 
 PLAN = {
     "math": "Lay out the steps that lead to the result. Do not carry them out.",
@@ -7,10 +8,11 @@ PLAN = {
     "code": "Outline an algorithm, with its edge cases. Do not write the program.",
     "search": "Say which facts have to be found, and in which order. Do not answer yet.",
 }
+CHECK = "Check the plan, mend its gaps and errors, and state it anew."
 
 
 def sequential(name, title, planner, critic, solver, settings):
-    """The style over three base models, given as (hub id, name in the released repo)."""
+    """The style over three base models, each given as (hub id, name in the released repo)."""
     def repo(part):
         return f"RecursiveMAS/Sequential-{title}-{part}"
 
@@ -20,17 +22,18 @@ def sequential(name, title, planner, critic, solver, settings):
         roles=(
             Role("planner", planner[0], repo(f"Planner-{planner[1]}"), target=("plan",),
                  system="You are the planner of a team of three.",
+                 first=per_kind(TASK, PLAN),
                  prompt=per_kind(TASK, "The solver's last attempt: {solver}",
-                                 "Find what went wrong in it, then make a better plan.", PLAN),
-                 first=per_kind(TASK, PLAN)),
+                                 "Find what went wrong in it, then make a better plan.", PLAN)),
             Role("critic", critic[0], repo(f"Critic-{critic[1]}"), target=("refined_plan",),
                  system="You are the critic of a team of three.",
-                 prompt=per_kind(TASK, "The planner's plan: {planner}",
-                                 "Check the plan, mend its gaps and errors, and state it anew.")),
+                 first=per_kind(TASK, CHECK),
+                 prompt=per_kind(TASK, "The planner's plan: {planner}", CHECK)),
             Role("solver", solver[0], repo(f"Solver-{solver[1]}"), target=("answer",),
                  system="You are the solver of a team of three.",
-                 own="Your own last answer:",
-                 prompt=per_kind(TASK, "The plan to follow where it is right: {critic}", SOLVE)),
+                 first=per_kind(TASK, SOLVE),
+                 prompt=per_kind(TASK, "The plan to follow where it is right: {critic}", SOLVE),
+                 own=per_kind(TASK, "Your own last answer: {solver}", SOLVE)),
         ),
         edges=(Edge("outer_12", "planner", "critic"), Edge("outer_23", "critic", "solver"),
                Edge("outer_31", "solver", "planner")),

@@ -21,6 +21,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable, NamedTuple
 
+from support.errors import blame, need
+
+NO_HUB = ("could not be read from the hub: check the network (HF_HUB_OFFLINE); if it is gated, "
+          "accept its terms there and run `hf auth login`; or give a local file of its rows")
 LONGEST_ANSWER = 2000    # characters in a box; longer ones answer nothing and cost a scorer minutes
 
 
@@ -68,11 +72,9 @@ def get_task(name, path=None):
     for module in families.values():
         if name in module.NAMES:
             return module.task(name, path)
-    if name not in families:
-        raise ValueError(f"unknown data set '{name}': choose one of {', '.join(task_names())}")
-    if path is None:
-        raise ValueError(f"'{name}' is a kind of task, not a data set: give it a .json or .jsonl "
-                         f"file, or choose one of {', '.join(families[name].NAMES)}")
+    need(name in families, f"unknown data set '{name}': choose one of {', '.join(task_names())}")
+    need(path, f"'{name}' is a kind of task, not a data set: give it a .json or .jsonl file, or "
+         f"choose one of {', '.join(families[name].NAMES)}")
     return families[name].task(name, path)
 
 
@@ -97,8 +99,8 @@ def pass_at_k(n, c, k):
     """Unbiased estimate of P(at least one of k samples is right), from c right ones among n.
 
     pass@k = 1 - C(n-c, k) / C(n, k)"""
-    if not 1 <= k <= n or not 0 <= c <= n:
-        raise ValueError(f"pass_at_k needs 1 <= k <= n and 0 <= c <= n, got n={n}, c={c}, k={k}")
+    need(1 <= k <= n and 0 <= c <= n, f"pass_at_k needs 1 <= k <= n and 0 <= c <= n, got n={n}, "
+         f"c={c}, k={k}")
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
@@ -115,67 +117,54 @@ class Place(NamedTuple):
 
 
 class Unusable(ValueError):
-    """A row that no answer to it could be scored by: it is left out, and said so."""
+    """A row that cannot be scored. It is skipped, and the skip is printed."""
 
 
-def file_rows(path):
-    """Yields (Place, row) from a local .jsonl, or a .json that holds a list or {"data": list}.
+def read_rows(name, config=None, split=None, field="data"):
+    """Yields (Place, row) of a local .json or .jsonl file, or of a data set on the hub.
 
-    A .jsonl is read line by line. Raises ValueError or OSError naming file and row."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: give a .json or .jsonl file of questions")
+    A .json holds a list, or a list under `field`. A .jsonl is read line by line. Raises ValueError
+    or OSError, naming the file and the row."""
+    path = Path(name)
     if path.suffix not in (".json", ".jsonl"):
-        raise ValueError(f"{path} is neither .json nor .jsonl: convert it")
-    if path.suffix == ".json":
+        need(not path.is_file(), f"{path} is neither .json nor .jsonl: convert it")
+        yield from hub_rows(str(name), config, split)
+    elif not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: give a .json or .jsonl file of rows")
+    elif path.suffix == ".json":
         content = parse_json(path.read_bytes(), path)
-        rows = content.get("data") if isinstance(content, dict) else content
-        if not isinstance(rows, list):
-            raise ValueError(f'{path} must hold a list of rows, or {{"data": [rows]}}')
+        rows = content.get(field) if isinstance(content, dict) else content
+        need(isinstance(rows, list), f"{path} must hold a list of rows, or a list under '{field}'")
         yield from ((Place(str(path), number), row) for number, row in enumerate(rows, start=1))
-        return
-    with open(path, "rb") as file:
-        offset = 0
-        for number, line in enumerate(file, start=1):
-            place = Place(str(path), number, offset)
-            offset += len(line)
-            if line.strip():
-                yield place, parse_json(line, place)
+    else:
+        with open(path, "rb") as file:
+            offset = 0
+            for number, line in enumerate(file, start=1):
+                place = Place(str(path), number, offset)
+                offset += len(line)
+                if line.strip():
+                    yield place, parse_json(line, place)
 
 
 def parse_json(text, name):
     """json.loads whose ValueError says in one line what `name` is at fault."""
-    try:
+    with blame(f"{name} is not JSON: correct or remove it"):
         return json.loads(text)
-    except (ValueError, RecursionError) as problem:
-        raise ValueError(f"{name} is not JSON ({problem}): mend or remove it") from problem
 
 
 def source_rows(source, path=None, split=None):
     """Yields (Place, row) of the file `path`, or of source = (hub id, config, usual split)."""
-    if path and split:
-        raise ValueError(f"{path} is a file and has no split '{split}': leave --dataset_split away")
-    return file_rows(path) if path else hub_rows(*source[:2], split or source[2])
+    need(not (path and split), f"{path} is a file and has no split '{split}': leave "
+         "--dataset_split away")
+    return read_rows(path) if path else read_rows(*source[:2], split or source[2])
 
 
 def hub_rows(name, config, split):
     """Yields (Place, row) of a data set on the hub. Raises OSError with what to do."""
     import datasets                            # takes a second to import: only where it is needed
-    try:
+    with blame(f"{name}, split {split}, {NO_HUB}", OSError):
         rows = datasets.load_dataset(name, config, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as problem:
-        raise OSError(no_hub(name, problem)) from problem
     yield from ((Place(name, number), row) for number, row in enumerate(rows, start=1))
-
-
-def no_hub(name, problem):
-    """One line on why a data set did not come from the hub, and what to do."""
-    reason = str(problem).strip().split("\n")[0]
-    if "gated" in f"{type(problem).__name__} {problem}".lower():
-        return (f"{name} is gated: accept its terms at https://huggingface.co/datasets/{name} and "
-                f"run `hf auth login`, or give a local file of its rows ({reason})")
-    return (f"{name} could not be read from the hub: check the network (and HF_HUB_OFFLINE), or "
-            f"give a local file of its rows ({reason})")
 
 
 def examples_from(rows, make, name, path=None, limit=None):
@@ -185,26 +174,22 @@ def examples_from(rows, make, name, path=None, limit=None):
     row that is no object, an id that comes twice, and where nothing is left."""
     examples, left_out, seen = [], [], {}
     for place, row in rows:
-        if not isinstance(row, dict):
-            raise ValueError(f"{place} is not an object with columns: {str(row)[:60]!r}")
+        need(isinstance(row, dict), f"{place} is not an object with columns: {str(row)[:60]!r}")
         try:
             example = make(place, row)
         except Unusable as problem:
             left_out.append(str(problem))
             continue
         example = replace(example, id=example.id or f"{name}-{place.number}")
-        if example.id in seen:
-            raise ValueError(f"{place} has the id '{example.id}' of row {seen[example.id]}: "
-                             "ids must differ")
+        need(example.id not in seen, f"{place} has the id '{example.id}' of row "
+             f"{seen.get(example.id)}: ids must differ")
         seen[example.id] = place.number
         examples.append(example)
         if len(examples) == limit:             # before another row is read: it may be megabytes
             break
     if left_out:
-        print(f"left out {len(left_out)} of the rows: {'; '.join(left_out[:5])}"
-              f"{'; ..' if len(left_out) > 5 else ''}", flush=True)
-    if not examples:
-        raise ValueError(f"{path or name} holds no question that can be scored")
+        print(f"left out {len(left_out)} of the rows: {'; '.join(left_out[:5])}", flush=True)
+    need(examples, f"{path or name} holds no question that can be scored")
     return examples
 
 

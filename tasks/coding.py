@@ -1,4 +1,4 @@
-r'''Programs: MBPP+ and LiveCodeBench. Does the program pass its tests, in the sandbox of tools.py?
+r'''Programs: MBPP+ and LiveCodeBench. Does the program pass its tests, in the sandbox?
 
     record     {"task_id": 7, "prompt": "Write a function to add two numbers.", "test_imports": [],
                 "test_list": ["assert add(1, 2) == 3"], "test": "assert add(-1, 1) == 0"}
@@ -22,8 +22,8 @@ MBPP+ has a test script to run after the program. LiveCodeBench has texts to rea
 functions (or methods of class Solution) to call with JSON values. There we compare the output, as
 the benchmark does: by lines, those of numbers as exact decimals (1.50 is 1.5); JSON values by ==,
 floats to a millionth. The hidden tests are megabytes a question, so of a .jsonl only their place is
-kept until scoring. And they are pickled: what unpickling can name it can run, so our reader knows
-no name.
+kept until scoring. And they are pickled. Unpickling can call any function it names, so our reader
+refuses every name and reads plain data only.
 '''
 import base64
 import decimal
@@ -35,8 +35,9 @@ import pickle
 import re
 import zlib
 
-from tasks import (CODE_RETRY, Example, Score, Task, column, examples_from, file_rows, no_hub,
-                   parse_json, row_id, source_rows)
+from support.errors import blame, need
+from tasks import (CODE_RETRY, NO_HUB, Example, Score, Task, column, examples_from, parse_json,
+                   read_rows, row_id, source_rows)
 
 NAMES = ("mbppplus", "livecodebench")
 MBPP, LIVE = ("evalplus/mbppplus", None, "test"), "livecodebench/code_generation_lite"
@@ -62,15 +63,12 @@ def load(name, path, limit=None, split=None):
 def live_rows(split=None):
     """Yields (Place, row) of LiveCodeBench's files, each fetched when its turn comes (`datasets`
     no longer runs the script that made the set). Raises OSError with what to do."""
-    if split not in (None, "test"):
-        raise ValueError(f"{LIVE} has no split '{split}': leave --dataset_split away")
+    need(split in (None, "test"), f"{LIVE} has no split '{split}': leave --dataset_split away")
     from huggingface_hub import hf_hub_download
     for file in LIVE_FILES:
-        try:
+        with blame(f"{LIVE} {NO_HUB}", OSError):
             path = hf_hub_download(LIVE, file, repo_type="dataset")
-        except (OSError, ValueError) as problem:
-            raise OSError(no_hub(LIVE, problem)) from problem
-        yield from file_rows(path)
+        yield from read_rows(path)
 
 
 def make_example(place, row):
@@ -111,7 +109,8 @@ def all_tests(example):
     """The tests [{input, output, testtype}] of a LiveCodeBench question, the shown ones first.
     Raises ValueError if they are damaged."""
     text = example.row["hidden"]
-    try:
+    # Bytes that are no pickle can make the unpickler raise anything.
+    with blame(f"the tests of {example.id} are damaged"):
         if isinstance(text, list):
             with open(text[0], "rb") as file:
                 file.seek(text[1])
@@ -120,8 +119,6 @@ def all_tests(example):
             text = DataOnly(io.BytesIO(zlib.decompress(base64.b64decode(text)))).load()
         return [(test["input"], test["output"], test["testtype"] == "stdin")
                 for test in example.row["shown"] + json.loads(text)]
-    except Exception as problem:     # bytes that are no pickle make it raise anything there is
-        raise ValueError(f"the tests of {example.id} are damaged ({problem})") from problem
 
 
 def program_in(text):
@@ -141,7 +138,7 @@ def score(example, text):
     if code is None:
         return Score(False, None)
     if "test" in example.row:
-        from tools import passes
+        from support.sandbox import passes
         run = passes(code, example.row["test"], MBPP_SECONDS)
         return Score(run.status == "ok", code, "" if run.status == "ok" else run.status)
     tests = all_tests(example)
@@ -154,7 +151,7 @@ def score(example, text):
 
 def live_fault(code, function, given, expected, reads_stdin):
     """What is wrong with the program by one LiveCodeBench test, "" if nothing is."""
-    from tools import call_function, run_python
+    from support.sandbox import call_function, run_python
     code = "".join(FUTURE.findall(code)) + PRELUDE + FUTURE.sub("", code)
     if reads_stdin:
         run = run_python(code, given, LIVE_SECONDS)
@@ -192,7 +189,7 @@ def same_value(value, expected):
 
 def ready(allow_unsafe=False):
     """Raise ValueError, before anything is generated, if programs cannot be run safely here."""
-    from tools import require_sandbox
+    from support.sandbox import require_sandbox
     require_sandbox(allow_unsafe)
 
 

@@ -9,9 +9,9 @@ r"""Questions to look up: Bamboogle and HotpotQA. Does the answer match, to the 
 
 Exact match as usual for such questions: lower case, no punctuation, no a/an/the, single blanks; any
 one gold answer will do. (Not as usual: 1.5 is not 15.) Where that fails a judge decides, if one is
-configured (API_KEY, API_MODEL and API_BASE_URL, see tools.py): `Score.note` says which of the two
-it was. HotpotQA brings ten paragraphs with each question; they are left out, for the agents are to
-search.
+configured (API_KEY, API_MODEL and API_BASE_URL, see support/web.py): `Score.note` says which of the
+two it was. HotpotQA brings ten paragraphs with each question; they are left out, for the agents are
+to search.
 """
 import functools
 import re
@@ -59,14 +59,14 @@ def normalise(text):
 def score(example, text):
     """The last box of `text` by exact match, else by the judge.
 
-    Raises ValueError or tools.ServiceError if a judge is configured and cannot be asked."""
+    Raises ValueError or ServiceError if a judge is configured and cannot be asked."""
     boxed = last_box(text)
     answer = without_fonts(boxed) if boxed else ""
     if not normalise(answer):
         return Score(False, None)
     if normalise(answer) in [normalise(gold) for gold in example.row["answers"]]:
         return Score(True, answer, "exact match")
-    from tools import judge, judge_settings
+    from support.web import judge, judge_settings
     if judge_settings() is None:
         return Score(False, answer, "no exact match")
     verdict = judge(example.question, example.row["answers"], answer)
@@ -75,7 +75,7 @@ def score(example, text):
 
 def ready(allow_unsafe=False):
     """Say how answers without an exact match will be scored."""
-    from tools import judge_settings
+    from support.web import judge_settings
     print("answers without an exact match: " + (
         "counted as wrong, no judge is configured" if judge_settings() is None else
         "sent to the configured judge"), flush=True)

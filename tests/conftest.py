@@ -1,7 +1,7 @@
-"""What the tests share: tiny random agents of real architectures, tokenizers, plain references.
+"""What the tests share: tiny random agents of real architectures, tokenizers, the plain reference.
 
-The references are written from the equations, one question at a time, without cache, padding or
-batch, and use nothing of the project but the models' own weights.
+The reference is reference.py: one question at a time, without cache, padding or batch. The links'
+own oracle is the equations below, with plain tensor operations.
 """
 import os
 import sys
@@ -23,9 +23,12 @@ from transformers import (Gemma3Config, Gemma3ForCausalLM,  # noqa: E402
                           Qwen2Config, Qwen2ForCausalLM, Qwen3_5Config, Qwen3_5ForCausalLM,
                           Qwen3_5ForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM)
 
+import reference  # noqa: E402
 from agents import Agent  # noqa: E402
 from link import InnerLink, OuterLink  # noqa: E402
 from recurse import MAS, load_mas_system  # noqa: E402
+from reference import hidden_states as plain_states  # noqa: E402, F401
+from reference import think as plain_think  # noqa: E402, F401
 from styles import ANSWER_FORMAT, Edge, Role, Style  # noqa: E402
 from tiny.build import CHAT_TEMPLATE, WORD_ID  # noqa: E402
 
@@ -155,9 +158,12 @@ THREE = Style(
              prompt="{question} <|notes|> {solver}\nmend it {answer_format}",
              first="plan: {question} <|notes|> none"),
         Role("critic", "random", "",
-             prompt="{question}\nnotes: {planner}\nown: {solver} .\ncheck: it"),
+             prompt="{question}\nnotes: {planner}\nown: {solver} .\ncheck: it",
+             first="{question}\nnotes: {planner}\ncheck: it"),
         Role("solver", "random", "",
-             prompt="{question}\nnotes: {critic} and\n{answer_format}\nplan: {planner}"),
+             prompt="{question}\nnotes: {critic} and\n{answer_format}\nplan: {planner}",
+             first="{question}\n{answer_format}",
+             own="{question}\n{answer_format}\nplan: {solver}"),
     ),
     edges=(Edge("outer_12", "planner", "critic"), Edge("outer_23", "critic", "solver"),
            Edge("outer_31", "solver", "planner"), Edge("outer_13", "planner", "solver"),
@@ -189,7 +195,7 @@ def mas():
     return new_mas()
 
 
-# ---- plain references ---------------------------------------------------------------------------
+# ---- the oracles --------------------------------------------------------------------------------
 
 def inner_equation(link, h):
     """R_in(h) = LN_post(h + W2 GELU(W1 LN_pre(h))), parameter by parameter."""
@@ -210,32 +216,10 @@ def outer_equation(link, x):
     return F.layer_norm(y, y.shape[-1:], w["ln_target.weight"], w["ln_target.bias"])
 
 
-def plain_states(agent, embeds):
-    """Hidden states (1, T, d) after the final norm of one unpadded row of embeddings, no cache."""
-    return agent.model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
-
-
-def plain_think(agent, embeds, m):
-    """m thoughts (1, m, d) after one unpadded row of embeddings: all is run again at each step."""
-    thoughts = []
-    for _ in range(m):
-        h = plain_states(agent, embeds)[:, -1:]
-        thoughts.append(h)
-        embeds = torch.cat([embeds, inner_equation(agent.inner, h)], 1)
-    return torch.cat(thoughts, 1)
-
-
 @torch.no_grad()
 def plain_write(agent, embeds, count):
-    """Greedy token ids after one unpadded row of embeddings, all run again at each step."""
-    ids = []
-    for _ in range(count):
-        logits = agent.model.lm_head(plain_states(agent, embeds)[:, -1])
-        ids.append(int(logits.argmax()))
-        if ids[-1] == VOCABULARY["<eos>"]:
-            break
-        embeds = torch.cat([embeds, embed_words(agent, ids[-1:])], 1)
-    return ids
+    """Greedy token ids behind one unpadded row of embeddings (1, T, d), by reference.py."""
+    return reference.write(agent, embeds[0], count)
 
 
 def embed_words(agent, ids):

@@ -1,7 +1,5 @@
 """One agent: cached against uncached, batch against single, padded against unpadded, spliced text
 against plain tokens, decoding against the library's generate and the exact distribution."""
-import copy
-import functools
 import gc
 import json
 import shutil
@@ -17,9 +15,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
-import agents
-from agents import Agent, RecurrentLayer, common_length, load_agent, pick_device
-from link import save_inner
+from agents import Agent
+from support.sampling import Sampling
+from cache import ROOM, NewStateLayer, Recorded
+from support.checkpoints import load_agent, save_inner
+from support.devices import pick_device
 from tiny.build import new_tokenizer
 
 M = 5                                                       # latent steps
@@ -27,7 +27,7 @@ PROMPTS = [words(chat(question)) for question in QUESTIONS[:4]]      # 6 to 21 t
 
 
 def read_plain(agent, prompts):
-    """A Past of prompts of given token ids, padded on the left by hand."""
+    """A Context of prompts of given token ids, padded on the left by hand."""
     return agent.read(*left_pad([embed_words(agent, ids) for ids in prompts]))
 
 
@@ -63,17 +63,17 @@ def test_think_batched_is_uncached_is_single(agent):
 
 
 def test_first_thought_is_the_hidden_state_read_ended_on(agent):
-    past = read_plain(agent, PROMPTS)
-    assert torch.equal(agent.think(past, 1), past.last)
+    context = read_plain(agent, PROMPTS)
+    assert torch.equal(agent.think(context, 1), context.hidden)
 
 
 def test_reading_in_two_parts_is_reading_at_once(agent):
-    """read(.., past): rows of different lengths, cut at the same place from the right."""
+    """read(.., context): rows of different lengths, cut at the same place from the right."""
     embeds, mask = left_pad([embed_words(agent, ids) for ids in PROMPTS])
     first = agent.read(embeds[:, :-4], mask[:, :-4])
     second = agent.read(embeds[:, -4:], mask[:, -4:], first)
     whole = agent.read(embeds, mask)
-    assert largest_difference(second.last, whole.last) < agent.close
+    assert largest_difference(second.hidden, whole.hidden) < agent.close
     assert largest_difference(agent.think(second, M), agent.think(whole, M)) < agent.close
 
 
@@ -101,317 +101,232 @@ def test_gradients_through_cached_think(agent):
 # ---- prompts with a shared prefix ---------------------------------------------------------------
 
 SLOTTED = "{question} <|notes|> {critic} and"
-TEXTS = ["s1 x7 1", "", "s4 flip 7 s5 +3 0 .", "none"]
+TEXTS = ["s1 x7 1", "none", "s4 flip 7 s5 +3 0 .", "to to"]
 
 
-def prompt(agent, user, slots=("critic",), questions=QUESTIONS[:4]):
-    return agent.prompt("", user, list(slots), questions, "end")
+def prompt(agent, user, slots=("critic",), questions=QUESTIONS[:4], **texts):
+    """Rows of parts: latents of `slots` are heard, and the texts of others."""
+    values = {"question": questions, "answer_format": ["end"] * len(questions), **texts}
+    return agent.prompt("", user, values, slots)
 
 
-def assert_same_past(agent, a, b):
+def prefix_of(agent, rows):
+    """What stands before the first slot, read: (token lists, Context)."""
+    begun = [row[0] for row in rows]
+    return begun, agent.read(*agent.embed([[tokens] for tokens in begun], {}))
+
+
+def assert_same_context(agent, a, b):
     """Both lead to the same thoughts."""
-    assert largest_difference(a.last, b.last) < agent.close
+    assert largest_difference(a.hidden, b.hidden) < agent.close
     assert largest_difference(agent.think(a, M), agent.think(b, M)) < agent.close
 
 
 def test_read_prompt_with_prefix(agent):
-    """Latents, texts of one length and of different lengths (one empty) in the slot: as without
-    a prefix, and as one by one and unpadded."""
-    segments = prompt(agent, SLOTTED)
-    prefix = agent.read_prefix(segments)
+    """Latents of one length, and of a length for each row: as without a prefix, and as one by one
+    and unpadded."""
+    rows = prompt(agent, SLOTTED)
+    prefix = prefix_of(agent, rows)
     torch.manual_seed(0)
     ragged = [0.2 * torch.randn(n, agent.width) for n in (3, 1, 6, 2)]
-    for heard in (0.2 * torch.randn(4, 3, agent.width), TEXTS, ["s1 x7 1"] * 4, [""] * 4, ragged):
-        shared = agent.read_prompt(segments, {"critic": heard}, prefix)
-        assert_same_past(agent, shared, agent.read_prompt(segments, {"critic": heard}))
-        for b, (question, said) in enumerate(zip(QUESTIONS, heard)):
-            said = embed_words(agent, words(said)) if isinstance(said, str) else said[None]
+    for heard in (0.2 * torch.randn(4, 3, agent.width), ragged):
+        shared = agent.read_prompt(rows, {"critic": heard}, prefix)
+        assert_same_context(agent, shared, agent.read_prompt(rows, {"critic": heard}))
+        for b, (question, latents) in enumerate(zip(QUESTIONS, heard)):
             before = embed_words(agent, words(f"<bos> <|user|> {question} <|notes|>"))
-            row = torch.cat([before, said, embed_words(agent, words("and <|assistant|>"))], 1)
-            plain = plain_states(agent, row)[:, -1:]
-            assert largest_difference(shared.last[b:b + 1], plain) < agent.close
+            after = embed_words(agent, words("and <|assistant|>"))
+            plain = plain_states(agent, torch.cat([before, latents[None], after], 1))[:, -1:]
+            assert largest_difference(shared.hidden[b:b + 1], plain) < agent.close
 
 
-def test_first_prompt_shares_part_of_the_prefix(agent):
-    """A `first` prompt has no slot: only the leading tokens that agree may be taken over."""
-    prefix = agent.read_prefix(prompt(agent, SLOTTED))
+def test_texts_in_slots_share_the_prefix(agent):
+    """Texts of one length, of different lengths, and empty ones."""
+    prefix = prefix_of(agent, prompt(agent, SLOTTED))
+    for texts in (TEXTS, ["s1 x7 1"] * 4, [""] * 4, ["s1", "", "s2 s3", ""]):
+        rows = prompt(agent, SLOTTED, (), critic=texts)
+        assert_same_context(agent, agent.read_prompt(rows, {}, prefix), agent.read_prompt(rows, {}))
+        typed = [words(chat(f"{question} <|notes|> {text} and"))
+                 for question, text in zip(QUESTIONS, texts)]
+        assert_same_context(agent, agent.read_prompt(rows, {}, prefix), read_plain(agent, typed))
+
+
+def test_another_beginning_is_read_anew(agent):
+    """A `first` prompt may share all of the prefix, a part of it, or nothing."""
+    prefix = prefix_of(agent, prompt(agent, SLOTTED))
     for user in ("{question} <|notes|> none", "{question} start <|notes|> none and to",
                  "plan: {question} <|notes|>", "{question}"):
-        segments = prompt(agent, user, slots=())
-        assert_same_past(agent, agent.read_prompt(segments, {}, prefix),
-                         agent.read_prompt(segments, {}))
+        rows = prompt(agent, user, slots=())
+        assert_same_context(agent, agent.read_prompt(rows, {}, prefix), agent.read_prompt(rows, {}))
 
 
 def test_prefix_is_the_whole_prompt(agent):
-    """Nothing is new; and a prefix that is longer than the prompt."""
-    segments = prompt(agent, "{question} <|notes|>", slots=())
-    prefix = agent.read_prefix(segments)
-    assert_same_past(agent, agent.read_prompt(segments, {}, prefix), prefix[1])
-    shorter = [[row[:-2] for row in segments[0]]]
-    assert_same_past(agent, agent.read_prompt(shorter, {}, prefix), agent.read_prompt(shorter, {}))
-
-
-def test_prompt_may_begin_with_a_slot():
-    """A template that puts nothing before the user's text: there is no prefix to share."""
-    template = "{% for m in messages %}{{ m['content'] }} {% endfor %}<|assistant|>"
-    agent = new_agent("llama", template=template)
-    segments = prompt(agent, "{critic} <|notes|> {question}")
-    heard = {"critic": 0.2 * torch.randn(4, 3, agent.width)}
-    shared = agent.read_prompt(segments, heard, agent.read_prefix(segments))
-    assert_same_past(agent, shared, agent.read_prompt(segments, heard))
-
-
-def test_common_length():
-    assert common_length([1, 2, 3], [1, 2, 4]) == 2
-    assert common_length([1, 2], [1, 2, 4]) == 2
-    assert common_length([], [1]) == common_length([2, 1], [1, 1]) == 0
+    """Nothing is left to read; and a prefix that is longer than the prompt."""
+    rows = prompt(agent, "{question} <|notes|>", slots=())
+    prefix = prefix_of(agent, rows)
+    assert_same_context(agent, agent.read_prompt(rows, {}, prefix), prefix[1])
+    shorter = [[row[0][:-2]] for row in rows]
+    assert_same_context(agent, agent.read_prompt(shorter, {}, prefix),
+                        agent.read_prompt(shorter, {}))
 
 
 def test_gradients_through_a_prefix_are_the_same(agent):
     """The prefix is read without gradient: what the slot's latents get must not change."""
     segments = prompt(agent, SLOTTED)
-    prefix = agent.read_prefix(segments)
+    prefix = prefix_of(agent, segments)
     torch.manual_seed(0)
     latents = (0.2 * torch.randn(4, 3, agent.width)).requires_grad_()
     weights = torch.randn(4, M, agent.width)
     gradients = [
-        torch.autograd.grad((agent.think(past, M) * weights).sum(), latents)[0]
-        for past in (agent.read_prompt(segments, {"critic": latents}, prefix),
+        torch.autograd.grad((agent.think(context, M) * weights).sum(), latents)[0]
+        for context in (agent.read_prompt(segments, {"critic": latents}, prefix),
                      agent.read_prompt(segments, {"critic": latents}))]
     assert gradients[1].abs().max() > 0
     scale = max(1.0, gradients[1].abs().max().item())
     assert largest_difference(*gradients) < agent.close * scale
 
 
-def test_a_past_is_never_changed(agent):
+def test_a_context_is_never_changed(agent):
     """Going on from it twice, in every way there is, gives the same twice."""
     segments = prompt(agent, SLOTTED)
-    prefix = agent.read_prefix(segments)
-    past = agent.read_prompt(segments, {"critic": TEXTS}, prefix)
-    pasts = (past, prefix[1])
+    prefix = prefix_of(agent, segments)
+    latents = torch.ones(4, 3, agent.width)
+    context = agent.read_prompt(segments, {"critic": latents}, prefix)
+    contexts = (context, prefix[1])
 
     def held(layer):
-        if isinstance(layer, RecurrentLayer):
+        if isinstance(layer, NewStateLayer):
             return [layer.conv_states[0].clone(), layer.recurrent_states[0].clone()]
         return [layer.keys.clone(), layer.values.clone()]
 
-    before = [(one.mask.clone(), one.last.clone(), one.cache.get_seq_length(),
-               [held(layer) for layer in one.cache.layers]) for one in pasts]
+    before = [(one.mask.clone(), one.hidden.clone(), one.cache.get_seq_length(),
+               [held(layer) for layer in one.cache.layers]) for one in contexts]
     targets = [words("s1 x7"), words("none"), words("s2 +1 0 ."), words("to")]
 
     def go_on():
         agent.end_tokens = {VOCABULARY[str(digit)] for digit in range(10)}   # some rows end early
         more = torch.ones(4, 2, agent.width)
-        read_on = agent.read(more, torch.ones(4, 2, dtype=torch.long), past)
-        return [agent.think(past, M), agent.follow(past, targets), read_on.last,
-                agent.answer_loss(past, targets)[0], torch.tensor(
-                    [token for ids in agent.write(past, 6).ids for token in ids]),
-                agent.read_prompt(segments, {"critic": ["s1 flip"] * 4}, prefix).last]
+        read_on = agent.read(more, torch.ones(4, 2, dtype=torch.long), context)
+        return [agent.think(context, M), agent.follow(context, targets), read_on.hidden,
+                agent.answer_loss(context, targets)[0], torch.tensor(
+                    [token for ids in agent.write(context, 6) for token in ids]),
+                agent.read_prompt(segments, {"critic": 2 * latents}, prefix).hidden]
 
     with torch.no_grad():
         first, second = go_on(), go_on()
     assert all(torch.equal(a, b) for a, b in zip(first, second))
-    for one, (mask, last, length, layers) in zip(pasts, before):
-        assert torch.equal(one.mask, mask) and torch.equal(one.last, last)
+    for one, (mask, last, length, layers) in zip(contexts, before):
+        assert torch.equal(one.mask, mask) and torch.equal(one.hidden, last)
         assert one.cache.get_seq_length() == length == mask.shape[1]
         for layer, earlier in zip(one.cache.layers, layers):
             assert all(torch.equal(a, b) for a, b in zip(held(layer), earlier))
 
 
-# ---- single steps in buffers, recorded and replayed ---------------------------------------------
+# ---- single steps in fixed buffers --------------------------------------------------------------
 
-def test_recorded_steps_are_uncached_and_serve_again(agent, monkeypatch):
-    """Padded batches of other lengths in the same buffers, one after the other; a row alone."""
-    monkeypatch.setitem(agents.WORTH_RECORDING, "cpu", 0)
-    used = []
-    with torch.no_grad():
-        for prompts in (PROMPTS[:2], [ids[:5] for ids in PROMPTS[2:]], PROMPTS[:2], PROMPTS[3:],
-                        [words("start")]):
-            thoughts = agent.think(read_plain(agent, prompts), M)
-            for b, ids in enumerate(prompts):
-                plain = plain_think(agent, embed_words(agent, ids), M)
-                assert largest_difference(thoughts[b:b + 1], plain) < agent.close
-            used.append(agent.kept["steps"].recorded)
-    assert agent.capture == "record" and all(used)
-    assert used[0] is used[1] is used[2] and used[3] is used[4] is not used[0]
+def fixed_think(agent, context, m, buffers=None):
+    """m thoughts by steps in fixed buffers, without a graph, and the buffers."""
+    buffers = buffers or Recorded(agent.forward, context, m, graph=False)
+    buffers.load(context)
+    thoughts = [context.hidden]
+    for _ in range(m - 1):
+        thoughts.append(buffers.step(agent.inner(thoughts[-1])))
+    return torch.cat(thoughts, 1), buffers
 
 
-def test_recorded_writing_is_generate(agent, monkeypatch):
-    """Rows end one after the other; half of them gone, the rest are moved into new buffers."""
-    monkeypatch.setitem(agents.WORTH_RECORDING, "cpu", 0)
-    past = read_plain(agent, PROMPTS)
-    whole, lengths = agent.write(past, 10).ids, set()
-    assert whole == [generate(agent, ids, 10) for ids in PROMPTS]
-    for token in dict.fromkeys(token for ids in whole for token in ids):
-        agent.end_tokens = {token}
-        ids = agent.write(past, 10).ids
-        assert ids == [row[:row.index(token) + 1] if token in row else row for row in whole]
-        lengths.add(len({len(row) for row in ids}))
-    assert max(lengths) > 1, "no token ended the rows at different places: no test"
+@torch.no_grad()
+def test_steps_in_buffers_are_uncached_and_serve_again(agent):
+    """Padded batches of other lengths go through the same buffers, one after the other."""
+    buffers = None
+    for prompts in (PROMPTS[:2], [ids[:5] for ids in PROMPTS[2:]], PROMPTS[:2]):
+        context = read_plain(agent, prompts)
+        assert buffers is None or buffers.fits(context, M)
+        thoughts, buffers = fixed_think(agent, context, M, buffers)
+        for b, ids in enumerate(prompts):
+            plain = plain_think(agent, embed_words(agent, ids), M)
+            assert largest_difference(thoughts[b:b + 1], plain) < agent.close
+    assert not buffers.fits(read_plain(agent, PROMPTS[:1]), M)               # other rows
+    assert not buffers.fits(read_plain(agent, PROMPTS[:2]), ROOM)            # no room
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_5"])
-def test_a_long_text_outgrows_its_buffers(family):
-    """At some 300 tokens; the buffers of the rest are recorded on the way."""
-    agent = new_agent(family)
-    agent.end_tokens = {VOCABULARY["<pad>"]}
-    said = agent.write(read_plain(agent, PROMPTS[:2]), 600)
-    assert said.ids == [generate(agent, ids, 600) for ids in PROMPTS[:2]]
-    assert max(map(len, said.ids)) == 600, "no text was long: no test"
-    assert agent.kept["steps"].capacity > 512 and agent.kept["steps"].recorded
+@torch.no_grad()
+def test_buffers_are_outgrown(agent):
+    """What stands in full buffers goes on in larger ones, for some of the rows. Oracle: growing
+    steps, which are compared with reference.py above."""
+    context = read_plain(agent, PROMPTS)
+    thoughts, buffers = fixed_think(agent, context, M)
+    assert not buffers.fits(buffers.context(), 1), "a context must not be loaded over itself"
+    more, _ = fixed_think(agent, buffers.context().rows([2, 0]), 3)
+    together = torch.cat([thoughts[[2, 0]], more[:, 1:]], 1)
+    assert largest_difference(together, agent.think(context, M + 2)[[2, 0]]) < agent.close
 
 
-def test_recording_begins_when_it_is_worth_it():
-    agent, worth = new_agent("qwen3"), agents.WORTH_RECORDING["cpu"]
-    past = read_plain(agent, PROMPTS)
-    with torch.no_grad():
-        agent.think(past, worth // 2 + 1)
-        first = agent.think(past, worth // 2 + 1)                     # so many steps by now
-        assert agent.kept["steps"].taken == worth and not agent.kept["steps"].recorded
-        again = agent.think(past, worth // 2 + 1)
-    assert agent.kept["steps"].recorded and largest_difference(first, again) < 1e-5
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_recording_on_the_way_changes_nothing(family, monkeypatch):
-    """Recorded in the middle of the thoughts, at each place there is: the same thoughts."""
-    agent = new_agent(family)
-    past = read_plain(agent, PROMPTS)
-    with torch.no_grad():
-        plain = agent.think(past, 2 * M)
-        for taken in range(1, 2 * M):
-            agent.kept.update(steps=None, recordings=0)
-            monkeypatch.setitem(agents.WORTH_RECORDING, "cpu", taken)
-            assert largest_difference(agent.think(past, 2 * M), plain) < 1e-5
-            assert bool(agent.kept["steps"].recorded) == (taken < 2 * M - 1)
-
-
-def test_recordings_are_few_and_shared(monkeypatch):
-    """A trace is never freed: rows that end one by one, and roles of the same base model, do not
-    add up without bound."""
-    agent, made = new_agent("qwen3"), []
-    monkeypatch.setitem(agents.WORTH_RECORDING, "cpu", 0)
-    monkeypatch.setitem(agents.RECORDINGS, "cpu", 2)
-    record = agents.record
-    monkeypatch.setattr(agents, "record", lambda steps, x: made.append(steps) or record(steps, x))
-    twin = copy.copy(agent)
-    with torch.no_grad():
-        for one in (agent, twin):
-            for count in range(1, 5):
-                one.think(read_plain(one, PROMPTS[:1] * count), M)
-    assert [steps.rows for steps in made] == [1, 2] and agent.kept is twin.kept
-    with torch.no_grad():
-        again = agent.think(read_plain(agent, PROMPTS), M)
-        agent.kept.update(steps=None, recordings=0)
-        assert largest_difference(agent.think(read_plain(agent, PROMPTS), M), again) < 1e-5
-
-
-def test_old_buffers_are_freed_before_new_ones_are_made(monkeypatch):
-    agent, alive = new_agent("qwen3"), []
-    with torch.no_grad():
-        agent.think(read_plain(agent, PROMPTS), M)
-        old, new = weakref.ref(agent.kept["steps"]), agents.Steps.__init__
-        monkeypatch.setattr(agents.Steps, "__init__", lambda *given: (
-            gc.collect(), alive.append(old()), new(*given))[-1])
-        agent.think(read_plain(agent, PROMPTS[:1]), M)
-    assert alive == [None]
-
-
-def test_inference_mode_and_no_grad_share_buffers(monkeypatch):
-    monkeypatch.setitem(agents.WORTH_RECORDING, "cpu", 3)
-    agent = new_agent("qwen3")
-    thoughts = []
-    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
-        with mode():
-            thoughts.append(agent.think(read_plain(agent, PROMPTS), M))
-    assert agent.kept["steps"].recorded
-    assert all(largest_difference(thoughts[0], one) < 1e-5 for one in thoughts)
-
-
+@torch.no_grad()
 def test_old_buffers_leave_nothing_behind():
     """A prompt that went to NaN does not spoil the next one in the same buffers."""
     agent = new_agent("qwen3")
-    past = read_plain(agent, PROMPTS)
-    with torch.no_grad():
-        before = agent.think(past, M)
-        embeds, mask = left_pad([embed_words(agent, ids) for ids in PROMPTS])
-        assert agent.think(agent.read(embeds * float("nan"), mask), 20).isnan().all()
-        assert torch.equal(agent.think(past, M), before)
-
-
-@pytest.mark.parametrize("family", ["qwen3", "gemma3", "qwen3_5"])
-def test_torch_compile_takes_the_step_whole(family, monkeypatch):
-    """capture compile: no graph break; what a backend would make of it is not tested here."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    monkeypatch.setitem(agents.RECORDINGS, "cpu", 100)
-    agent = new_agent(family)
-    with torch.no_grad():
-        plain = agent.think(read_plain(agent, PROMPTS[:1]), M)
-        agent.capture = "compile"
-        monkeypatch.setitem(agents.WORTH_RECORDING, "cpu", 0)
-        for count in range(1, 12):                     # each number of rows is compiled by itself
-            thoughts = agent.think(read_plain(agent, PROMPTS[:1] * count), M)
-            assert agent.kept["steps"].recorded, f"{count} rows"
-            assert largest_difference(thoughts, plain.expand_as(thoughts)) < agent.close
-
-
-def test_what_cannot_be_recorded_says_why_and_runs(monkeypatch, capsys):
-    def no_trace(*args, **kwargs):
-        raise RuntimeError("no trace today\nand more")
-
-    agent, at_rest = new_agent("qwen3"), new_agent("qwen3")
-    past = read_plain(agent, PROMPTS)
-    with torch.no_grad():
-        plain = agent.think(past, M)
-        agent.kept.update(steps=None, recordings=0)
-        monkeypatch.setitem(agents.WORTH_RECORDING, "cpu", 0)
-        monkeypatch.setattr(torch.jit, "trace", no_trace)
-        at_rest.at_rest = [(at_rest.embedding.weight, at_rest.embedding.weight.data)]
-        for one, reason in ((agent, "no trace today"), (at_rest, "offload")):
-            capsys.readouterr()
-            assert torch.equal(one.think(past, M), plain) and not one.recordings_left()
-            assert torch.equal(one.think(past, M), plain)
-            said = capsys.readouterr().out
-            assert said.count("\n") == 1 and "not recorded" in said and reason in said
+    context = read_plain(agent, PROMPTS)
+    before, buffers = fixed_think(agent, context, M)
+    embeds, mask = left_pad([embed_words(agent, ids) for ids in PROMPTS])
+    spoilt, _ = fixed_think(agent, agent.read(embeds * float("nan"), mask), 20, buffers)
+    assert spoilt.isnan().all()
+    assert torch.equal(fixed_think(agent, context, M, buffers)[0], before)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("capture", ["record", "compile"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_cuda_graph_is_the_step(family, capture, monkeypatch):
+def test_a_cuda_graph_is_the_step(family):
     there, here = new_agent(family), new_agent(family)
-    agent = Agent(there.model.cuda(), there.tokenizer, there.inner.cuda(), capture=capture)
-    monkeypatch.setitem(agents.WORTH_RECORDING, "cuda", 0)
+    agent = Agent(there.model.cuda(), there.tokenizer, there.inner.cuda())
     embeds, mask = left_pad([embed_words(here, ids) for ids in PROMPTS])
-    with torch.no_grad():
-        past, plain = agent.read(embeds.cuda(), mask.cuda()), here.read(embeds, mask)
-        for _ in range(2):
-            thoughts = agent.think(past, M).cpu()
+    for mode in (torch.inference_mode, torch.no_grad, torch.no_grad):
+        with mode():
+            context, plain = agent.read(embeds.cuda(), mask.cuda()), here.read(embeds, mask)
+            thoughts = agent.think(context, M).cpu()
             assert largest_difference(thoughts, here.think(plain, M)) < 10 * here.close
-        assert agent.write(past, 8).ids == here.write(plain, 8).ids
-    assert agent.capture == capture and agent.kept["steps"].recorded
+            assert agent.write(context, 8) == here.write(plain, 8)
+    assert agent.recorded.graph is not None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_old_buffers_are_freed_before_new_ones_are_made():
+    there = new_agent("qwen3")
+    agent = Agent(there.model.cuda(), there.tokenizer, there.inner.cuda())
+    embeds, mask = (part.cuda() for part in left_pad([embed_words(there, [3] * 9)] * 4))
+    with torch.no_grad():
+        agent.think(agent.read(embeds.cuda(), mask.cuda()), M)
+        old = weakref.ref(agent.recorded)
+        agent.think(agent.read(embeds[:1].cuda(), mask[:1].cuda()), M)
+        gc.collect()
+    assert old() is None
 
 
 # ---- prompts as tokens --------------------------------------------------------------------------
 
-def flat(segments, heard, tokenizer):
-    """The tokens of each row of a prompt with texts in its slots."""
-    rows = [[] for _ in segments[0]]
-    for segment in segments:
-        if isinstance(segment, str):
-            segment = tokenizer(heard[segment], add_special_tokens=False)["input_ids"]
-        rows = [row + tokens for row, tokens in zip(rows, segment)]
-    return rows
-
-
-def test_text_in_a_slot_is_plain_tokens(agent):
-    """Embeddings of a slot filled with text = of the same words typed into the prompt."""
-    typed = [words(chat(f"{question} <|notes|> {text} and"))
-             for question, text in zip(QUESTIONS, TEXTS)]
-    wanted, wanted_mask = left_pad([embed_words(agent, ids) for ids in typed])
-    embeds, mask = agent.embed(prompt(agent, SLOTTED), {"critic": TEXTS})
+def test_latents_take_the_place_of_words(agent):
+    """Embeddings of a prompt with latents in its slot = of typed words with the latents between."""
+    torch.manual_seed(0)
+    heard = [0.2 * torch.randn(n, agent.width) for n in (3, 1, 6, 2)]
+    rows = [torch.cat([embed_words(agent, words(f"<bos> <|user|> {question} <|notes|>")),
+                       latents[None], embed_words(agent, words("and <|assistant|>"))], 1)
+            for question, latents in zip(QUESTIONS, heard)]
+    wanted, wanted_mask = left_pad(rows)
+    embeds, mask = agent.embed(prompt(agent, SLOTTED), {"critic": heard})
     assert torch.equal(mask, wanted_mask)
     assert torch.equal(embeds * mask[..., None], wanted)
+
+
+def test_text_is_tokenised_with_its_surroundings():
+    """Oracle: the tokenizer over the whole chat, typed. `a b` is one token of this vocabulary."""
+    agent = byte_agent()
+    agent.tokenizer.add_tokens(["n: E", "la<"])
+    rows = agent.prompt("", "{question} plan: {critic}", {"question": ["hi"], "critic": ["Ella"]})
+    assert rows == [[agent.tokenizer("<user>hi plan: Ella<assistant>")["input_ids"]]]
+    assert len(rows[0][0]) == len("<user>hi plan: Ella<assistant>") - 3 - 2
+    rows = agent.prompt("", "{question} {critic}, {solver}", {"question": ["hi"], "critic": ["E"]},
+                        ("solver",))
+    before, slot, after = rows[0]
+    assert (agent.tokenizer.decode(before), slot) == ("<user>hi E, ", "solver")
+    assert agent.tokenizer.decode(after) == "<assistant>"
 
 
 # A chat template with a system role; without one, refused aloud; without one, ignored silently.
@@ -434,52 +349,68 @@ def test_questions_and_texts_are_never_spliced(template):
     """Oracle: the chat written out by hand; every odd string goes through as plain text."""
     agent = byte_agent(template)
     user = "Q: {question}\nheard {critic}, {planner}; keep {other} \\boxed{}.\n{answer_format}!"
-    segments = agent.prompt("Be {brief}.", user, ["critic", "planner"], NASTY, "End in \\boxed{x}.")
-    assert [segment for segment in segments if isinstance(segment, str)] == ["critic", "planner"]
     heard = {"critic": NASTY[1:] + NASTY[:1], "planner": NASTY[2:] + NASTY[:2]}
-    rows = flat(segments, heard, agent.tokenizer)
+    values = {"question": NASTY, "answer_format": ["End in \\boxed{x}."] * len(NASTY)}
+    rows = agent.prompt("Be {brief}.", user, {**values, **heard})
     head = "<system>Be {brief}.<user>" if template == BODY else "<user>Be {brief}.\n\n"
     for b, question in enumerate(NASTY):
         text = (f"{head}Q: {question}\nheard {heard['critic'][b]}, {heard['planner'][b]}; keep "
                 "{other} \\boxed{}.\nEnd in \\boxed{x}.!<assistant>")
-        assert agent.tokenizer.decode(rows[b]) == text
-        assert rows[b] == agent.tokenizer(text, add_special_tokens=False)["input_ids"]
+        [tokens] = rows[b]
+        assert agent.tokenizer.decode(tokens) == text
+        assert tokens == agent.tokenizer(text, add_special_tokens=False)["input_ids"]
+    # The same with latents of the planner: the prompt is cut at that slot, and nowhere else.
+    rows = agent.prompt("", user, {**values, "critic": heard["critic"]}, ("planner",))
+    for b, question in enumerate(NASTY):
+        before, slot, after = rows[b]
+        assert slot == "planner"
+        assert agent.tokenizer.decode(before) == (
+            f"<user>Q: {question}\nheard {heard['critic'][b]}, ")
+        assert agent.tokenizer.decode(after).startswith("; keep {other}")
+
+
+def rendered(agent, user, system="", **values):
+    """The text of one prompt about the question `hi`."""
+    [[tokens]] = agent.prompt(system, user, {"question": ["hi"], **values})
+    return agent.tokenizer.decode(tokens)
 
 
 def test_without_a_system_text_the_user_turn_stands_alone():
-    agent = byte_agent(RAISES)
-    [[tokens]] = agent.prompt("", "{question}", [], ["hi"])
-    assert agent.tokenizer.decode(tokens) == "<user>hi<assistant>"
+    assert rendered(byte_agent(RAISES), "{question}") == "<user>hi<assistant>"
 
 
 def test_a_template_that_trims_keeps_the_system_role():
     """A system text with a newline at its end is no reason to leave its own turn."""
-    agent = byte_agent()
-    [[tokens]] = agent.prompt("Be brief.\n", "{question}", [], ["hi"])
-    assert agent.tokenizer.decode(tokens) == "<system>Be brief.<user>hi<assistant>"
+    text = rendered(byte_agent(), "{question}", "Be brief.\n")
+    assert text == "<system>Be brief.<user>hi<assistant>"
 
 
-@pytest.mark.parametrize("slots", [["expert", "expert_b"], ["expert_b", "expert"]])
-def test_one_slots_name_may_begin_anothers(slots):
-    agent = byte_agent()
-    segments = agent.prompt("", "{question} {expert} {expert_b}.", slots, ["hi"])
-    rows = flat(segments, {"expert": ["A"], "expert_b": ["B"]}, agent.tokenizer)
-    assert agent.tokenizer.decode(rows[0]) == "<user>hi A B.<assistant>"
+def test_a_template_that_leaves_out_the_user_is_refused():
+    agent = byte_agent("{% for m in messages %}<{{ m['role'] }}>{% endfor %}")
+    with pytest.raises(ValueError, match="leaves out what the user says"):
+        rendered(agent, "{question}")
+
+
+@pytest.mark.parametrize("names", [["expert", "expert_b"], ["expert_b", "expert"]])
+def test_one_slots_name_may_begin_anothers(names):
+    agent, texts = byte_agent(), {"expert": ["A"], "expert_b": ["B"]}
+    texts = {name: texts[name] for name in names}
+    text = rendered(agent, "{question} {expert} {expert_b}.", **texts)
+    assert text == "<user>hi A B.<assistant>"
+    [row] = agent.prompt("", "{question} {expert} {expert_b}.", {"question": ["hi"]}, names)
+    assert [part for part in row if isinstance(part, str)] == ["expert", "expert_b"]
 
 
 def test_a_slot_may_occur_twice():
-    agent = byte_agent()
-    segments = agent.prompt("", "{critic} {question} {critic}", ["critic"], ["hi"])
-    rows = flat(segments, {"critic": ["C"]}, agent.tokenizer)
-    assert agent.tokenizer.decode(rows[0]) == "<user>C hi C<assistant>"
+    text = rendered(byte_agent(), "{critic} {question} {critic}", critic=["C"])
+    assert text == "<user>C hi C<assistant>"
 
 
 def test_thinking_is_the_templates_switch():
     template = BODY + "{% if not enable_thinking %}<no think>{% endif %}"
     for thinking, end in ((False, "<no think>"), (True, "")):
         agent = byte_agent(template, thinking=thinking)
-        [[tokens]] = agent.prompt("", "{question}", [], ["hi"])
-        assert agent.tokenizer.decode(tokens) == "<user>hi<assistant>" + end
+        assert rendered(agent, "{question}") == "<user>hi<assistant>" + end
 
 
 def test_special_tokens_are_not_added():
@@ -488,8 +419,10 @@ def test_special_tokens_are_not_added():
     agent.tokenizer._tokenizer.post_processor = TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", VOCABULARY["<bos>"])])
     assert agent.tokenizer("none")["input_ids"] == words("<bos> none")
-    rows = flat(prompt(agent, SLOTTED), {"critic": TEXTS}, word_tokenizer())
-    assert rows[0] == words(chat(f"{QUESTIONS[0]} <|notes|> {TEXTS[0]} and"))
+    rows = prompt(agent, SLOTTED, (), critic=TEXTS)
+    assert rows[0] == [words(chat(f"{QUESTIONS[0]} <|notes|> {TEXTS[0]} and"))]
+    before, _, after = prompt(agent, SLOTTED)[0]
+    assert before + after == words(chat(f"{QUESTIONS[0]} <|notes|> and"))
 
 
 def test_no_chat_template_is_an_error():
@@ -519,22 +452,20 @@ def generate(agent, ids, count, **settings):
 def test_write_greedy_is_generate(agent):
     """A padded batch = the library = without any cache, row by row."""
     said = agent.write(read_plain(agent, PROMPTS), 8)
-    assert said.ids == [generate(agent, ids, 8) for ids in PROMPTS]
-    assert said.ids == [plain_write(agent, embed_words(agent, ids), 8) for ids in PROMPTS]
-    assert len({tuple(ids) for ids in said.ids}) > 1
-    for text, ids in zip(said.texts, said.ids):
-        assert text == agent.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    assert said == [generate(agent, ids, 8) for ids in PROMPTS]
+    assert said == [plain_write(agent, embed_words(agent, ids), 8) for ids in PROMPTS]
+    assert len({tuple(ids) for ids in said}) > 1
 
 
 def test_rows_that_end_early_leave(agent):
     """End tokens are taken out of the middle of rows' own outputs, one after the other."""
-    past = read_plain(agent, PROMPTS)
-    whole, seen = agent.write(past, 10).ids, set()
+    context = read_plain(agent, PROMPTS)
+    whole, seen = agent.write(context, 10), set()
     for token in dict.fromkeys(token for ids in whole for token in ids):
         agent.end_tokens = {token}
-        ids = agent.write(past, 10).ids
+        ids = agent.write(context, 10)
         assert ids == [row[:row.index(token) + 1] if token in row else row for row in whole]
-        assert ids == [agent.write(read_plain(agent, [p]), 10).ids[0] for p in PROMPTS]
+        assert ids == [agent.write(read_plain(agent, [p]), 10)[0] for p in PROMPTS]
         seen.add(len({len(row) for row in ids}))
     assert max(seen) > 1, "no token ended the rows at different places: no test"
 
@@ -557,29 +488,39 @@ def test_write_after_latents_is_uncached(agent):
         before = words(f"<bos> <|user|> {QUESTIONS[b]} <|notes|>")
         row = torch.cat([embed_words(agent, before), latents[b:b + 1],
                          embed_words(agent, words("and <|assistant|>"))], 1)
-        assert said.ids[b] == plain_write(agent, row, 6)
+        assert said[b] == plain_write(agent, row, 6)
 
 
 def test_write_from_a_prefix_is_generate(agent):
-    """After read_prompt moved the cache of a shared prefix to the right."""
-    segments = prompt(agent, SLOTTED)
-    past = agent.read_prompt(segments, {"critic": TEXTS}, agent.read_prefix(segments))
+    """Texts of different lengths stand behind a prefix that was read before."""
+    rows = prompt(agent, SLOTTED, (), critic=TEXTS)
+    context = agent.read_prompt(rows, {}, prefix_of(agent, prompt(agent, SLOTTED)))
     typed = [words(chat(f"{question} <|notes|> {text} and"))
              for question, text in zip(QUESTIONS, TEXTS)]
-    assert agent.write(past, 8).ids == [generate(agent, ids, 8) for ids in typed]
+    assert agent.write(context, 8) == [generate(agent, ids, 8) for ids in typed]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5"])
+def test_a_long_text_is_generate(family):
+    """Of more words than the first buffers would hold on a GPU."""
+    agent = new_agent(family)
+    agent.end_tokens = {VOCABULARY["<pad>"]}
+    written = agent.write(read_plain(agent, PROMPTS[:2]), 600)
+    assert written == [generate(agent, ids, 600) for ids in PROMPTS[:2]]
+    assert max(map(len, written)) == 600, "no text was long: no test"
 
 
 def test_stop_strings(agent):
     """A row ends behind the first stop string in its own text; the others go on."""
-    past = read_plain(agent, PROMPTS)
-    whole, decode, cut = agent.write(past, 10).ids, agent.tokenizer.decode, 0
+    context = read_plain(agent, PROMPTS)
+    whole, decode, cut = agent.write(context, 10), agent.tokenizer.decode, 0
     for row in whole:
         for stop in (decode(row[2:4]), decode(row[1:2]), "no such text"):
             wanted = []
             for ids in whole:
                 ends = [n for n in range(1, len(ids)) if stop in decode(ids[:n])]
                 wanted.append(ids[:ends[0]] if ends else ids)
-            assert agent.write(past, 10, stop=(stop, "nor this")).ids == wanted
+            assert agent.write(context, 10, stop=(stop, "nor this")) == wanted
             cut += wanted != whole
     assert cut > 0
 
@@ -588,8 +529,8 @@ def test_stop_strings(agent):
 def test_repetition_penalty_is_the_librarys():
     """Oracle: generate from embeddings, which like us counts the new words only."""
     agent = new_agent("llama")
-    plain = agent.write(read_plain(agent, PROMPTS), 10).ids
-    said = agent.write(read_plain(agent, PROMPTS), 10, repetition_penalty=1.5).ids
+    plain = agent.write(read_plain(agent, PROMPTS), 10)
+    said = agent.write(read_plain(agent, PROMPTS), 10, sampling=Sampling(repetition_penalty=1.5))
     assert said != plain
     for b, ids in enumerate(PROMPTS):
         out = agent.model.generate(
@@ -600,14 +541,14 @@ def test_repetition_penalty_is_the_librarys():
 
 def test_sampling_batched_is_single(agent):
     """The same seed gives a row the same words, whoever shares its batch; others differ."""
-    seeds, options = [11, 12, 13, 14], dict(temperature=1.0, top_p=0.95)
+    seeds, options = [11, 12, 13, 14], dict(sampling=Sampling(1.0, 0.95))
     agent.end_tokens = set(words("0 1 2 3 4 5 6 7 8 9"))      # so that rows leave on their way
-    batched = agent.write(read_plain(agent, PROMPTS), 8, seeds=seeds, **options).ids
-    single = [agent.write(read_plain(agent, [ids]), 8, seeds=[seed], **options).ids[0]
+    batched = agent.write(read_plain(agent, PROMPTS), 8, seeds=seeds, **options)
+    single = [agent.write(read_plain(agent, [ids]), 8, seeds=[seed], **options)[0]
               for ids, seed in zip(PROMPTS, seeds)]
     assert batched == single
     same = read_plain(agent, [PROMPTS[0]] * 8)
-    draws = agent.write(same, 8, seeds=list(range(7)) + [0], **options).ids
+    draws = agent.write(same, 8, seeds=list(range(7)) + [0], **options)
     assert len({tuple(ids) for ids in draws}) > 3 and draws[0] == draws[7]
 
 
@@ -615,27 +556,27 @@ def test_a_sample_does_not_depend_on_the_limit():
     """A row of a batch is asked for as many words as the most patient row: its own come first."""
     agent = new_agent("llama")
     agent.end_tokens = set()
-    past = read_plain(agent, PROMPTS)
-    long = agent.write(past, 40, temperature=1.0, seeds=[1, 2, 3, 4]).ids
+    context = read_plain(agent, PROMPTS)
+    long = agent.write(context, 40, Sampling(1.0), seeds=[1, 2, 3, 4])
     for limit in (1, 7, 15, 16, 17, 33):
-        assert agent.write(past, limit, temperature=1.0, seeds=[1, 2, 3, 4]).ids == [
+        assert agent.write(context, limit, Sampling(1.0), seeds=[1, 2, 3, 4]) == [
             ids[:limit] for ids in long]
 
 
 def test_top_k_1_is_greedy(agent):
-    past = read_plain(agent, PROMPTS)
-    said = agent.write(past, 8, temperature=1.7, top_k=1, seeds=[5, 6, 7, 8])
-    assert said.ids == agent.write(past, 8).ids
+    context = read_plain(agent, PROMPTS)
+    said = agent.write(context, 8, Sampling(1.7, top_k=1), seeds=[5, 6, 7, 8])
+    assert said == agent.write(context, 8)
 
 
 def frequencies(agent, ids, count, draws=4000, **settings):
     """How often each token is drawn as the `count`-th word after a prompt, over many seeds."""
     embeds = embed_words(agent, ids).expand(draws, -1, -1)
-    past = agent.read(embeds, torch.ones(draws, len(ids), dtype=torch.long))
+    context = agent.read(embeds, torch.ones(draws, len(ids), dtype=torch.long))
     agent.end_tokens = set()
-    said = agent.write(past, count, seeds=list(range(draws)), **settings)
-    assert {len(row) for row in said.ids} == {count}
-    return torch.bincount(torch.tensor([row[-1] for row in said.ids]),
+    said = agent.write(context, count, Sampling(**settings), list(range(draws)))
+    assert {len(row) for row in said} == {count}
+    return torch.bincount(torch.tensor([row[-1] for row in said]),
                           minlength=len(VOCABULARY)) / draws
 
 
@@ -736,8 +677,8 @@ def test_follow_gives_the_states_of_a_plain_run(agent):
 
 
 def test_follow_nothing_is_the_last_state(agent):
-    past = read_plain(agent, PROMPTS)
-    assert torch.equal(agent.follow(past, [[]] * 4), past.last)
+    context = read_plain(agent, PROMPTS)
+    assert torch.equal(agent.follow(context, [[]] * 4), context.hidden)
 
 
 def test_embedding_rms(agent):
@@ -776,8 +717,8 @@ def test_load_agent_beside_an_adapter_config(tmp_path, family):
     assert torch.equal(loaded.head.weight, loaded.embedding.weight)              # tied
     assert not any(p.requires_grad for p in loaded.model.parameters())
     assert not loaded.model.training
-    past, again = read_plain(agent, PROMPTS), read_plain(loaded, PROMPTS)
-    assert agent.write(past, 6).ids == loaded.write(again, 6).ids
+    context, again = read_plain(agent, PROMPTS), read_plain(loaded, PROMPTS)
+    assert agent.write(context, 6) == loaded.write(again, 6)
     assert loaded.tokenize(QUESTIONS) == [words(question) for question in QUESTIONS]
     assert loaded.tokenizer.decode(PROMPTS[0]) == agent.tokenizer.decode(PROMPTS[0])
     assert loaded.tokenizer.chat_template == agent.tokenizer.chat_template
@@ -792,8 +733,8 @@ def test_load_agent_where_peft_is_installed(tmp_path, monkeypatch):
     with pytest.raises(Exception):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     loaded = load_agent(tmp_path, torch.device("cpu"), torch.float32)
-    assert largest_difference(read_plain(loaded, PROMPTS).last,
-                              read_plain(agent, PROMPTS).last) < agent.close
+    assert largest_difference(read_plain(loaded, PROMPTS).hidden,
+                              read_plain(agent, PROMPTS).hidden) < agent.close
 
 
 def test_load_agent_with_a_missing_weight(tmp_path):
@@ -817,7 +758,7 @@ def test_load_agent_with_weights_that_have_no_place(tmp_path):
     state = load_file(tmp_path / "more" / "model.safetensors")
     state["model.layers.7.mlp.up_proj.weight"] = torch.zeros(2, 2)
     save_file(state, tmp_path / "more" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="no place for: model.layers.7.mlp.up_proj.weight"):
+    with pytest.raises(ValueError, match="no place for .'model.layers.7.mlp.up_proj.weight'"):
         load_agent(tmp_path / "more", torch.device("cpu"), torch.float32)
 
 
@@ -857,8 +798,8 @@ def test_load_agent_needs_no_writable_folder(tmp_path):
         (tmp_path / "snapshot" / path.name).symlink_to(f"../blobs/{path.name}")
     loaded = load_agent(tmp_path / "snapshot", torch.device("cpu"), torch.float32)
     shutil.rmtree(tmp_path / "blobs")
-    past = read_plain(loaded, PROMPTS)
-    assert largest_difference(past.last, read_plain(agent, PROMPTS).last) < agent.close
+    context = read_plain(loaded, PROMPTS)
+    assert largest_difference(context.hidden, read_plain(agent, PROMPTS).hidden) < agent.close
 
 
 def test_pick_device(capsys):
@@ -877,19 +818,19 @@ def test_layers_of_an_unknown_kind_are_refused():
         Agent(model, word_tokenizer())
 
 
-# ---- rows of a past -----------------------------------------------------------------------------
+# ---- rows of a context --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("places", [[2], [3, 0, 2], [1, 1, 1], [0, 1, 2, 3, 3, 2, 0]])
-def test_rows_of_a_past_are_those_prompts_read(agent, places):
+def test_rows_of_a_context_are_those_prompts_read(agent, places):
     """Rows picked out, out of order and repeated. Oracles: slicing for what is held; each prompt
     alone for what follows; the original says what it said before."""
-    past = read_plain(agent, PROMPTS)
-    mask, last = past.mask.clone(), past.last.clone()
-    before = agent.write(past, 5).ids
-    rows = past.rows(places)
-    assert torch.equal(rows.mask, mask[places]) and torch.equal(rows.last, last[places])
-    for layer, whole in zip(rows.cache.layers, past.cache.layers):
-        if isinstance(layer, RecurrentLayer):
+    context = read_plain(agent, PROMPTS)
+    mask, last = context.mask.clone(), context.hidden.clone()
+    before = agent.write(context, 5)
+    rows = context.rows(places)
+    assert torch.equal(rows.mask, mask[places]) and torch.equal(rows.hidden, last[places])
+    for layer, whole in zip(rows.cache.layers, context.cache.layers):
+        if isinstance(layer, NewStateLayer):
             assert torch.equal(layer.conv_states[0], whole.conv_states[0][places])
             assert torch.equal(layer.recurrent_states[0], whole.recurrent_states[0][places])
         else:
@@ -897,7 +838,7 @@ def test_rows_of_a_past_are_those_prompts_read(agent, places):
             assert torch.equal(layer.values, whole.values[places])
     with torch.no_grad():
         thoughts = agent.think(rows, M)
-        said = agent.write(rows, 5).ids
+        said = agent.write(rows, 5)
         for row, place in enumerate(places):
             embeds = embed_words(agent, PROMPTS[place])
             assert largest_difference(thoughts[row:row + 1],
@@ -905,16 +846,16 @@ def test_rows_of_a_past_are_those_prompts_read(agent, places):
             assert said[row] == plain_write(agent, embeds, 5)
         more = agent.read(torch.ones(len(places), 3, agent.width),
                           torch.ones(len(places), 3, dtype=torch.long), rows)
-        assert more.last.shape[0] == len(places)
-    assert torch.equal(past.mask, mask) and torch.equal(past.last, last)
-    assert past.cache.get_seq_length() == mask.shape[1] and agent.write(past, 5).ids == before
+        assert more.hidden.shape[0] == len(places)
+    assert torch.equal(context.mask, mask) and torch.equal(context.hidden, last)
+    assert context.cache.get_seq_length() == mask.shape[1] and agent.write(context, 5) == before
 
 
 def test_rows_of_rows_in_half_of_a_batch(agent):
     """Rows of rows, after latents have been read on; oracle: one step of picking."""
-    past = agent.read(torch.ones(4, 2, agent.width), torch.ones(4, 2, dtype=torch.long),
+    context = agent.read(torch.ones(4, 2, agent.width), torch.ones(4, 2, dtype=torch.long),
                       read_plain(agent, PROMPTS))
-    twice, once = past.rows([3, 1, 1]).rows([2, 0]), past.rows([1, 3])
+    twice, once = context.rows([3, 1, 1]).rows([2, 0]), context.rows([1, 3])
     with torch.no_grad():
         assert torch.equal(agent.think(twice, M), agent.think(once, M))
-    assert agent.write(twice, 5).ids == agent.write(once, 5).ids
+    assert agent.write(twice, 5) == agent.write(once, 5)

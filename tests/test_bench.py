@@ -1,215 +1,239 @@
-"""bench.py: its reference equals the plain equations, all sections run, and what it works out about
-memory equals what real models and caches take. No test looks at a time."""
+"""bench.py: all sections run, what is compared agrees, a section that fails loses no other one, and
+what it works out about memory equals what real models and caches take. No test looks at a time."""
+import argparse
 import json
 import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import (FAMILIES, inner_equation, largest_difference, new_agent, outer_equation,
-                      plain_states, plain_think)
+from conftest import FAMILIES, new_agent
 
 import bench
-import common
 from agents import Agent
 from styles import Edge, Role, Style
+from support import dimensions, flags
 
 TINY = ["--dims", "tiny", "--device", "cpu", "--threads", "1", "--repeats", "1"]
+DIFFERS = ("text; latents", "9 texts")             # these cases say different things on purpose
 
 
 @pytest.fixture
 def ask(monkeypatch, capsys):
     """ask(flags) runs bench.py with --dims tiny: what it printed, and its JSON line."""
-    def run(*flags):
-        monkeypatch.setattr(sys, "argv", ["bench.py", *TINY, *flags])
-        monkeypatch.setattr(bench, "TINY_QUESTIONS", 4)
-        bench.main()
+    def run(*options):
+        monkeypatch.setattr(sys, "argv", ["bench.py", *TINY, *options])
+        code = 0
+        try:
+            bench.main()
+        except SystemExit as stopped:
+            code = stopped.code
         printed = capsys.readouterr().out
-        return printed, json.loads(printed.splitlines()[-1])
+        return printed, json.loads(printed.splitlines()[-1]), code
     return run
 
 
 @pytest.fixture
-def small(monkeypatch):
-    """A Bench of tiny dimensions, with lively random links."""
-    monkeypatch.setattr(sys, "argv", ["bench.py", *TINY])
-    return bench.Bench(bench.flags())
+def small():
+    """A Bench of tiny dimensions."""
+    return bench.Bench(argparse.Namespace(dims="tiny", layers=0, device="cpu", dtype="auto",
+                                          threads=1, repeats=1))
 
 
 # ---- the run ------------------------------------------------------------------------------------
 
 def test_every_section_runs(ask):
-    """One run over all of them: the physics, a table each, one JSON line with everything."""
-    printed, figures = ask()
+    """One run over all of them: a table each, and one JSON line with everything."""
+    printed, figures, code = ask()
+    assert code == 0 and "FAILED" not in printed
     assert list(figures["sections"]) == list(bench.SECTIONS)
     assert figures["threads"] == 1 and figures["torch"] == torch.__version__
-    assert figures["hardware"] and figures["dims"] == "tiny" and figures["layers"] == 2
+    assert figures["dims"] == "tiny" and figures["dtype"] == "torch.float32"
+    for name, rows in figures["sections"].items():
+        assert f"\n{name}: " in printed and rows
+        for row in rows:
+            if "ours_s" in row:
+                assert len(row["ours_s"]) == len(row["reference_s"]) == 1
+                assert row["ours_s"][0] > 0 and row["ratio"] > 0 and row["case"] in printed
+                assert row["apart"] is None or 0 <= row["apart"] <= 1e-3
+                assert (row["apart"] is None) == (name == "step" or row["case"].startswith(DIFFERS))
+    counts = {name: len(rows) for name, rows in figures["sections"].items()}
+    assert counts == {"step": 2, "rollout": 2, "answer": 5, "training": 4, "decoding": 2,
+                      "memory": 12}
+
+
+def test_the_physics(ask):
+    """The floor is the time of reading the weights of a step."""
+    printed, figures, _ = ask("--sections", "step")
+    timed, memory = figures["sections"]["step"]
     # 2 layers of d = 64, 4 heads and 2 of keys and values of 16, inner width 128; norms; R_in.
     layer = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128 + 2 * 16 + 2 * 64
-    assert figures["weights"] == 4 * (2 * layer + 64 + 2 * (64 * 64 + 64) + 4 * 64)
-    expected = 1000 * figures["weights"] / figures["bandwidth"]
-    assert figures["floor_ms"] == pytest.approx(expected)
-    for name, section in figures["sections"].items():
-        assert section["peak_memory_mb"] > 0
-        assert section["rows"]
-        for row in section["rows"]:
-            if "ours_s" in row:
-                low, high = row["ours_s"][1:]
-                assert 0 < low <= row["ours_s"][0] <= high and row["ratio"] > 0
-                assert row["case"] in printed
-    lines = printed.splitlines()
-    assert lines.index(next(line for line in lines if "no step at B = 1" in line)) < 5
+    assert memory["weights"] == 4 * (2 * layer + 64 + 2 * (64 * 64 + 64) + 4 * 64)
+    assert timed["reference_s"][0] == pytest.approx(memory["weights"] / memory["bandwidth"])
+    assert f"{memory['bandwidth'] / 1e9:.1f} GB/s" in printed
 
 
-def test_sections_are_selected(ask):
-    printed, figures = ask("--sections", "head", "step", "--layers", "1")
-    assert list(figures["sections"]) == ["head", "step"] and figures["layers"] == 1
-    assert "rollout:" not in printed
+def test_sections_and_layers_are_selected(ask):
+    printed, figures, _ = ask("--sections", "decoding", "rollout", "--layers", "1")
+    assert list(figures["sections"]) == ["decoding", "rollout"] and figures["layers"] == 1
+    assert "\ntraining:" not in printed and "2 layers" not in printed
+    assert all("1 layers" in row["case"] for row in figures["sections"]["rollout"])
 
 
 def test_half_precision(ask):
     """Within its own tolerance, in every section that compares results."""
-    _, figures = ask("--dtype", "bfloat16", "--sections", "rollout", "step", "head", "round",
-                     "inner", "outer", "decode", "pass10")
-    assert figures["dtype"] == "torch.bfloat16" and len(figures["sections"]) == 8
+    _, figures, code = ask("--dtype", "bfloat16", "--sections", "step", "rollout", "answer",
+                           "training", "decoding")
+    assert code == 0 and figures["dtype"] == "torch.bfloat16"
+    apart = [row["apart"] for row in figures["sections"]["rollout"]]
+    assert max(apart) <= 0.1
 
 
 def test_each_agent_may_have_other_dimensions(ask, monkeypatch):
     """As with --dims light: three models, and links between their widths."""
-    def configs(name, layers):
-        return [bench.dims("qwen3", 32 * i, 64, 2, 4, 2, 256, head_dim=16) for i in (1, 2, 3)]
-
-    monkeypatch.setattr(bench, "chosen_configs", configs)
-    _, figures = ask("--sections", "round", "outer", "growth")
-    assert len(figures["sections"]["round"]["rows"]) == 1
+    configs = {f"width {width}": dimensions.dims("qwen3", width, 64, 2, 4, 2, 256, head_dim=16)
+               for width in (32, 64, 96)}
+    monkeypatch.setattr(dimensions, "real_dims", lambda: configs)
+    monkeypatch.setitem(bench.DIMS, "tiny", list(configs))
+    _, figures, code = ask("--sections", "answer", "training")
+    assert code == 0 and len(figures["sections"]["training"]) == 4
 
 
 def test_light_is_the_models_of_sequential_light():
-    widths = [config.hidden_size for config in bench.chosen_configs("light", 3)]
-    assert widths == [2048, 2048, 1536]
-    assert {config.num_hidden_layers for config in bench.chosen_configs("light", 3)} == {3}
-    assert [config.num_hidden_layers for config in bench.chosen_configs("light", 0)] == [28, 16, 28]
+    configs = [dimensions.real_dims()[base] for base in bench.DIMS["light"]]
+    assert [config.hidden_size for config in configs] == [2048, 2048, 1536]
+    assert [config.num_hidden_layers for config in configs] == [28, 16, 28]
 
 
-@pytest.mark.parametrize("flags, complaint", [
+def test_layers_of_an_agent():
+    """As many as were asked for, or all of them."""
+    for layers, expected in ((1, 1), (0, 2)):
+        agent = bench.new_agent("tiny", layers, torch.device("cpu"), torch.float32)
+        assert len(agent.body.layers) == expected and not agent.end_tokens
+
+
+@pytest.mark.parametrize("options, complaint", [
     (["--sections", "nothing"], "invalid choice: 'nothing'"),
     (["--dims", "qwen9"], "invalid choice: 'qwen9'"),
     (["--layers", "-1"], "must be at least 0"),
+    (["--capture", "off"], "unrecognized arguments"),
     (["--device", "tpu"], "unknown device 'tpu'")])
-def test_wrong_flags_are_one_line(flags, complaint, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["bench.py", *flags])
+def test_wrong_flags_are_one_line(options, complaint, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench.py", *options])
     with pytest.raises(SystemExit) as stopped:
-        common.run(bench.main)
+        flags.run(bench.main)
     complained = capsys.readouterr().err
     assert stopped.value.code == 2 and complained.count("\n") == 1 and complaint in complained
 
 
-# ---- equality before any time -------------------------------------------------------------------
+# ---- one comparison -----------------------------------------------------------------------------
 
-def wrong_think(agent, past, m):
-    """Thoughts of which the last one is wrong."""
-    thoughts = RIGHT["think"](agent, past, m)
-    return torch.cat([thoughts[:, :-1], -thoughts[:, -1:]], 1)
+def ones():
+    return [torch.ones(2)]
 
 
-def wrong_write(agent, past, *arguments, **options):
-    said = RIGHT["write"](agent, past, *arguments, **options)
-    said.ids[-1][-1] += 1
-    return said
+def test_what_is_wanted_is_judged(small, capsys):
+    """yes or NO, at the dimensions for which it is stated; elsewhere the ratio stands alone."""
+    small.compare("elsewhere", ones, ones, wanted=1e9)
+    small.args.dims = "qwen3-0.6b"
+    small.compare("low", ones, ones, wanted=1e-9)
+    small.compare("high", ones, ones, wanted=1e9)
+    small.compare("none", ones, ones)
+    elsewhere, low, high, none = capsys.readouterr().out.splitlines()[-4:]
+    assert "wanted" not in elsewhere + none
+    assert low.endswith("wanted 1e-09: yes") and high.endswith("wanted 1000000000.0: NO")
+    assert [row.get("reached") for row in small.rows] == [None, True, False, None]
 
 
-RIGHT = {"think": Agent.think, "write": Agent.write}
+def test_repeats_and_patience(small, monkeypatch):
+    """Both take turns `repeats` times, but only twice where that takes long."""
+    turns = []
+    sides = [lambda: turns.append("reference"), lambda: turns.append("ours")]
+    small.args.repeats = 3
+    small.compare("quick", *sides, agree=False)
+    assert turns == ["reference", "ours"] * 3 and len(small.rows[0]["ours_s"]) == 3
+    monkeypatch.setattr(bench, "PATIENCE", 0)
+    small.compare("slow", *sides, agree=False)
+    assert len(turns) == 10 and len(small.rows[1]["reference_s"]) == 2
 
 
-@pytest.mark.parametrize("section, name, wrong", [
-    ("rollout", "think", wrong_think), ("round", "think", wrong_think),
-    ("outer", "think", wrong_think), ("decode", "write", wrong_write)])
-def test_a_wrong_result_is_an_error(section, name, wrong, ask, monkeypatch, capsys):
-    monkeypatch.setattr(Agent, name, wrong)
-    with pytest.raises(RuntimeError, match="no time is worth anything"):
-        ask("--sections", section)
-    assert "apart" not in capsys.readouterr().out               # no row, so no time, was printed
-
-
-def test_a_wrong_loss_is_an_error(ask, monkeypatch):
-    right = bench.train_inner.inner_loss
-    monkeypatch.setattr(bench.train_inner, "inner_loss",
-                        lambda *given: [1.01 * part for part in right(*given)])
-    with pytest.raises(RuntimeError, match="no time is worth anything"):
-        ask("--sections", "inner")
+def test_compare_returns_what_both_returned(small):
+    assert small.compare("any", lambda: "a", lambda: "b", agree=False) == ["a", "b"]
 
 
 def test_apart():
-    """In float32 the largest difference, in half precision a relative one; shapes must agree."""
+    """|a - b| / |b|, the largest of a list. Sizes must agree, and a NaN is never close."""
     a = torch.tensor([3.0, 4.0])
-    assert bench.apart(a, a) == 0 and bench.apart(a, a + torch.tensor([0, 0.5])) == 0.5
-    assert bench.apart([a, a], [a, a - 2]) == 2
-    assert bench.apart(a, torch.zeros(3)) == float("inf")
-    assert bench.apart(a.bfloat16(), 2 * a.bfloat16()) == 0.5
-    assert not bench.apart(a, a * float("nan")) <= 1
+    assert bench.apart([a], [a]) == 0
+    assert bench.apart([a, a], [a, 2 * a]) == pytest.approx(0.5)
+    assert bench.apart([2 * a, a], [a, a]) == pytest.approx(1)
+    assert bench.apart([a.bfloat16()], [2 * a.bfloat16()]) == pytest.approx(0.5)
+    for ours in ([a * float("nan"), a], [a, a * float("nan")]):
+        assert not bench.apart(ours, [a, a]) <= 1
+    with pytest.raises(RuntimeError):
+        bench.apart([a], [torch.ones(3)])
     with pytest.raises(ValueError):
         bench.apart([a], [a, a])
 
 
-# ---- the reference ------------------------------------------------------------------------------
+# ---- equality before any time -------------------------------------------------------------------
 
-def test_reference_rollout(agent):
-    """Equals the plain equations, for every family."""
-    embeds = agent.embedding(torch.tensor([[5, 9, 14, 3, 8]]))
-    got = bench.published_rollout(agent, embeds, 4)
-    assert largest_difference(got, plain_think(agent, embeds, 4)) <= agent.close
+RIGHT = {"think": Agent.think, "write": Agent.write, "answer_loss": Agent.answer_loss}
 
 
-def test_reference_rounds(mas):
-    """What is sent in two rounds, by the equations; R_out(R_in(H)) along the style's edges."""
-    thoughts = {}
-
-    def think(agent, embeds):
-        thoughts[len(thoughts)] = agent, plain_think(agent, embeds, 3)
-        return thoughts[len(thoughts) - 1][1]
-
-    last, embeds, sent = bench.published_rounds(mas, ["start 3 s1 x7"], 2, think, mas.agents.get)
-    assert last is mas.agents["solver"] and len(thoughts) == 5 and embeds.shape[2] == last.width
-    turns = [(1, "planner"), (1, "critic"), (1, "solver"), (2, "planner"), (2, "critic")]
-    assert len(sent) == sum(edge.src == who for _, who in turns for edge in mas.style.edges)
-    for (agent, H), (round, who) in zip(thoughts.values(), turns):
-        for edge in mas.style.edges:
-            if edge.src == who:
-                expected = outer_equation(mas.outer[edge.key], inner_equation(agent.inner, H))
-                assert largest_difference(sent[round, edge.key], expected) <= 1e-5
+def wrong_think(agent, context, m):
+    """Thoughts of which the last one is wrong."""
+    thoughts = RIGHT["think"](agent, context, m)
+    return torch.cat([thoughts[:, :-1], -thoughts[:, -1:]], 1)
 
 
-def test_reference_training(small):
-    """Inner: the loss of the first step. Outer, teacher forcing at R = 1: the answer's loss."""
-    agent, style = small.agent, small.mas.style
-    question, gold = bench.some_words(5), bench.some_words(4, seed=1)
-    prompt = torch.tensor([agent.tokenize([f"w1 {question} w2"])[0]])
-    ids = torch.tensor(agent.tokenize([gold]))
-    states = plain_states(agent, agent.embedding(torch.cat([prompt, ids], 1)))[0]   # (T + n, d)
-    got = inner_equation(agent.inner, states[-5:-1])
-    expected = 1 - F.cosine_similarity(got, agent.embedding(ids)[0], dim=-1).mean()
-    link = agent.inner.requires_grad_(True)
-    losses = bench.published_inner_steps(agent, style, link, [(question, "math", {}, gold)], 1)
-    assert losses == pytest.approx([expected.item()], abs=1e-5)
+def wrong_write(agent, context, *arguments, **options):
+    """Words of which the last one is another one."""
+    written = RIGHT["write"](agent, context, *arguments, **options)
+    return [[*tokens[:-1], (tokens[-1] + 99) % 256] for tokens in written]
 
-    link.requires_grad_(False)
-    small.mas.outer.requires_grad_(True)
-    loss = bench.published_outer_loss(small.mas, [{"question": question, "text": gold}], 1, 3,
-                                      "teacher")
-    heard = prompt                                      # the planner has heard nothing
-    for key in ("to_critic", "to_solver"):
-        embeds = heard if heard.dim() == 3 else agent.embedding(heard)
-        states = plain_states(agent, torch.cat([embeds, agent.embedding(ids)], 1))[:, -4:]
-        said = outer_equation(small.mas.outer[key], inner_equation(agent.inner, states))
-        heard = torch.cat([agent.embedding(prompt[:, :-1]), said, agent.embedding(prompt[:, -1:])],
-                          1)
-    states = plain_states(agent, torch.cat([heard, agent.embedding(ids)], 1))[0, -5:-1]
-    assert loss == pytest.approx(F.cross_entropy(agent.model.lm_head(states), ids[0]).item(),
-                                 abs=1e-5)
-    assert small.mas.outer["to_solver"].proj1.weight.grad.abs().max() > 0
+
+def wrong_loss(agent, context, targets):
+    """A cross-entropy that is 1 % too large."""
+    total, count = RIGHT["answer_loss"](agent, context, targets)
+    return 1.01 * total, count
+
+
+@pytest.mark.parametrize("section, name, wrong", [
+    ("rollout", "think", wrong_think), ("answer", "think", wrong_think),
+    ("training", "think", wrong_think), ("training", "answer_loss", wrong_loss),
+    ("decoding", "write", wrong_write)])
+def test_a_wrong_result_is_an_error(section, name, wrong, ask, monkeypatch):
+    """It names its section, and no time is printed for it. Other sections still run."""
+    monkeypatch.setattr(Agent, name, wrong)
+    printed, figures, code = ask("--sections", section, "step")
+    assert code == 1 and f"section {section} FAILED: RuntimeError: " in printed
+    *before, last = figures["sections"][section]
+    assert "no time is worth anything" in last["why"] and "ours_s" not in last
+    # Only inner training comes before, and it needs neither thoughts nor the answer's loss.
+    assert [row["case"][:5] for row in before] == ["inner"] * (section == "training")
+    assert len(figures["sections"]["step"]) == 2
+
+
+def test_a_failing_section_loses_no_other_one(ask, monkeypatch):
+    def broken(self):
+        raise KeyError("nothing\nis here")
+
+    monkeypatch.setattr(bench.Bench, "rollout", broken)
+    broken.__doc__ = "Broken."
+    printed, figures, code = ask("--sections", "step", "rollout", "decoding")
+    assert code == 1 and printed.count("FAILED") == 1 and "section rollout FAILED" in printed
+    assert [len(rows) for rows in figures["sections"].values()] == [2, 1, 2]
 
 
 # ---- memory -------------------------------------------------------------------------------------
+
+@pytest.mark.skipif(sys.platform != "linux" or torch.cuda.is_available(),
+                    reason="measures this process, which only Linux can do, and only without a GPU")
+def test_peak_memory():
+    """What a run takes at its peak, although it is freed at once, and more was held before."""
+    torch.ones(2**25).sum()                                                  # 128 MB, freed
+    assert bench.peak_mb(lambda: torch.ones(2**24).sum()) == pytest.approx(64, abs=8)
+    assert bench.peak_mb(lambda: None) < 8
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "qwen3_5_conditional"])
@@ -218,10 +242,10 @@ def test_model_memory_is_the_real_one(family):
 
     (Of a conditional Qwen3.5 the text model is loaded, which is the other one here.)"""
     agent = new_agent(family)
-    weights, cache, width = bench.model_memory(agent.model.config, torch.float32, 3, 7)
-    past = agent.read(torch.randn(3, 7, agent.width), torch.ones(3, 7, dtype=torch.long))
+    weights, cache, width = dimensions.model_memory(agent.model.config, torch.float32, 3, 7)
+    context = agent.read(torch.randn(3, 7, agent.width), torch.ones(3, 7, dtype=torch.long))
     held = 0
-    for layer in past.cache.layers:
+    for layer in context.cache.layers:
         tensors = ([layer.keys, layer.values] if hasattr(layer, "keys")
                    else [*layer.conv_states.values(), *layer.recurrent_states.values()])
         held += sum(tensor.nbytes for tensor in tensors)
@@ -235,28 +259,29 @@ def test_style_memory_counts_a_shared_model_once(mas):
     configs = {name: agent.model.config for name, agent in mas.agents.items()}
     roles = tuple(Role(role.name, role.name, "", role.prompt, role.first)
                   for role in mas.style.roles)
-    size = bench.style_memory(Style("three", roles, mas.style.edges), configs, torch.float32, 2, 5)
+    three = Style("three", roles, mas.style.edges)
+    size = dimensions.style_memory(three, configs, torch.float32, 2, 5)
     links = [*mas.outer.parameters()]
     links += [weight for agent in mas.agents.values() for weight in agent.inner.parameters()]
     assert size["links"] == sum(weight.nbytes for weight in links)
-    assert size["weights"] == sum(one.nbytes for agent in mas.agents.values()
-                                  for one in (*agent.model.parameters(), *agent.model.buffers()))
-    assert size["largest"] == max(sum(one.nbytes for one in (*agent.model.parameters(),
-                                                             *agent.model.buffers()))
-                                  for agent in mas.agents.values())
-    two = Style("two", (Role("a", "planner", "", "{question}\n{b}"),
+    models = [sum(one.nbytes for one in (*agent.model.parameters(), *agent.model.buffers()))
+              for agent in mas.agents.values()]
+    assert size["weights"] == sum(models) and size["largest"] == max(models)
+    two = Style("two", (Role("a", "planner", "", "{question}\n{b}", "{question}"),
                         Role("b", "planner", "", "{question}\n{a}")),
                 (Edge("ab", "a", "b"), Edge("ba", "b", "a")))
-    shared = bench.style_memory(two, configs, torch.float32, 2, 5)
-    one = bench.model_memory(configs["planner"], torch.float32, 2, 5)
+    shared = dimensions.style_memory(two, configs, torch.float32, 2, 5)
+    one = dimensions.model_memory(configs["planner"], torch.float32, 2, 5)
     assert shared["weights"] == shared["largest"] == one[0] and shared["cache"] == 2 * one[1]
 
 
 def test_memory_table(capsys):
     """Every real style is in it; the links of two are those of the paper's table."""
-    bench.memory_table(tokens=10)
-    lines = {tuple(line.split()[:2]): line.split()[2:]
-             for line in capsys.readouterr().out.splitlines()}
-    assert len(lines) == 12
+    rows = dimensions.memory_table(tokens=10)
+    printed = capsys.readouterr().out
+    lines = {tuple(line.split()[:2]): line.split()[2:] for line in printed.splitlines()}
+    assert len(lines) == 12 and len(rows) == 10 and "recalled" in printed
     assert lines["sequential_light", "bfloat16"][2] == f"{4 * (21.5 + 53.0) / 1000:.2f}"
     assert lines["sequential_scaled", "float32"][2] == f"{4 * (45.1 + 112.0) / 1000:.2f}"
+    for row in rows:
+        assert lines[row["case"], row["dtype"]][0] == f"{row['weights'] / 1e9:.2f}"

@@ -1,5 +1,9 @@
-"""evaluate.py on all nine data sets, from small local files in the published columns: samples,
-retries, failures, resuming, the judge and the search tool, end to end on small systems."""
+"""evaluate.py on all nine data sets, from small local files in the published columns.
+
+Samples, second tries, failures, resuming, the judge and the search tool are tested end to end, on
+small systems.
+"""
+import functools
 import io
 import json
 import random
@@ -9,17 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import embed_words
+from conftest import embed_words, plain_write
 from test_evaluate import run_evaluate, untimed
-from test_recurse import SIX_TIMES_SEVEN, plain_bytes, scripted_system
+from test_recurse import SIX_TIMES_SEVEN, scripted_system
 from test_tasks import MBPP, ROWS, live_row, packed, stdin_test, write_rows
-from test_tools import SECRET, Service, answer, refuse, said
+from test_web import SECRET, answer, no_keys_from_outside, refuse, running_service, said
 
-import common
 import evaluate
 import recurse
-import tools
-from recurse import MAS, Draft
+from recurse import MAS
+from support import flags as support_flags
+from support import report, web
 from tasks import get_task, pass_at_k
 
 QUICK = ["--num_recursive_rounds", 2, "--max_new_tokens", 4, "--latent_length", 2]
@@ -49,11 +53,8 @@ def summary_of(folder):
 
 @pytest.fixture
 def no_keys(monkeypatch, tmp_path):
-    """No key from outside; a folder of its own, where the judge's replies are kept too."""
-    for name in ("TAVILY_API_KEY", "API_KEY", "API_BASE_URL", "API_MODEL"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(tools, "_spent", set())
-    monkeypatch.chdir(tmp_path)
+    """No key from outside, and a folder of its own, where the judge's replies are kept too."""
+    no_keys_from_outside(monkeypatch, tmp_path)
 
 
 # ---- nine data sets -----------------------------------------------------------------------------
@@ -71,12 +72,13 @@ def tiny_keys(tmp_path_factory):
 @pytest.mark.parametrize("name", ROWS)
 def test_every_set_is_evaluated_from_a_local_file(name, tiny_keys, no_keys, tmp_path, monkeypatch,
                                                   capsys):
-    """Same files as a tiny run; the AIME draws ten samples, and reports pass@10 besides."""
+    """The files are those of a run on the tiny task. The AIME draws ten samples, and also reports
+    pass@10."""
     path = write_rows(tmp_path / "rows.jsonl", rows_of(name))
     monkeypatch.setattr(sys, "argv", list(map(str, [
         "evaluate.py", "--style", "tiny", "--dataset", path, "--task", name, "--num_samples", 4,
         "--method", "latent", "text", "single", *QUICK, "--out", tmp_path / "out"])))
-    common.run(evaluate.main)                                  # returns: exit code 0
+    support_flags.run(evaluate.main)                                  # returns: exit code 0
     assert capsys.readouterr().err.count("Traceback") == 0
     lines, summary = untimed(tmp_path / "out/results.jsonl"), summary_of(tmp_path / "out")
     line_keys, row_keys = tiny_keys
@@ -91,7 +93,7 @@ def test_every_set_is_evaluated_from_a_local_file(name, tiny_keys, no_keys, tmp_
         for key in ("outputs", "parsed", "correct", "notes"):
             assert len(line[key]) == samples
         assert line["parsed"] == [None] * samples and line["retried"] == samples
-        # A writing role, and in words three roles and two rounds; and 16 or 256 more each.
+        # One role writes, and in words three roles in two rounds. The second try adds 16 or 256.
         more = 256 if name in ("mbppplus", "livecodebench") else 16
         assert line["decoded_tokens"] <= samples * ((24 if line["method"] == "text" else 4) + more)
         assert line["latent_steps"] == (10 if line["method"] == "latent" else 0)
@@ -104,7 +106,7 @@ def test_every_set_is_evaluated_from_a_local_file(name, tiny_keys, no_keys, tmp_
 
 
 def make_hub(folder, monkeypatch, tmp_path):
-    """`folder` in the current folder, with the rows of two splits as parquet."""
+    """A data set in `folder`: the rows of two splits as parquet."""
     import datasets
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     Path(folder).mkdir(parents=True)
@@ -113,7 +115,7 @@ def make_hub(folder, monkeypatch, tmp_path):
 
 
 def test_a_set_by_its_hub_id_its_split_and_drawn_questions(no_keys, tmp_path, monkeypatch):
-    """Oracles: the file's own rows; random.Random(seed).sample of the examples."""
+    """Oracles: the file's own rows, and random.Random(seed).sample of the examples."""
     make_hub("HuggingFaceH4/MATH-500", monkeypatch, tmp_path)
     flags = ["--dataset", "math500", "--method", "single", "--answer_retry", 0, *QUICK]
 
@@ -139,22 +141,22 @@ def refused(monkeypatch, *argv):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, argv)])
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
         patch.setattr(sys, "stderr", errors)
-        common.run(evaluate.main)
+        support_flags.run(evaluate.main)
     last = [line for line in errors.getvalue().split("\n") if line][-1]
     assert stopped.value.code == 2 and last.startswith("error: ")
     return last
 
 
 @pytest.mark.parametrize("flags, complaint", [
-    (["--dataset", "ROWS.jsonl"], "say what it holds with --task"),
+    (["--dataset", "ROWS.jsonl"], "--task says what a .json"),
     (["--dataset", "ROWS.jsonl", "--task", "nope"], "unknown data set 'nope'"),
     (["--dataset", "ROWS.jsonl", "--task", "tiny"], "leave the path away"),
     (["--dataset", "ROWS.jsonl", "--task", "medqa"], "has no column 'question' or 'query'"),
     (["--dataset", "ROWS.jsonl", "--task", "coding"], "has no column 'prompt'"),
     (["--dataset", "ROWS.jsonl", "--task", "math500", "--dataset_split", "test"], "has no split"),
     (["--dataset", "none.jsonl", "--task", "math500"], "none.jsonl does not exist"),
-    (["--dataset", "math500", "--task", "math500"], "--task says what a file holds"),
-    (["--task", "math500"], "--task says what a file holds"),
+    (["--dataset", "math500", "--task", "math500"], "--task says what a .json"),
+    (["--task", "math500"], "--task says what a .json"),
     (["--dataset", "maths"], "is a kind of task"),
     (["--dataset", "ROWS.csv"], "unknown data set"),
     (["--dataset_split", "train"], "no split 'train'"),
@@ -182,9 +184,10 @@ def test_a_damaged_file_of_a_hub_set_is_one_line(no_keys, tmp_path, monkeypatch)
 @pytest.fixture
 def scripted(monkeypatch, no_keys):
     """evaluate.py asks a system whose last agent writes what scripted.script says (None: its own
-    words). The first call is the warm-up's."""
+    words). The first entry is for the untimed call before all others."""
     mas = scripted_system("qwen3", monkeypatch)
     mas.script = [[]]
+    monkeypatch.setattr(evaluate, "get_style", lambda _: mas.style)
     monkeypatch.setattr(evaluate, "load_mas_system", lambda *_: mas)
     return mas
 
@@ -202,7 +205,7 @@ MATHS = [{"problem": "1" * i + "?", "answer": "4", "unique_id": str(i)} for i in
 
 
 def test_an_unread_answer_is_asked_for_once_more(scripted, monkeypatch):
-    """Row 1 stays as it is; rows 2 and 3 get the beginning of an answer in place of their end."""
+    """Row 1 stays as it is. Rows 2 and 3 get the beginning of an answer in place of their end."""
     scripted.script += [["\\boxed{4}", "so it is", "\\boxed{4"], ["4} and 7", "x" * 50]]
     lines, row = ask_scripted(monkeypatch, MATHS, "math500", "--max_new_tokens", 20)
     assert [line["outputs"][0] for line in lines] == [
@@ -228,18 +231,10 @@ def test_no_retry_where_it_is_switched_off(scripted, monkeypatch):
     ("math500", MATHS[:1], "\nFinal Answer: \\boxed{", 16),
     ("mbppplus", [{**MBPP, "prompt": "add"}], "\nFinal Answer:\n```python\n", 256)])
 def test_the_retry_goes_on_by_plain_decoding(name, rows, beginning, words, scripted, monkeypatch):
-    """Oracle: question, latents, first words and the beginning, all read again for each word."""
-    runs, respond = [], MAS.respond
-
-    def noted(mas, *arguments, **options):
-        texts, run = respond(mas, *arguments, **options)
-        runs.append(run)
-        return texts, run
-
-    monkeypatch.setattr(MAS, "respond", noted)
+    """Oracle: question, latents, first words and the beginning are read again for each word."""
     scripted.script += [["I think"], [None]]
     lines, _ = ask_scripted(monkeypatch, rows, name)
-    caller, draft = scripted.agents["caller"], runs[-1].draft
+    caller = scripted.agents["caller"]
     spell = caller.tokenizer("I think" + beginning)["input_ids"]
     question = get_task(name, "rows.jsonl").load()[0].question
     with torch.no_grad():
@@ -249,8 +244,7 @@ def test_the_retry_goes_on_by_plain_decoding(name, rows, beginning, words, scrip
         return embed_words(caller, caller.tokenizer(text)["input_ids"])
     embeds = torch.cat([embed(f"{question}\n["), sent, embed("] so>"),
                         embed_words(caller, spell)], 1)
-    wanted = plain_bytes(caller, embeds, words)
-    assert draft.told[0] == spell + wanted
+    wanted = plain_write(caller, embeds, words)
     assert lines[0]["decoded_tokens"] == len("I think") + 1 + len(wanted)
     assert lines[0]["outputs"] == [caller.tokenizer.decode(spell + wanted,
                                                            skip_special_tokens=True).strip()]
@@ -258,7 +252,7 @@ def test_the_retry_goes_on_by_plain_decoding(name, rows, beginning, words, scrip
 
 @pytest.mark.parametrize("language", ["cpp", "text"])
 def test_a_program_asked_for_within_an_open_block(language, scripted, monkeypatch):
-    """An answer cut off in a block of another language; then the right program is written."""
+    """An answer is cut off in a block of another language. Then the right program is written."""
     scripted.script += [[f"```{language}\nint x;"], ["def add(a, b):\n    return a + b\n```"]]
     lines, _ = ask_scripted(monkeypatch, [{**MBPP, "prompt": "add"}], "mbppplus",
                             "--max_new_tokens", 40)
@@ -266,7 +260,7 @@ def test_a_program_asked_for_within_an_open_block(language, scripted, monkeypatc
 
 
 def test_only_unread_samples_are_retried(scripted, monkeypatch):
-    """Two questions, three samples: each retried sample has its own place."""
+    """There are two questions with three samples each. Each retried sample has its own place."""
     scripted.script += [["\\boxed{4}", "a", "\\boxed{5}", "b", "c", "\\boxed{4}"],
                         ["4}", "5}", "4}"]]
     lines, row = ask_scripted(monkeypatch, MATHS[:2], "math500", "--num_rollouts", 3)
@@ -281,7 +275,7 @@ def test_only_unread_samples_are_retried(scripted, monkeypatch):
 # ---- samples and their intervals ----------------------------------------------------------------
 
 def test_pass_at_k_and_intervals_in_the_summary(no_keys, tmp_path, monkeypatch):
-    """Of sampled answers to the tiny task. Oracle: counts by hand from results.jsonl."""
+    """Answers to the tiny task are sampled. Oracle: results.jsonl, counted by hand."""
     flags = ["--num_samples", 20, "--num_rollouts", 3, "--temperature", 4, "--top_p", 1,
              "--method", "latent", "single", "--num_recursive_rounds", 1, "--max_new_tokens", 12]
     run_evaluate(monkeypatch, *flags, "--out", "a")
@@ -306,32 +300,33 @@ def test_pass_at_k_and_intervals_in_the_summary(no_keys, tmp_path, monkeypatch):
 
 
 def test_bootstrap_is_deterministic_and_about_right():
-    """Oracle: the normal interval of a mean; and what is all the same has no width."""
-    assert evaluate.bootstrap([0.3] * 7) == pytest.approx([0.3, 0.3])
+    """Oracle: the normal interval of a mean. Values that are all the same have no width."""
+    assert report.bootstrap([0.3] * 7) == pytest.approx([0.3, 0.3])
     rng = random.Random(3)
     values = [rng.random() for _ in range(400)]
     mean = sum(values) / 400
     half = 1.96 * (sum((value - mean) ** 2 for value in values) / 400) ** 0.5 / 20
-    low, high = evaluate.bootstrap(values)
-    assert [low, high] == evaluate.bootstrap(values)
+    low, high = report.bootstrap(values)
+    assert [low, high] == report.bootstrap(values)
     assert low == pytest.approx(mean - half, abs=0.005)
     assert high == pytest.approx(mean + half, abs=0.005)
 
 
 # ---- questions that fail ------------------------------------------------------------------------
 
-def breaking(monkeypatch, breaks, message="CUDA out of memory. Tried\nto allocate\n"):
-    """MAS.respond raises OutOfMemoryError where breaks(questions) holds; returns what was asked."""
+def breaking(monkeypatch, breaks, message="CUDA out of memory. Tried\nto allocate\n",
+             error=torch.OutOfMemoryError):
+    """MAS.respond raises an error where breaks(questions) holds. Returns the list of what is asked,
+    which begins with the untimed call before all others."""
     asked, respond = [], MAS.respond
 
     def respond_or_break(mas, questions, *arguments, **options):
         asked.append(list(questions))
         if breaks(questions):
-            raise torch.OutOfMemoryError(message)
+            raise error(message)
         return respond(mas, questions, *arguments, **options)
 
     monkeypatch.setattr(MAS, "respond", respond_or_break)
-    monkeypatch.setattr(evaluate, "warm_up", lambda *_: None)
     return asked
 
 
@@ -339,13 +334,14 @@ TINY_RUN = ["--num_samples", 6, "--batch_size", 3, "--num_recursive_rounds", 1,
             "--num_rollouts", 2, "--temperature", 0.8, "--max_new_tokens", 10]
 
 
-def test_a_batch_that_is_too_large_is_asked_one_by_one(no_keys, monkeypatch):
+@pytest.mark.parametrize("fits, sizes", [(1, [3, 1, 2, 1, 1]), (2, [3, 1, 2])])
+def test_a_batch_that_is_too_large_is_halved(fits, sizes, no_keys, monkeypatch):
     """Oracle: the same answers as where nothing breaks."""
     flags = [*TINY_RUN, "--method", "latent", "text"]
     run_evaluate(monkeypatch, *flags, "--out", "whole")
-    asked = breaking(monkeypatch, lambda questions: len(questions) > 1)
+    asked = breaking(monkeypatch, lambda questions: len(set(questions)) > fits)
     run_evaluate(monkeypatch, *flags, "--out", "broken")
-    assert [len(questions) for questions in asked] == [3, 1, 1, 1] * 4
+    assert [len(questions) for questions in asked[1:]] == sizes * 4
     assert untimed(Path("broken/results.jsonl")) == untimed(Path("whole/results.jsonl"))
 
 
@@ -361,7 +357,7 @@ def test_a_question_that_fails_is_recorded_and_the_run_goes_on(no_keys, monkeypa
         with_it = line["method"] == "shuffle" and wanted in whole[6:9]
         if line["question"] == bad or with_it:
             assert line["error"] == "OutOfMemoryError: CUDA out of memory. Tried"
-            assert not any(line["correct"]) and set(line["parsed"]) == {None}
+            assert line["outputs"] == line["parsed"] == line["correct"] == line["notes"] == []
             assert (line["id"], line["gold"]) == (wanted["id"], wanted["gold"])
         else:
             assert line == wanted
@@ -386,8 +382,8 @@ def test_an_error_without_a_message_is_recorded(no_keys, monkeypatch):
     assert summary_of("out")["rows"][0]["errors"] == 6
 
 
-def test_a_failed_batchs_memory_is_free_before_its_questions_are_asked(no_keys, monkeypatch):
-    """Else one by one runs out of memory too. Oracle: a weak reference to what the batch held."""
+def test_a_failed_batchs_memory_is_free_before_its_halves_are_asked(no_keys, monkeypatch):
+    """Otherwise the halves run out of memory too. Oracle: weak references to what a batch held."""
     held, alive, respond = [], [], MAS.respond
 
     def respond_or_break(mas, questions, *arguments, **options):
@@ -398,24 +394,27 @@ def test_a_failed_batchs_memory_is_free_before_its_questions_are_asked(no_keys, 
             raise torch.OutOfMemoryError("CUDA out of memory")
         return respond(mas, questions, *arguments, **options)
 
-    monkeypatch.setattr(evaluate, "warm_up", lambda *_: None)
     monkeypatch.setattr(MAS, "respond", respond_or_break)
     run_evaluate(monkeypatch, *TINY_RUN, "--method", "latent", "--out", "out")
-    assert alive == [0] * 8
+    assert alive == [0] * (1 + 5 * 2)
 
 
 def test_the_first_question_may_be_the_one_that_fails(no_keys, monkeypatch):
-    examples = sorted(get_task("tiny").load(6), key=lambda example: len(example.question))
-    respond = MAS.respond
-
-    def respond_or_break(mas, questions, *arguments, **options):
-        if examples[0].question in questions:
-            raise RuntimeError("index out of range")
-        return respond(mas, questions, *arguments, **options)
-
-    monkeypatch.setattr(MAS, "respond", respond_or_break)
+    """It is also asked in the untimed call before all others."""
+    first = min(get_task("tiny").load(6), key=lambda example: len(example.question)).question
+    asked = breaking(monkeypatch, lambda questions: first in questions, "index out of range",
+                     RuntimeError)
     run_evaluate(monkeypatch, *TINY_RUN, "--method", "latent", "--out", "out")
-    assert summary_of("out")["rows"][0]["errors"] == 1
+    assert summary_of("out")["rows"][0]["errors"] == 1 and first in asked[0]
+
+
+def test_a_card_that_has_failed_ends_the_run(no_keys, monkeypatch):
+    """Every later question would fail on it too. What was answered before is kept."""
+    asked = breaking(monkeypatch, lambda questions: len(asked) == 3, "CUDA error: unspecified",
+                     torch.AcceleratorError)
+    with pytest.raises(torch.AcceleratorError):
+        run_evaluate(monkeypatch, *TINY_RUN, "--method", "latent", "--out", "out")
+    assert len(asked) == 3 and len(list(Path("out/parts").iterdir())) == 1
 
 
 def test_a_failed_line_has_the_keys_of_the_others(no_keys, monkeypatch):
@@ -424,7 +423,10 @@ def test_a_failed_line_has_the_keys_of_the_others(no_keys, monkeypatch):
     run_evaluate(monkeypatch, *TINY_RUN, "--method", "latent", "--out", "out")
     lines = untimed(Path("out/results.jsonl"))
     assert {frozenset(line) - {"error"} for line in lines} == {frozenset(lines[-1]) - {"error"}}
-    assert {len(line["correct"]) for line in lines} == {2}
+    for line in lines:
+        answers = 0 if "error" in line else 2
+        assert [len(line[name]) for name in ("outputs", "parsed", "correct", "notes")] == (
+            [answers] * 4)
 
 
 def test_a_row_that_is_no_proper_text_does_not_end_the_run(no_keys, monkeypatch, tmp_path):
@@ -454,8 +456,17 @@ def test_a_question_whose_tests_are_damaged_does_not_end_the_run(row, scripted, 
 
 # ---- resuming -----------------------------------------------------------------------------------
 
+def crash_after(count):
+    """In place of the progress bar: stop the run when `count` batches are done (None: never)."""
+    def progress(items, name):
+        yield from items[:count]
+        if count is not None:
+            raise KeyboardInterrupt
+    return progress
+
+
 def test_a_crash_in_the_middle_is_resumed(no_keys, monkeypatch, tmp_path):
-    """With samples, retries and a question that fails; oracle: the unbroken run."""
+    """There are samples, second tries and a question that fails. Oracle: the unbroken run."""
     path = write_rows(tmp_path / "rows.jsonl", rows_of("math500", 4))
     flags = ["--dataset", path, "--task", "math500", "--num_rollouts", 2, "--temperature", 0.8,
              "--batch_size", 2, "--method", "latent", "text", *QUICK]
@@ -465,16 +476,13 @@ def test_a_crash_in_the_middle_is_resumed(no_keys, monkeypatch, tmp_path):
     whole = untimed(Path("whole/results.jsonl"))
     assert any(line["retried"] for line in whole) and any("error" in line for line in whole)
     for stop in (1, 2):
-        def until(plan, name, stop=stop):
-            yield from plan[:stop]
-            raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(evaluate.common, "progress", until)
+        monkeypatch.setattr(evaluate.flags, "progress", crash_after(stop))
+        with pytest.raises(KeyboardInterrupt):
             run_evaluate(monkeypatch, *flags, "--out", "cut")
-        assert len(untimed(Path("cut/results.jsonl"))) == 2 * stop
-        with open("cut/results.jsonl", "a") as file:
-            file.write('{"id": "half a li')
+        assert len(list(Path("cut/parts").glob("*.json"))) == stop
+        assert summary_of("cut")["rows"] == []
+        Path("cut/parts/latent_2_00001.json.part").write_text('{"lines": [{"id": "half a li')
+        monkeypatch.setattr(evaluate.flags, "progress", crash_after(None))
         run_evaluate(monkeypatch, *flags, "--out", "cut", "--resume")
         assert untimed(Path("cut/results.jsonl")) == whole
     for flag, value in (("--num_rollouts", 3), ("--answer_retry", 0), ("--top_k", 3)):
@@ -488,26 +496,38 @@ def test_resuming_with_other_questions_is_refused(no_keys, monkeypatch, tmp_path
     flags = ["--dataset", path, "--task", "math500", "--batch_size", 2, "--method", "single",
              *QUICK, "--out", "out"]
     run_evaluate(monkeypatch, *flags)
-    lines = Path("out/results.jsonl").read_text().splitlines(True)
-    Path("out/results.jsonl").write_text("".join(lines[:2]))
+    lines = untimed(Path("out/results.jsonl"))
+    Path("out/parts/single_1_00001.json").unlink()
     write_rows(tmp_path / "rows.jsonl", rows_of("math500", 9)[5:])
-    refused(monkeypatch, *flags, "--resume")
+    assert "answers to other questions" in refused(monkeypatch, *flags, "--resume")
+    assert untimed(Path("out/results.jsonl")) == lines
+
+
+def test_resuming_answers_only_what_is_missing(no_keys, monkeypatch):
+    """A part that is missing and one that holds an error are answered again. Oracle: all others are
+    not even asked."""
+    flags = ["--num_samples", 6, "--batch_size", 2, "--method", "single", "latent", *QUICK, "--out",
+             "out"]
+    run_evaluate(monkeypatch, *flags)
+    whole, parts = untimed(Path("out/results.jsonl")), Path("out/parts")
+    (parts / "latent_2_00001.json").unlink()
+    lines = json.loads((parts / "single_1_00002.json").read_text())
+    lines["lines"][1]["error"] = "not scored: the judge was away"
+    (parts / "single_1_00002.json").write_text(json.dumps(lines))
+    asked = breaking(monkeypatch, lambda questions: False)
+    run_evaluate(monkeypatch, *flags, "--resume")
+    assert untimed(Path("out/results.jsonl")) == whole
+    batches = [[line["question"] for line in whole[place:place + 2]] for place in (0, 4, 8)]
+    assert sorted(asked[1:]) == sorted(batches[1:])
 
 
 # ---- the judge and the search tool --------------------------------------------------------------
 
 @pytest.fixture
 def service(no_keys, monkeypatch):
-    """A local server in place of judge and search, which never waits between tries."""
-    there = Service()
-    for post in (tools.search_web, tools.judge):
-        names = post.__code__.co_varnames[:post.__code__.co_argcount][-len(post.__defaults__):]
-        defaults = dict(zip(names, post.__defaults__))
-        monkeypatch.setattr(post, "__defaults__",
-                            tuple({**defaults, "sleep": there.slept.append}.values()))
-    yield there
-    there.server.shutdown()
-    there.server.server_close()
+    """A server on this machine in place of judge and search. Nobody waits between tries."""
+    with running_service(monkeypatch) as there:
+        yield there
 
 
 def use_judge(service, monkeypatch):
@@ -517,16 +537,14 @@ def use_judge(service, monkeypatch):
 
 
 def say(monkeypatch, answers):
-    """Agents' texts are replaced: the solver's by the answers, question by question."""
-    init = Draft.__init__
+    """The solver's texts are replaced by the answers, question by question."""
+    respond = MAS.respond
 
-    def noted(draft, turn, questions, options):
-        init(draft, turn, questions, options)
-        draft.asked = questions
+    def respond_and_say(mas, questions, *arguments, **options):
+        _, run = respond(mas, questions, *arguments, **options)
+        return [answers.get(question, "nothing") for question in questions], run
 
-    monkeypatch.setattr(Draft, "__init__", noted)
-    monkeypatch.setattr(Draft, "text", lambda draft, p: answers.get(
-        draft.asked[draft.rows[p]], "nothing"))
+    monkeypatch.setattr(MAS, "respond", respond_and_say)
 
 
 def written_below(folder):
@@ -535,7 +553,8 @@ def written_below(folder):
 
 @pytest.mark.parametrize("name", ["bamboogle", "hotpotqa"])
 def test_the_judge_end_to_end(name, service, monkeypatch, capfd, tmp_path):
-    """Called where exact match fails, once for each answer; what it says is noted and kept."""
+    """The judge is called where exact match fails, once for each answer. What he says is noted and
+    kept."""
     rows = rows_of(name, 5)
     path = write_rows(tmp_path / "rows.jsonl", rows)
     questions = [example.question for example in get_task(name, path).load()]
@@ -559,7 +578,7 @@ def test_the_judge_end_to_end(name, service, monkeypatch, capfd, tmp_path):
                                  ["judge: invalid"]][place]
         assert line["correct"] == [place < 2] and (line["parsed"] == [None]) == (place == 3)
         assert line["retried"] == (place == 3)
-    # Kristiania and Rome are kept from the first method; what was invalid is asked anew.
+    # Kristiania and Rome are kept from the first method. What was invalid is asked anew.
     assert len(service.asked) == 4 and set(service.keys()) == {SECRET}
     run_evaluate(monkeypatch, *flags, "--out", "out")
     assert len(service.asked) == 6
@@ -584,7 +603,7 @@ def test_without_a_judge_it_is_said(service, monkeypatch, capsys, tmp_path):
 
 @pytest.mark.parametrize("bad", [refuse(401), refuse(400), answer(200, {"choices": []})])
 def test_a_judge_that_refuses_does_not_end_the_run(bad, service, monkeypatch, capfd, tmp_path):
-    """The question it was needed for is recorded as failed; no key in what it said is kept."""
+    """The question for which he was needed is recorded as failed. No key in his words is kept."""
     path = write_rows(tmp_path / "rows.jsonl", rows_of("bamboogle", 3))
     say(monkeypatch, {f"{TALK} 0?": "\\boxed{oslo 0}", f"{TALK} 1?": "\\boxed{Rome}"})
     use_judge(service, monkeypatch)
@@ -601,7 +620,7 @@ def test_a_judge_that_refuses_does_not_end_the_run(bad, service, monkeypatch, ca
 
 
 def test_an_answer_that_could_not_be_judged_is_kept(service, monkeypatch, tmp_path):
-    """Every output is kept, and nothing is written twice because a judge is away."""
+    """Every output is kept, and no answer is written again because a judge is away."""
     path = write_rows(tmp_path / "rows.jsonl", rows_of("bamboogle", 3))
     say(monkeypatch, {f"{TALK} 1?": "\\boxed{Rome}"})
     use_judge(service, monkeypatch)
@@ -611,14 +630,13 @@ def test_an_answer_that_could_not_be_judged_is_kept(service, monkeypatch, tmp_pa
                  *QUICK, "--out", "out")
     lines = untimed(Path("out/results.jsonl"))
     assert lines[1]["outputs"] == ["\\boxed{Rome}"]
-    assert len(asked) == 1 and len(lines) == 3
+    assert len(asked[1:]) == 1 and len(lines) == 3
 
 
 def test_search_end_to_end(scripted, service, monkeypatch, capfd, tmp_path):
-    """evaluate.py's own client asks the server; what was found stands in the output."""
+    """evaluate.py's own client asks the server, and what was found stands in the output."""
     (tmp_path / "keys").write_text(f"# mine\n{SECRET}\n")
-    monkeypatch.setattr(evaluate, "search_web", lambda query, keys: tools.search_web(
-        query, keys, base_url=service.url))
+    monkeypatch.setattr(web, "search_web", functools.partial(web.search_web, base_url=service.url))
     found = {"results": [{"title": "Emma", "url": "http://e", "content": "Austen</result>x"}]}
     service.replies = [answer(200, found)]
     scripted.script += [["<search>who</search>", f"{SIX_TIMES_SEVEN}"],
@@ -645,13 +663,14 @@ def test_search_without_a_key_is_said_and_goes_on(scripted, monkeypatch, capsys,
     assert lines[0]["correct"] == [True]
     assert "note: the search tool will say that it is not available" in capsys.readouterr().out
     assert "keys file" in refused(monkeypatch, "--dataset", "rows.jsonl", "--task", "bamboogle",
-                                  "--method", "single", "--tavily_keys_file", tmp_path / "none")
+                                  "--method", "latent", "--tavily_keys_file", tmp_path / "none")
 
 
 # ---- flags --------------------------------------------------------------------------------------
 
 def test_where_the_agents_are_changes_nothing(no_keys, monkeypatch, tmp_path):
-    """--offload, two devices, a revision (of what is local) and neither; retries are included."""
+    """The ways are --offload, two devices, a revision of what is local, and none of these. Second
+    tries are included."""
     path, lines = write_rows(tmp_path / "rows.jsonl", rows_of("math500", 3)), []
     ways = [[], ["--offload"], ["--device", "cpu,cpu"], ["--revision", "v1"],
             ["--offload", "--device", "cpu,cpu"]]
@@ -671,7 +690,7 @@ mine = dataclasses.replace(get_style("tiny"), name="mine", settings={
 
 
 def test_a_styles_settings_for_a_data_set(no_keys, monkeypatch, capsys, tmp_path):
-    """Used with --task as with --dataset, only where no flag was given, and printed."""
+    """They are used with --task as with --dataset, only where no flag was given, and printed."""
     Path("mine.py").write_text(STYLE)
     make_hub("HuggingFaceH4/MATH-500", monkeypatch, tmp_path)
     rows = write_rows(tmp_path / "rows.jsonl", rows_of("math500", 2))
@@ -696,7 +715,7 @@ def test_default_methods_leave_out_what_the_task_lacks(no_keys, monkeypatch, tmp
     path = write_rows(tmp_path / "rows.jsonl", rows_of("medqa", 2))
     run_evaluate(monkeypatch, "--dataset", path, "--task", "medqa", *QUICK, "--out", "out")
     assert [row["method"] for row in summary_of("out")["rows"]] == [
-        method for method in evaluate.ALL_METHODS if method != "text_brief"]
+        method for method in report.METHODS if method != "text_brief"]
 
 
 @pytest.mark.parametrize("name", ["gpqa", "livecodebench", "hotpotqa"])
@@ -715,16 +734,19 @@ def test_default_methods_serve_a_single_question(no_keys, monkeypatch):
     assert "latent" in [row["method"] for row in summary_of("out")["rows"]]
 
 
-def test_resuming_with_foreign_lines_is_one_line(no_keys, monkeypatch):
+@pytest.mark.parametrize("foreign", ['{"lines": [{"question": "?"}]}', '{"lines": [{"id": ', "[]"])
+def test_resuming_with_foreign_lines_is_one_line(foreign, no_keys, monkeypatch):
     flags = ["--num_samples", 2, "--method", "single", *QUICK, "--out", "out"]
     run_evaluate(monkeypatch, *flags)
-    Path("out/results.jsonl").write_text('{"a": 1}\n{"b": 2}\n')
-    assert "results.jsonl" in refused(monkeypatch, *flags, "--resume")
+    Path("out/parts/single_1_00000.json").write_text(foreign)
+    assert "single_1_00000.json" in refused(monkeypatch, *flags, "--resume")
 
 
 @pytest.mark.parametrize("more", [["--offload"], ["--device", "cpu,cpu"]])
 def test_a_run_goes_on_elsewhere(more, no_keys, monkeypatch):
-    """Neither changes a result (above), and the trainers' --resume leaves the device out too."""
+    """Where a run goes on changes no result (see above)."""
     flags = ["--num_samples", 2, "--method", "single", *QUICK, "--out", "out"]
     run_evaluate(monkeypatch, *flags)
+    lines = untimed(Path("out/results.jsonl"))
     run_evaluate(monkeypatch, *flags, *more, "--resume")
+    assert untimed(Path("out/results.jsonl")) == lines

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-import common
 import evaluate
 import train_inner
 import train_outer
 from recurse import chunks
+from support.flags import run
+from support import report
 
 QUICK = ["--num_samples", 6, "--batch_size", 3, "--num_recursive_rounds", 2, "--method", "text",
          "latent", "shuffle"]
@@ -48,15 +49,31 @@ def test_results_and_summary_hold_what_is_promised(tmp_path, monkeypatch):
 
 
 def test_an_interrupted_run_resumes_to_the_same_results(tmp_path, monkeypatch):
-    run_evaluate(monkeypatch, *QUICK, "--out", tmp_path / "whole", "--temperature", 0.8)
-    run_evaluate(monkeypatch, *QUICK, "--out", tmp_path / "cut", "--temperature", 0.8)
-    results = tmp_path / "cut/results.jsonl"
-    text = results.read_text()
-    for cut, capture in ((len(text) // 3, "off"), (len(text) - 5, "record")):
-        results.write_text(text[:cut])
-        run_evaluate(monkeypatch, *QUICK, "--out", tmp_path / "cut", "--temperature", 0.8,
-                     "--resume", "--capture", capture)
-        assert untimed(results) == untimed(tmp_path / "whole/results.jsonl")
+    """Parts that are missing, cut off or failed are answered again, the others are kept."""
+    flags = [*QUICK, "--temperature", 0.8]
+    run_evaluate(monkeypatch, *flags, "--out", tmp_path / "whole")
+    whole = untimed(tmp_path / "whole/results.jsonl")
+    real, asked = evaluate.answer_batch, []
+
+    def broken_off(mas, task, batch, method, rounds, plan):
+        asked.append(method)
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        return real(mas, task, batch, method, rounds, plan)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(evaluate, "answer_batch", broken_off)
+        run_evaluate(patch, *flags, "--out", tmp_path / "cut")
+    parts = sorted((tmp_path / "cut/parts").iterdir())
+    assert len(parts) == 3 and not (tmp_path / "cut/results.jsonl").exists()
+    (tmp_path / "cut/parts/a.json.part").write_text("half")         # what kill -9 leaves behind
+    failed = json.loads(parts[0].read_text())
+    failed["lines"][1]["error"] = "OutOfMemoryError: .."
+    parts[0].write_text(json.dumps(failed))
+    asked.clear()
+    monkeypatch.setattr(evaluate, "answer_batch", lambda *given: asked.append(1) or real(*given))
+    run_evaluate(monkeypatch, *flags, "--out", tmp_path / "cut", "--resume")
+    assert untimed(tmp_path / "cut/results.jsonl") == whole and len(asked) == 6 - 3 + 1
     with pytest.raises(ValueError, match="temperature"):
         run_evaluate(monkeypatch, *QUICK, "--out", tmp_path / "cut", "--resume")
     with pytest.raises(FileNotFoundError, match="nothing to resume"):
@@ -68,6 +85,7 @@ def test_a_new_run_keeps_the_old_results(tmp_path, monkeypatch):
     before = (tmp_path / "results.jsonl").read_text()
     run_evaluate(monkeypatch, *QUICK, "--out", tmp_path)
     assert (tmp_path / "results.previous.jsonl").read_text() == before
+    assert len(list((tmp_path / "parts").iterdir())) == 6
 
 
 def test_greedy_results_do_not_depend_on_the_batch_size(tmp_path, monkeypatch):
@@ -87,25 +105,52 @@ def test_show_prints_every_turn_and_scores_nothing(tmp_path, monkeypatch, capsys
     assert not (tmp_path / "none").exists()
 
 
-def test_prompts_file_replaces_the_words(tmp_path, monkeypatch):
-    path = tmp_path / "prompts.json"
-    path.write_text(json.dumps({"solver": {"prompt": "{question} {critic}"}}))
-    run_evaluate(monkeypatch, *QUICK, "--out", tmp_path / "a", "--prompts", path)
+def test_a_style_file_replaces_the_words(tmp_path, monkeypatch):
+    """A shipped style with one prompt changed asks other words of the same system."""
+    path = tmp_path / "mine.py"
+    path.write_text("from dataclasses import replace\nfrom styles.tiny import tiny\n"
+                    "solver = replace(tiny.role('solver'), prompt='{question} {critic}')\n"
+                    "mine = replace(tiny, name='mine', roles=(*tiny.roles[:2], solver))\n")
+    run_evaluate(monkeypatch, *QUICK, "--out", tmp_path / "a", "--style", path)
     run_evaluate(monkeypatch, *QUICK, "--out", tmp_path / "b")
     outputs = [[line["outputs"] for line in untimed(tmp_path / f"{x}/results.jsonl")] for x in "ab"]
     assert outputs[0] != outputs[1]
-    for words, complaint in (({"judge": {}}, "judge"), ({"solver": {"model": "x"}}, "model"),
-                             ({"solver": {"prompt": "{question}"}}, "critic")):
-        path.write_text(json.dumps(words))
-        with pytest.raises(ValueError, match=complaint):
-            run_evaluate(monkeypatch, *QUICK, "--out", tmp_path / "c", "--prompts", path)
-    assert not (tmp_path / "c").exists()
+    assert untimed(tmp_path / "a/results.jsonl")[0]["style"] == "mine"
+
+
+def test_runs_are_merged(tmp_path, monkeypatch, capsys):
+    """Means, and the lowest and highest accuracy; runs with other rows are refused."""
+    flags = ["--num_samples", 6, "--batch_size", 6, "--num_recursive_rounds", 1, "--method",
+             "latent", "text"]
+    for seed in (1, 2):
+        run_evaluate(monkeypatch, *flags, "--temperature", 2.5, "--seed", seed, "--out",
+                     tmp_path / str(seed))
+    rows = [json.loads((tmp_path / name / "summary.json").read_text())["rows"] for name in "12"]
+    rows[1][0]["accuracy"] = rows[0][0]["accuracy"] + 0.25
+    (tmp_path / "2/summary.json").write_text(json.dumps({"rows": rows[1]}))
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "1"), str(tmp_path / "2"), "--out",
+                                      str(tmp_path / "both")])
+    report.main()
+    merged = json.loads((tmp_path / "both/summary.json").read_text())["rows"]
+    assert [row["method"] for row in merged] == ["text", "latent"]
+    for row, one, two in zip(merged, *rows):
+        assert row["accuracy"] == pytest.approx((one["accuracy"] + two["accuracy"]) / 2)
+        assert row["ci95"] == sorted([one["accuracy"], two["accuracy"]]) and row["runs"] == 2
+        assert row["seconds"] == pytest.approx((one["seconds"] + two["seconds"]) / 2)
+    assert "lowest - highest" in capsys.readouterr().out
+    assert (tmp_path / "both/summary.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(ValueError, match="with the same rows"):
+        report.merge([rows[0], rows[1][:1]])
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "1"), str(tmp_path)])
+    with pytest.raises(ValueError, match="hold no summary.json"):
+        report.main()
 
 
 @pytest.mark.parametrize("right, n", [(0, 10), (5, 10), (10, 10), (87, 500)])
 def test_wilson_interval_solves_its_own_equation(right, n):
     """The ends are the p at which |share - p| = 1.96 standard errors of p."""
-    for p in evaluate.wilson(right, n):
+    for p in report.wilson(right, n):
         assert abs(right / n - p) == pytest.approx(1.96 * math.sqrt(p * (1 - p) / n), abs=1e-9)
 
 
@@ -153,25 +198,24 @@ BAD_ROWS = '{"question": "start 1 s1 +1 s2 +1"}\n'
     (evaluate, ["--ckpt_override", "outer="], "KEY=PATH"),
     (evaluate, ["--min_p", "2"], "at most 1.0"),
     (evaluate, ["--repetition_penalty", "0"], "at least 0.01"),
-    (evaluate, ["--prompts", "WORDS"], "role planner has"),
-    (evaluate, ["--device", "meta"], "not supported"),
+    (evaluate, ["--device", "meta"], "unknown device"),
     (evaluate, ["--ckpt_override", "critic=CUT"], "does not load"),
     (train_outer, ["--eval_samples", "1"], "at least 2"),
     (evaluate, ["--ckpt_override", "outer=missing/folder"], "missing/folder"),
     (evaluate, ["--ckpt_override", "outer=tiny/solver"], "outerlink_config.json is missing"),
     (evaluate, ["--ckpt_override", "critic=tiny/outer"], "no inner link"),
-    (evaluate, ["--prompts", "missing.json"], "missing.json does not exist"),
+    (evaluate, ["--style", "missing.py"], "missing.py does not exist"),
     (evaluate, ["--num_samples", "1", "--method", "shuffle"], "at least two questions"),
     (evaluate, ["--batch_size", "1", "--method", "shuffle"], "at least two questions"),
     (train_inner, ["--mas_role", "judge"], "no role 'judge'"),
-    (train_inner, ["--adapter_type", "3layer"], "unknown link kind '3layer'"),
+    (train_inner, ["--adapter_type", "3layer"], "3layer"),
     (train_inner, ["--dataset_name", "missing.json"], "missing.json does not exist"),
     (train_inner, ["--dataset_name", "BAD"], "every one lacks plan"),
     (train_inner, ["--dataset_name", "EMPTY"], "holds no rows"),
-    (train_inner, ["--dataset_name", "BROKEN"], "line 1 is not JSON"),
+    (train_inner, ["--dataset_name", "BROKEN"], "row 1 is not JSON"),
     (train_inner, ["--dataset_name", "LIST", "--dataset_json_field", "rows"],
-     "no list under 'rows'"),
-    (train_inner, ["--load_dir", "tiny/critic"], "belongs to other models"),
+     "a list under 'rows'"),
+    (train_inner, ["--load_dir", "tiny/critic"], "damaged, or it holds no 2layer_ln_res link"),
     (train_inner, ["--model_name_or_path", "missing/model"], "missing/model"),
     (train_outer, ["--latents", "dreams"], "invalid choice"),
     (train_outer, ["--dataset_name", "BAD"], "every one lacks"),
@@ -189,16 +233,15 @@ def test_a_wrong_call_is_one_line_and_exit_code_2(script, flags, complaint, tmp_
         (tmp_path / f"{name}.jsonl").write_text(text)
         flags = [str(tmp_path / f"{name}.jsonl") if flag == name else flag for flag in flags]
     (tmp_path / "LIST.json").write_text('{"data": []}')
-    (tmp_path / "WORDS.json").write_text('{"planner": {"system": {"math": "x"}}}')
     cut = shutil.copytree(Path(evaluate.__file__).parent / "tiny/critic", tmp_path / "CUT.json")
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:5000])
-    for name in ("LIST", "WORDS", "CUT"):
+    for name in ("LIST", "CUT"):
         flags = [flag.replace(name, str(tmp_path / f"{name}.json")) for flag in flags]
     out = tmp_path / "out"
     where = "--out" if script is evaluate else "--save_dir"
     monkeypatch.setattr(sys, "argv", ["script", *flags, where, str(out)])
     with pytest.raises(SystemExit) as stopped:
-        common.run(script.main)
+        run(script.main)
     assert stopped.value.code == 2
     errors = capsys.readouterr().err.strip().splitlines()
     assert complaint in errors[-1]
@@ -208,7 +251,7 @@ def test_a_wrong_call_is_one_line_and_exit_code_2(script, flags, complaint, tmp_
 
 @pytest.mark.parametrize("module", ["matplotlib"])
 def test_a_missing_package_is_named_before_anything_runs(module, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=f"pip install {module}"):
         run_evaluate(monkeypatch, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from conftest import inner_equation, largest_difference, outer_equation, randomise
 
-from link import (KINDS, InnerLink, OuterLink, kind_name, load_inner, load_outer, load_weights,
-                  save_inner, save_outer, save_weights, write_whole)
+from link import KINDS, InnerLink, OuterLink, kind_name
+from support.checkpoints import (load_inner, load_outer, load_weights, save_inner, save_outer,
+                                 save_weights, write_whole)
 
 RELEASED_KINDS = {      # as published
     "1layer": "linear_adapter", "1layer_res": "linear_res_adapter", "2layer": "adapter",
@@ -312,7 +313,7 @@ def test_other_widths_are_named(tmp_path):
     save_inner(random_inner(8), tmp_path)
     with pytest.raises(ValueError) as problem:
         load_inner(tmp_path, 6)
-    assert one_line(problem, tmp_path / "adapter(math).safetensors", "(8", "(6")
+    assert one_line(problem, tmp_path / "adapter(math).safetensors", "[8", "[6")
     save_outer({"outer_12": random_outer()}, tmp_path)
     with pytest.raises(ValueError) as problem:
         load_outer(tmp_path, {"outer_12": (6, 5)})

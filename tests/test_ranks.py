@@ -16,7 +16,7 @@ INNER = ["train_inner.py", "--num_samples", "60", "--log_every", "1", "--latent_
 
 
 def run(ranks, *arguments, fails=False):
-    """Run a script in `ranks` processes; returns what they printed."""
+    """Run a script in `ranks` processes. Returns what they printed."""
     command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     done = subprocess.run(
         [sys.executable, *(command if ranks > 1 else []), *map(str, arguments)], cwd=PROJECT,
@@ -32,8 +32,9 @@ def log(folder):
 
 @pytest.mark.parametrize("script", [OUTER, INNER], ids=["outer", "inner"])
 def test_two_ranks_are_one_process_with_the_double_batch(script, tmp_path):
-    """The same losses; and resumed in the middle the same again. Batches of 3 accumulated twice
-    on one rank hold as many rows as batches of 3 on two, and give the same too."""
+    """All losses are the same. Batches of 3 that one rank accumulates twice hold as many rows as
+    batches of 3 on two ranks, and give the same too. The ranks decide which rows make a step, so
+    another number of ranks cannot go on with the run."""
     run(2, *script, "--batch_size", 3, "--save_dir", tmp_path / "two")
     run(1, *script, "--batch_size", 6, "--save_dir", tmp_path / "one")
     run(1, *script, "--batch_size", 3, "--grad_accum_steps", 2, "--save_dir", tmp_path / "halves")
@@ -45,15 +46,18 @@ def test_two_ranks_are_one_process_with_the_double_batch(script, tmp_path):
             assert a["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
             assert a["step"] == other["step"] and a["lr"] == other["lr"]
     assert len({line["loss"] for line in two}) == len(two)
+    assert "ranks differ" in run(1, *script, "--batch_size", 3, "--save_dir", tmp_path / "two",
+                                 "--resume", fails=True)
 
 
 def test_ranks_evaluate_to_the_same_results(tmp_path):
-    """Every line but the times, and the table; then the end of one rank's lines is lost, and
-    --resume brings back the same."""
+    """Every line but the times is the same, and so is the table. Then parts of both ranks are lost,
+    and --resume brings the same back. An evaluation may go on with another number of ranks."""
     flags = ["evaluate.py", "--method", "latent", "text", "single", "--num_recursive_rounds", 1, 2,
              "--num_samples", 30, "--batch_size", 8, "--temperature", 0.5, "--num_rollouts", 2]
     run(2, *flags, "--out", tmp_path / "two")
     run(1, *flags, "--out", tmp_path / "one")
+    parts = sorted((tmp_path / "two/parts").iterdir())
 
     def lines(name):
         text = (tmp_path / name / "results.jsonl").read_text().splitlines()
@@ -64,39 +68,47 @@ def test_ranks_evaluate_to_the_same_results(tmp_path):
         rows = json.loads((tmp_path / name / "summary.json").read_text())["rows"]
         return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
 
+    assert [part.name for part in parts] == sorted(
+        part.name for part in (tmp_path / "one/parts").iterdir())
     assert lines("two") == lines("one") and table("two") == table("one")
-    part = tmp_path / "two/rank1/results.jsonl"
-    part.write_text("".join(part.read_text().splitlines(keepends=True)[:20]))
-    run(2, *flags, "--out", tmp_path / "two", "--resume")
-    assert lines("two") == lines("one") and table("two") == table("one")
-    assert "ranks differ" in run(1, *flags, "--out", tmp_path / "two", "--resume", fails=True)
+    for ranks, lost in ((2, parts[:7]), (1, parts[5:10])):
+        kept = {part: part.stat().st_mtime_ns for part in parts if part not in lost}
+        for part in lost:
+            part.unlink()
+        (tmp_path / "two/results.jsonl").unlink()
+        run(ranks, *flags, "--out", tmp_path / "two", "--resume")
+        assert all(part.is_file() for part in lost)
+        assert {part: part.stat().st_mtime_ns for part in kept} == kept     # not asked again
+        assert lines("two") == lines("one") and table("two") == table("one")
 
 
 NAN_ON_ONE_RANK = """
 import argparse
 import torch
-import common
+from support import flags
+from support.training import Training
 
 def main():
     link = torch.nn.Linear(2, 1, bias=False)
     args = argparse.Namespace(weight_decay=0.0, lr_scheduler_type="constant", warmup_steps=0,
                               resume=False, max_grad_norm=0.0, grad_accum_steps=1, log_every=1,
-                              save_steps=0, seed=0, batch_size=1)
-    training = common.Training(link, args, 0.1, "FOLDER", 4)
+                              save_steps=0, seed=0, batch_size=1, max_steps=4, num_train_epochs=1)
+    training = Training(link, args, 0.1, "FOLDER", 4)
     for step in training.steps("link"):
-        bad = float("nan") if step == 1 and common.RANK == 1 else 1.0
-        training.backward(link(torch.ones(2)).sum() * bad, tokens=1 + common.RANK)
+        bad = float("nan") if step == 1 and flags.RANK == 1 else 1.0
+        training.backward(link(torch.ones(2)).sum() * bad, tokens=1 + flags.RANK)
         training.step()
     weights = [torch.zeros_like(link.weight) for _ in range(2)]
     torch.distributed.all_gather(weights, link.weight.data)
     assert torch.equal(*weights)
 
-common.run(main)
+flags.run(main)
 """
 
 
 def test_a_rank_that_skips_keeps_nobody_waiting(tmp_path):
-    """A NaN on one rank: both leave the step out and go on; the links stay the same on both."""
+    """After a NaN on one rank, both leave the step out and go on. The links stay the same on both.
+    """
     script = tmp_path / "nan.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(PROJECT)!r})\n"
                       + NAN_ON_ONE_RANK.replace("FOLDER", str(tmp_path / "out")))

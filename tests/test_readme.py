@@ -11,6 +11,7 @@ from conftest import PROJECT
 import evaluate
 import train_inner
 import train_outer
+from styles import get_style
 
 README = (PROJECT / "README.md").read_text()
 SCRIPTS = {"train_inner.py": train_inner, "train_outer.py": train_outer, "evaluate.py": evaluate}
@@ -28,10 +29,13 @@ def section(title):
 def test_the_style_of_the_readme(tmp_path, monkeypatch):
     """Its files are written, its rows made, its links trained, its debate scored."""
     text = section("Your own system")
-    style, rows = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    style, rows, changed = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     commands = re.search(r"```\n(python rows.py\n.*?)```", text, re.DOTALL)[1]
     assert len(style.splitlines()) < 60
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(changed)
+    mine = get_style("mine.py")
+    assert mine.name == "mine" and "Plan this:" in mine.role("planner").first
     (tmp_path / "debate.py").write_text(style)
     (tmp_path / "rows.py").write_text(rows)
     seen = []
@@ -71,5 +75,5 @@ def test_flags_of_the_readme_exist(script, monkeypatch, capsys):
         if style.endswith(".py"):
             continue                                    # run above
         monkeypatch.setattr(sys, "argv", [script, *arguments])
-        SCRIPTS[script].flags()
+        SCRIPTS[script].parse()
     capsys.readouterr()

@@ -1,24 +1,38 @@
-"""The recursion against a plain one: one question at a time, no cache, no padding, no batch, and
-no code of recurse.py or agents.py. Prompts are put together here by string operations."""
+"""The recursion against reference.py: one question at a time, no cache, no padding, no batch.
+Prompts are put together here by string operations."""
 import dataclasses
+import re
+from unittest import mock
 
 import pytest
 import torch
 from conftest import (QUESTIONS, THREE, byte_tokenizer, chat, embed_words, inner_equation,
                       largest_difference, new_agent, new_mas, new_model, outer_equation,
-                      plain_states, plain_think, plain_write, randomise, words)
+                      plain_think, plain_write, randomise, words)
 
-import recurse as recurse_module
+import reference
+import writing as writing_module
 from agents import Agent
-from link import InnerLink, OuterLink, save_inner, save_outer
-from recurse import MAS, METHODS, chunks, load_mas_system, local_folder, recurse, text_seed
+from support.sampling import Sampling
+from link import InnerLink, OuterLink
+from recurse import LATENT, MAS, WORDS, chunks, load_mas_system, recurse
 from styles import ANSWER_FORMAT, Edge, Role, Style
-from tools import ServiceError
+from support.checkpoints import local_folder, save_inner, save_outer
+from support.web import ServiceError
+from writing import Writing, insert, text_of, text_seed
 
+METHODS = LATENT + WORDS
 M = 4                               # latent steps
 N = 8                               # new words of an answer
 CLOSE = 1e-4
 ROLES = ("planner", "critic", "solver")
+
+
+def respond(mas, questions, rounds, latent_length, kind="math", method="latent", trace=False,
+            temperature=0.0, top_p=1.0, **options):
+    """mas.respond, with the fields of Writing and Sampling as options."""
+    writing = Writing(sampling=Sampling(temperature, top_p), **options)
+    return mas.respond(questions, rounds, latent_length, kind, method, trace, writing)
 
 
 # ---- the plain recursion ------------------------------------------------------------------------
@@ -35,34 +49,34 @@ def user_text(name, heard):
     return "\n".join(kept)
 
 
+def prompt_parts(name, question, heard):
+    """The prompt of one question as reference.py takes it. heard: {role: (m, d) or a text}."""
+    text = chat(user_text(name, heard)).replace("{question}", question)
+    text = text.replace("{answer_format}", ANSWER_FORMAT["math"])
+    pieces = re.split("{(planner|critic|solver)}", text)               # text, slot, text, ..
+    return [heard[piece] if i % 2 else piece for i, piece in enumerate(pieces)]
+
+
 def embedded(agent, name, question, heard):
-    """The prompt of one question as one row of embeddings; heard: {role: (1, m, d) or text}."""
-    text = chat(user_text(name, heard).replace("{question}", question)
-                .replace("{answer_format}", ANSWER_FORMAT["math"]))
-    parts = []
-    for word in text.split():
-        said = heard.get(word.strip("{}")) if word[0] == "{" else word
-        if isinstance(said, str):
-            said = embed_words(agent, words(said))
-        parts.append(said)
-    return torch.cat(parts, 1)
+    """The prompt of one question as one row of embeddings (1, T, d)."""
+    return reference.embed(agent, prompt_parts(name, question, heard))[None]
 
 
 @torch.no_grad()
 def plain_recursion(mas, question, rounds, m, count=N):
-    """(thoughts, sent, ids of the answer), from the equations."""
-    thoughts, sent, heard = {}, {}, {name: {} for name in ROLES}
-    for r in range(1, rounds + 1):
-        for name in ROLES:
-            agent = mas.agents[name]
-            embeds = embedded(agent, name, question, heard[name])
-            if r == rounds and name == "solver":
-                return thoughts, sent, plain_write(agent, embeds, count)
-            H = thoughts[r, name] = plain_think(agent, embeds, m)
-            for edge in mas.style.edges:
-                if edge.src == name:
-                    message = outer_equation(mas.outer[edge.key], inner_equation(agent.inner, H))
-                    sent[r, edge.key] = heard[edge.dst][name] = message
+    """(thoughts, sent, ids of the answer) of one question, by reference.py."""
+    thoughts, turns = {}, [(r, name) for r in range(1, rounds + 1) for name in ROLES]
+
+    def noted(agent, embeds, m):
+        H = plain_think(agent, embeds, m)
+        thoughts[turns[len(thoughts)]] = H[None]
+        return H
+
+    with mock.patch("reference.think", noted):
+        agent, embeds, sent = reference.recurse(
+            mas, lambda role, heard: prompt_parts(role.name, question, heard), rounds, m)
+    return (thoughts, {key: message[None] for key, message in sent.items()},
+            reference.write(agent, embeds, count))
 
 
 def plain_texts(mas, question, rounds, briefs=None):
@@ -78,8 +92,7 @@ def plain_texts(mas, question, rounds, briefs=None):
             for edge in mas.style.edges:
                 if edge.src == name:
                     heard[edge.dst][name] = texts[r, name]
-            if last:
-                return texts, count
+    return texts, count
 
 
 @pytest.fixture(scope="module")
@@ -103,13 +116,13 @@ def assert_as_plain(run, row, thoughts, sent):
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_latent_is_the_plain_recursion(mas, plain, rounds):
     """Thoughts, messages and final words: a batch of five, and one by one."""
-    texts, run = mas.respond(QUESTIONS, rounds, M, trace=True, max_new_tokens=N)
+    texts, run = respond(mas, QUESTIONS, rounds, M, trace=True, max_new_tokens=N)
     assert len(run.thoughts) == 3 * rounds - 1 and len(set(texts)) > 1
     for b, (question, (thoughts, sent, ids)) in enumerate(zip(QUESTIONS, plain[rounds])):
         wanted = mas.agents["solver"].tokenizer.decode(ids, skip_special_tokens=True).strip()
-        assert texts[b] == wanted and run.decoded_tokens[b] == len(ids)
+        assert texts[b] == wanted and run.decoded[b] == len(ids)
         assert_as_plain(run, b, thoughts, sent)
-        alone, run_alone = mas.respond([question], rounds, M, trace=True, max_new_tokens=N)
+        alone, run_alone = respond(mas, [question], rounds, M, trace=True, max_new_tokens=N)
         assert alone == [wanted]
         assert_as_plain(run_alone, 0, thoughts, sent)
 
@@ -129,20 +142,20 @@ def test_recurse_leaves_the_last_turn_to_the_caller(mas, plain):
     """What it hands over ends on the state that the last role's words start from."""
     with torch.no_grad():
         run = recurse(mas, QUESTIONS, 3, M)
-        agent, name, number, read = run.last_turn
-        past = read()
-    assert (agent, name, number) == (mas.agents["solver"], "solver", 3)
+        turn = run.last_turn
+        agent, context = turn.agent, turn.read()
+    assert (agent, turn.role, turn.round) == (mas.agents["solver"], "solver", 3)
     assert run.thoughts == {} and run.sent == {}              # no trace was asked for
     for b, (_, _, ids) in enumerate(plain[3]):
-        assert int(agent.head(past.last[b, -1]).argmax()) == ids[0]
+        assert int(agent.head(context.hidden[b, -1]).argmax()) == ids[0]
 
 
 def test_counts(mas):
     """latent_steps: a question's thoughts over all turns but the last; decoded: the answer's."""
     for rounds in (1, 2):
-        _, run = mas.respond(QUESTIONS[:2], rounds, M, max_new_tokens=N)
+        _, run = respond(mas, QUESTIONS[:2], rounds, M, max_new_tokens=N)
         assert run.latent_steps == (3 * rounds - 1) * M
-        assert all(1 <= count <= N for count in run.decoded_tokens)
+        assert all(1 <= count <= N for count in run.decoded)
         assert set(run.texts) == {(rounds, "solver")}
 
 
@@ -161,17 +174,17 @@ def test_chunks():
     assert chunks([], 4) == [] and chunks([1, 2], 5) == [[1, 2]]
 
 
-def test_turn_takes_the_place_of_thinking(mas):
+def test_take_turn_takes_the_place_of_thinking(mas):
     """A trainer's hook: it is called for every turn but the last, and what it returns is sent."""
     seen = []
 
-    def turn(agent, name, number, read):
-        assert agent is mas.agents[name]
-        seen.append((number, name, read().last.shape))
-        return torch.full((2, 3, agent.width), float(number))
+    def take_turn(turn):
+        assert turn.agent is mas.agents[turn.role]
+        seen.append((turn.round, turn.role, turn.read().hidden.shape))
+        return torch.full((2, 3, turn.agent.width), float(turn.round))
 
     with torch.no_grad():
-        run = recurse(mas, QUESTIONS[:2], 2, M, turn=turn, trace=True)
+        run = recurse(mas, QUESTIONS[:2], 2, M, take_turn=take_turn, trace=True)
     assert [(number, name) for number, name, _ in seen] == [
         (1, "planner"), (1, "critic"), (1, "solver"), (2, "planner"), (2, "critic")]
     source = mas.agents["solver"]
@@ -186,31 +199,31 @@ def test_a_turn_may_be_read_again_later(mas):
     """Gradient checkpointing calls read() a second time, when all has been heard: same prompt."""
     turns = []
 
-    def turn(agent, name, number, read):
-        turns.append((read, read()))
-        return agent.think(turns[-1][1], 2)
+    def take_turn(turn):
+        turns.append((turn.read, turn.read()))
+        return turn.agent.think(turns[-1][1], 2)
 
     with torch.no_grad():
-        recurse(mas, QUESTIONS[:3], 3, 2, turn=turn)
+        recurse(mas, QUESTIONS[:3], 3, 2, take_turn=take_turn)
         for read, first in turns:
             second = read()
-            assert torch.equal(first.mask, second.mask) and torch.equal(first.last, second.last)
+            assert torch.equal(first.mask, second.mask) and torch.equal(first.hidden, second.hidden)
 
 
 def test_rows_may_think_for_different_lengths(mas):
     """H may be a list, one tensor a row: as each question by itself."""
     lengths = [2, 4, 1]
 
-    def turn(agent, name, number, read):
-        H = agent.think(read(), 4)
+    def take_turn(turn):
+        H = turn.agent.think(turn.read(), 4)
         return [row[:m] for row, m in zip(H, lengths)]
 
     with torch.no_grad():
-        run = recurse(mas, QUESTIONS[:3], 2, 4, turn=turn)
-        together = run.last_turn[3]().last
+        run = recurse(mas, QUESTIONS[:3], 2, 4, take_turn=take_turn)
+        together = run.last_turn.read().hidden
     for b, m in enumerate(lengths):
         with torch.no_grad():
-            alone = recurse(mas, QUESTIONS[b:b + 1], 2, m).last_turn[3]().last
+            alone = recurse(mas, QUESTIONS[b:b + 1], 2, m).last_turn.read().hidden
         assert largest_difference(together[b:b + 1], alone) < CLOSE
 
 
@@ -222,22 +235,14 @@ def test_gradients_reach_all_links_through_rounds():
     mas.outer.requires_grad_(True)
     names, parameters = zip(*mas.outer.named_parameters())
     run = recurse(mas, QUESTIONS[:2], 2, 2)
-    loss, count = run.last_turn[0].answer_loss(run.last_turn[3](), targets)
+    loss, count = run.last_turn.agent.answer_loss(run.last_turn.read(), targets)
     got = torch.autograd.grad(loss, parameters)
     plain = 0
     for question, target in zip(QUESTIONS, targets):
-        heard = {name: {} for name in ROLES}
-        for turn in (*ROLES, "planner", "critic"):
-            agent = mas.agents[turn]
-            H = plain_think(agent, embedded(agent, turn, question, heard[turn]), 2)
-            for edge in mas.style.edges:
-                if edge.src == turn:
-                    heard[edge.dst][turn] = outer_equation(mas.outer[edge.key],
-                                                           inner_equation(agent.inner, H))
-        agent = mas.agents["solver"]
-        prompt = embedded(agent, "solver", question, heard["solver"])
-        row = torch.cat([prompt, embed_words(agent, target)], 1)
-        logits = agent.model(inputs_embeds=row).logits[0, prompt.shape[1] - 1:-1]
+        agent, prompt, _ = reference.recurse(
+            mas, lambda role, heard: prompt_parts(role.name, question, heard), 2, 2)
+        row = torch.cat([prompt, embed_words(agent, target)[0]])
+        logits = agent.model(inputs_embeds=row[None]).logits[0, len(prompt) - 1:-1]
         plain = plain + torch.nn.functional.cross_entropy(logits, torch.tensor(target),
                                                           reduction="sum")
     wanted = torch.autograd.grad(plain, parameters)
@@ -251,12 +256,12 @@ def test_gradients_reach_all_links_through_rounds():
 
 def test_zero_sends_zeros(mas):
     """And the roles behind hear them: = a plain recursion with zeros in the slots."""
-    texts, run = mas.respond(QUESTIONS, 2, M, method="zero", trace=True, max_new_tokens=N)
+    texts, run = respond(mas, QUESTIONS, 2, M, method="zero", trace=True, max_new_tokens=N)
     for (_, key), message in run.sent.items():
         edge = next(edge for edge in mas.style.edges if edge.key == key)
         assert message.shape == (5, M, mas.agents[edge.dst].width) and not message.any()
     solver = mas.agents["solver"]
-    zeros = torch.zeros(1, M, solver.width)
+    zeros = torch.zeros(M, solver.width)
     for question, text in zip(QUESTIONS, texts):
         row = embedded(solver, "solver", question, {"planner": zeros, "critic": zeros})
         assert text == solver.tokenizer.decode(plain_write(solver, row, N),
@@ -266,7 +271,7 @@ def test_zero_sends_zeros(mas):
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_shuffle_sends_anothers(mas, count):
     """Row b gets what some other row of its batch would have sent, never its own."""
-    _, run = mas.respond(QUESTIONS[:count], 2, M, method="shuffle", trace=True, max_new_tokens=1)
+    _, run = respond(mas, QUESTIONS[:count], 2, M, method="shuffle", trace=True, max_new_tokens=1)
     for (number, key), message in run.sent.items():
         edge = next(edge for edge in mas.style.edges if edge.key == key)
         H = run.thoughts[number, edge.src]
@@ -281,7 +286,7 @@ def test_shuffle_sends_anothers(mas, count):
 
 def test_shuffle_needs_two_questions(mas):
     with pytest.raises(ValueError, match="two questions"):
-        mas.respond(QUESTIONS[:1], 2, M, method="shuffle")
+        respond(mas, QUESTIONS[:1], 2, M, method="shuffle")
 
 
 # ---- words --------------------------------------------------------------------------------------
@@ -290,12 +295,12 @@ def test_shuffle_needs_two_questions(mas):
 def test_text_is_a_plain_loop_of_writing(mas, method, brief):
     """Every text of every turn, and how many tokens it took; brief: all messages but the answer
     are cut."""
-    texts, run = mas.respond(QUESTIONS, 2, M, method=method, max_new_tokens=N, brief=brief)
+    texts, run = respond(mas, QUESTIONS, 2, M, method=method, max_new_tokens=N, brief=brief)
     assert run.latent_steps == 0
     for b, question in enumerate(QUESTIONS):
         wanted, count = plain_texts(mas, question, 2, brief)
         assert {key: said[b] for key, said in run.texts.items()} == wanted
-        assert texts[b] == wanted[2, "solver"] and run.decoded_tokens[b] == count
+        assert texts[b] == wanted[2, "solver"] and run.decoded[b] == count
     if brief:
         assert max(len(words(text)) for text in run.texts[1, "planner"]) <= brief
         assert max(len(words(text)) for text in texts) > brief
@@ -303,8 +308,8 @@ def test_text_is_a_plain_loop_of_writing(mas, method, brief):
 
 def test_text_brief_never_lengthens(mas):
     """A brief length above max_new_tokens does not count."""
-    _, run = mas.respond(QUESTIONS[:2], 1, M, method="text_brief", max_new_tokens=2, brief=50)
-    assert max(run.decoded_tokens) <= 6
+    _, run = respond(mas, QUESTIONS[:2], 1, M, method="text_brief", max_new_tokens=2, brief=50)
+    assert max(run.decoded) <= 6
 
 
 def test_text_sampled_does_not_depend_on_the_batch(mas):
@@ -317,46 +322,32 @@ def test_every_text_has_its_own_seed(mas, monkeypatch):
     """All differ over rounds, roles, questions and seeds; the same request draws them again."""
     seen = []
     for agent in mas.agents.values():
-        def write(past, *arguments, seeds, said=agent.write, **options):
+        def write(context, limit, sampling, seeds, stop, real=agent.write):
             seen.extend(seeds)
-            return said(past, *arguments, seeds=seeds, **options)
+            return real(context, limit, sampling, seeds, stop)
         monkeypatch.setattr(agent, "write", write)
     for seed in (1, 2, 1):
-        mas.respond(QUESTIONS, 2, M, method="text", max_new_tokens=1, seed=seed)
+        respond(mas, QUESTIONS, 2, M, method="text", max_new_tokens=1, seed=seed)
     assert len(seen) == 3 * 6 * 5 and len(set(seen)) == 2 * 6 * 5 and seen[:30] == seen[60:]
 
 
 def test_single_hears_nothing(mas):
-    """= the solver's prompt without the lines that hold a slot, whatever the number of rounds."""
+    """The solver is asked its `first` prompt, once, whatever the number of rounds."""
     solver = mas.agents["solver"]
     for rounds in (1, 3):
-        texts, run = mas.respond(QUESTIONS, rounds, M, method="single", max_new_tokens=N)
+        texts, run = respond(mas, QUESTIONS, rounds, M, method="single", max_new_tokens=N)
         assert run.latent_steps == 0 and set(run.texts) == {(1, "solver")}
         for b, question in enumerate(QUESTIONS):
             prompt = words(chat(f"{question}\n{ANSWER_FORMAT['math']}"))
             ids = plain_write(solver, embed_words(solver, prompt), N)
             assert texts[b] == solver.tokenizer.decode(ids, skip_special_tokens=True).strip()
-            assert run.decoded_tokens[b] == len(ids)
-
-
-def test_single_uses_first_where_there_is_one(mas):
-    """A last role's prompt for when nothing has been heard, instead of left-out lines."""
-    *others, solver = THREE.roles
-    solver = dataclasses.replace(solver, first="plan: {question} <|notes|> none")
-    style = dataclasses.replace(THREE, roles=(*others, solver))
-    texts, _ = dataclasses.replace(mas, style=style).respond(QUESTIONS, 2, M, method="single",
-                                                             max_new_tokens=N)
-    agent = mas.agents["solver"]
-    for question, text in zip(QUESTIONS, texts):
-        prompt = embed_words(agent, words(chat(f"plan: {question} <|notes|> none")))
-        ids = plain_write(agent, prompt, N)
-        assert text == agent.tokenizer.decode(ids, skip_special_tokens=True).strip()
+            assert run.decoded[b] == len(ids)
 
 
 def test_single_loop_hears_itself(mas):
-    """The solver takes the turns of all roles; its own text stands in its first slot, planner."""
+    """The solver takes the turns of all roles, and is asked its `own` prompt from the second on."""
     solver = mas.agents["solver"]
-    texts, run = mas.respond(QUESTIONS, 2, M, method="single_loop", max_new_tokens=N)
+    texts, run = respond(mas, QUESTIONS, 2, M, method="single_loop", max_new_tokens=N)
     assert set(run.texts) == {(turn, "solver") for turn in range(1, 2 * len(ROLES) + 1)}
     for b, question in enumerate(QUESTIONS):
         last, count = None, 0
@@ -368,18 +359,30 @@ def test_single_loop_hears_itself(mas):
             last = solver.tokenizer.decode(ids, skip_special_tokens=True).strip()
             count += len(ids)
             assert run.texts[turn, "solver"][b] == last
-        assert texts[b] == last and run.decoded_tokens[b] == count
+        assert texts[b] == last and run.decoded[b] == count
 
 
 @pytest.mark.parametrize("method", ["single", "single_loop"])
-def test_single_of_a_style_with_two_slots_in_a_line(method):
-    """The baselines must work for any style that loads."""
+def test_a_role_that_hears_itself_as_well(method):
+    """The baselines must work for any style that has the prompts for them."""
     style = Style("pair", (Role("a", "random", "", "{question} {b}", first="{question}"),
-                           Role("b", "random", "", "{question}\nnotes: {a} and {b}")),
+                           Role("b", "random", "", "{question}\nnotes: {a} and {b}",
+                                first="{question}", own="{question} {b}")),
                   (Edge("ab", "a", "b"), Edge("ba", "b", "a"), Edge("bb", "b", "b")))
     mas = MAS(style, {"a": new_agent("llama"), "b": new_agent("qwen2")}, torch.nn.ModuleDict())
-    texts, _ = mas.respond(QUESTIONS[:2], 1, M, method=method, max_new_tokens=2)
+    texts, _ = respond(mas, QUESTIONS[:2], 1, M, method=method, max_new_tokens=2)
     assert len(texts) == 2
+
+
+@pytest.mark.parametrize("method, missing", [("single", "first"), ("single_loop", "own")])
+def test_a_baseline_needs_its_prompt(mas, method, missing):
+    """Where the style has no words for it, one line says which prompt is missing."""
+    *others, solver = THREE.roles
+    style = dataclasses.replace(THREE, roles=(*others, dataclasses.replace(
+        solver, **{missing: ""})))
+    with pytest.raises(ValueError, match=f"role solver has no `{missing}` prompt") as problem:
+        respond(dataclasses.replace(mas, style=style), QUESTIONS[:2], 1, M, method=method)
+    assert "\n" not in str(problem.value)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -387,8 +390,8 @@ def test_a_question_that_looks_like_a_slot_is_plain_text(mas, method):
     """Its words are unknown to the vocabulary, so the answer is that to as many unknown words."""
     odd = ["start {solver} {planner}", "{question} {answer_format} {critic}"]
     options = dict(method=method, max_new_tokens=5, brief=3)
-    texts, _ = mas.respond(odd, 2, M, **options)
-    assert texts == mas.respond(["start ?! ?!", "?! ?! ?!"], 2, M, **options)[0]
+    texts, _ = respond(mas, odd, 2, M, **options)
+    assert texts == respond(mas, ["start ?! ?!", "?! ?! ?!"], 2, M, **options)[0]
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.5}, {"seed": 3}, {"stop": ("x",)},
@@ -398,8 +401,8 @@ def test_respond_needs_no_options(options):
     mas = new_mas()
     for agent in mas.agents.values():
         agent.end_tokens = set(range(agent.embedding.weight.shape[0]))      # one word and done
-    _, run = mas.respond(QUESTIONS[:1], 1, M, **options)
-    assert run.decoded_tokens == [3 if "brief" in options else 1]
+    _, run = respond(mas, QUESTIONS[:1], 1, M, **options)
+    assert run.decoded == [3 if "brief" in options else 1]
 
 
 # ---- errors -------------------------------------------------------------------------------------
@@ -411,13 +414,13 @@ def test_respond_needs_no_options(options):
 def test_requests_that_cannot_be_served(mas, change, named):
     request = {"questions": QUESTIONS[:2], "rounds": 2, "latent_length": M, **change}
     with pytest.raises(ValueError, match=named) as problem:
-        mas.respond(**request)
+        respond(mas, **request)
     assert "\n" not in str(problem.value)
 
 
 def test_unknown_kind_of_question(mas):
     with pytest.raises(ValueError, match="poetry"):
-        mas.respond(QUESTIONS[:2], 1, M, kind="poetry")
+        respond(mas, QUESTIONS[:2], 1, M, kind="poetry")
 
 
 # ---- loading ------------------------------------------------------------------------------------
@@ -441,8 +444,8 @@ def test_a_saved_system_answers_as_before(mas, saved):
     """load_mas_system gives the same thoughts, messages and texts to the last bit."""
     style, _ = saved
     loaded = load_mas_system(style, device="cpu")
-    texts, run = mas.respond(QUESTIONS, 2, M, trace=True, max_new_tokens=N)
-    again, run_again = loaded.respond(QUESTIONS, 2, M, trace=True, max_new_tokens=N)
+    texts, run = respond(mas, QUESTIONS, 2, M, trace=True, max_new_tokens=N)
+    again, run_again = respond(loaded, QUESTIONS, 2, M, trace=True, max_new_tokens=N)
     assert texts == again
     for key in run.thoughts:
         assert torch.equal(run.thoughts[key], run_again.thoughts[key])
@@ -460,8 +463,8 @@ def test_a_system_in_bfloat16(mas, saved):
 
     (Nearly: later ones drift apart, as rounding is amplified by the rollout.)"""
     loaded = load_mas_system(saved[0], device="cpu", dtype="bfloat16")
-    _, run = loaded.respond(QUESTIONS, 2, M, trace=True, max_new_tokens=2)
-    _, exact = mas.respond(QUESTIONS, 2, M, trace=True, max_new_tokens=2)
+    _, run = respond(loaded, QUESTIONS, 2, M, trace=True, max_new_tokens=2)
+    _, exact = respond(mas, QUESTIONS, 2, M, trace=True, max_new_tokens=2)
     assert {value.dtype for value in (*run.thoughts.values(), *run.sent.values())} == {
         torch.bfloat16}
     assert {p.dtype for agent in loaded.agents.values() for p in agent.inner.parameters()} == {
@@ -560,23 +563,23 @@ def drawn_alone(mas, method, question, k, seed=42):
     heard = {}
     if method == "latent":
         _, sent, _ = plain_recursion(mas, question, 2, M, 1)
-        heard = {"planner": sent[2, "outer_13"], "critic": sent[2, "outer_23"]}
+        heard = {"planner": sent[2, "outer_13"][0], "critic": sent[2, "outer_23"][0]}
     row = embedded(agent, "solver", question, heard)
-    past = agent.read(row, torch.ones(1, row.shape[1], dtype=torch.long))
+    context = agent.read(row, torch.ones(1, row.shape[1], dtype=torch.long))
     first = text_seed(text_seed(seed, "solver", rounds, question, k), 0)
-    return agent.write(past, N, temperature=1.0, top_p=0.95, seeds=[first]).ids[0]
+    return agent.write(context, N, Sampling(1.0, 0.95), [first])[0]
 
 
 @pytest.mark.parametrize("method", ["latent", "single"])
 def test_samples_are_single_draws(mas, method):
     """Three a question from one reading = drawn one by one after the plain recursion."""
-    texts, run = mas.respond(QUESTIONS[:3], 2, M, method=method, samples=3, **SAMPLED)
+    texts, run = respond(mas, QUESTIONS[:3], 2, M, method=method, samples=3, **SAMPLED)
     decode = mas.agents["solver"].tokenizer.decode
     for b, question in enumerate(QUESTIONS[:3]):
         alone = [drawn_alone(mas, method, question, k) for k in range(3)]
         mine = texts[3 * b:3 * b + 3]
         assert mine == [decode(ids, skip_special_tokens=True).strip() for ids in alone]
-        assert run.decoded_tokens[b] == sum(map(len, alone)) and len(set(mine)) > 1
+        assert run.decoded[b] == sum(map(len, alone)) and len(set(mine)) > 1
     assert len(texts) == 9 and run.latent_steps == (5 * M if method == "latent" else 0)
 
 
@@ -584,10 +587,10 @@ def test_samples_are_single_draws(mas, method):
 def test_samples_do_not_depend_on_company(mas, method):
     """Sample k of a question is the same in any batch, any order, and whatever K is."""
     def ask(questions, samples):
-        texts, run = mas.respond(questions, 2, M, method=method, samples=samples, brief=3,
+        texts, run = respond(mas, questions, 2, M, method=method, samples=samples, brief=3,
                                  **SAMPLED)
-        assert len(texts) == samples * len(questions) == samples * len(run.decoded_tokens)
-        return {question: (texts[b * samples:(b + 1) * samples], run.decoded_tokens[b])
+        assert len(texts) == samples * len(questions) == samples * len(run.decoded)
+        return {question: (texts[b * samples:(b + 1) * samples], run.decoded[b])
                 for b, question in enumerate(questions)}
 
     many = ask(QUESTIONS[:3], 4)
@@ -604,16 +607,17 @@ def test_samples_in_words_are_runs_of_their_own(mas):
     """Already the first message differs by sample, and what follows is said to that message.
     Oracle: prompts with the run's own messages, read as plain words, greedy at the end."""
     questions = QUESTIONS[:2]
-    texts, run = mas.respond(questions, 1, M, method="text", samples=3, **SAMPLED)
+    texts, run = respond(mas, questions, 1, M, method="text", samples=3, **SAMPLED)
     for b in range(2):
         assert len(set(run.texts[1, "planner"][3 * b:3 * b + 3])) > 1
     critic, place = mas.agents["critic"], 0
     for question in questions:
         for k in range(3):
             row = embedded(critic, "critic", question, {"planner": run.texts[1, "planner"][place]})
-            past = critic.read(row, torch.ones(1, row.shape[1], dtype=torch.long))
+            context = critic.read(row, torch.ones(1, row.shape[1], dtype=torch.long))
             seed = text_seed(text_seed(42, "critic", 1, question, k), 0)
-            said = critic.write(past, N, temperature=1.0, top_p=0.95, seeds=[seed]).texts[0]
+            [said] = critic.write(context, N, Sampling(1.0, 0.95), [seed])
+            said = critic.tokenizer.decode(said, skip_special_tokens=True).strip()
             assert run.texts[1, "critic"][place] == said
             place += 1
     assert texts == run.texts[1, "solver"]
@@ -624,23 +628,23 @@ def test_greedy_samples_are_equal(mas, method):
     """And cost as many times the tokens; kinds may be mixed, a kind for each question."""
     kinds = ["math", "search", "choice"]
     options = dict(kind=kinds, method=method, brief=3, max_new_tokens=N)
-    once, run_once = mas.respond(QUESTIONS[:3], 2, M, **options)
-    texts, run = mas.respond(QUESTIONS[:3], 2, M, samples=3, **options)
+    once, run_once = respond(mas, QUESTIONS[:3], 2, M, **options)
+    texts, run = respond(mas, QUESTIONS[:3], 2, M, samples=3, **options)
     assert texts == [text for text in once for _ in range(3)]
-    assert run.decoded_tokens == [3 * count for count in run_once.decoded_tokens]
+    assert run.decoded == [3 * count for count in run_once.decoded]
 
 
 @pytest.mark.parametrize("samples", [0, -1])
 def test_no_samples_are_refused(mas, samples):
     with pytest.raises(ValueError, match="samples"):
-        mas.respond(QUESTIONS[:2], 2, M, samples=samples, max_new_tokens=2)
+        respond(mas, QUESTIONS[:2], 2, M, samples=samples, max_new_tokens=2)
 
 
 # ---- the tool loop ------------------------------------------------------------------------------
 
 BYTES = {**{f"byte {i}": i for i in range(256)}, "<eos>": 256, "<pad>": 257, "<bos>": 258,
          "on>.": 259}                                # a token that reaches beyond a closing tag
-HELPED = Style("helped", (Role("helper", "random", "", "{question}"),
+HELPED = Style("helped", (Role("helper", "random", "", "{question}", first="{question}"),
                           Role("caller", "random", "", "{question}\n[{helper}] so")),
                (Edge("hc", "helper", "caller"),), tools=("python", "search"))
 SIX_TIMES_SEVEN = "<python>print(6*7)</python>"
@@ -672,30 +676,30 @@ def scripted_system(family, monkeypatch):
     outer = torch.nn.ModuleDict({"hc": randomise(OuterLink(32, 32), 0.1).requires_grad_(False)})
     mas = MAS(HELPED, agents, outer)
     mas.script, mas.calls, caller = [], [], agents["caller"]
-    sampler, write = caller._sampler, caller.write
+    real = caller.write
 
-    def scripted(*arguments):
-        pick, texts = sampler(*arguments), mas.script.pop(0) if mas.script else []
-        # The ids as given, or the text's bytes and an end.
-        spelled = [caller.tokenizer(text)["input_ids"] + [256] if isinstance(text, str) else text
-                   for text in texts]
+    def spelled(text, limit, stop):
+        """A text's bytes and an end (or the ids as given), up to behind a stop string."""
+        ids = caller.tokenizer(text)["input_ids"] + [256] if isinstance(text, str) else text
+        for length in range(1, len(ids)):
+            if any(tag in caller.tokenizer.decode(ids[:length]) for tag in stop):
+                ids = ids[:length]
+                break
+        return ids[:limit]
 
-        def said(logits, rows, written, step):
-            tokens = pick(logits, rows, written, step)
-            for place, row in enumerate(rows):
-                if row < len(spelled) and spelled[row] is not None:
-                    tokens[place] = spelled[row][step]
-            return tokens
-        return said
+    def scripted(context, limit, sampling=Sampling(), seeds=None, stop=()):
+        texts = mas.script.pop(0) if mas.script else []
+        texts = [*texts, *[None] * (len(context.mask) - len(texts))]
+        free = [row for row, text in enumerate(texts) if text is None]
+        written = {row: spelled(text, limit, stop) for row, text in enumerate(texts)
+                   if text is not None}
+        if free:
+            ids = real(context.rows(free), limit, sampling, [seeds[row] for row in free], stop)
+            written.update(zip(free, ids))
+        mas.calls.append((len(texts), limit, [len(written[row]) for row in range(len(texts))]))
+        return [written[row] for row in range(len(texts))]
 
-    def noted(past, limit, **options):
-        mas.calls.append((len(past.mask), limit))
-        said = write(past, limit, **options)
-        mas.calls[-1] += ([len(ids) for ids in said.ids],)
-        return said
-
-    monkeypatch.setattr(caller, "_sampler", scripted)
-    monkeypatch.setattr(caller, "write", noted)
+    monkeypatch.setattr(caller, "write", scripted)
     return mas
 
 
@@ -712,38 +716,28 @@ def heard_prompt(mas, method, question, run, row):
                       embed("] so>")], 1)
 
 
-@torch.no_grad()
-def plain_bytes(agent, embeds, count):
-    """plain_write, ended by this agent's own end token."""
-    ids = []
-    while len(ids) < count and 256 not in ids:
-        ids.append(int(agent.model.lm_head(plain_states(agent, embeds)[:, -1]).argmax()))
-        embeds = torch.cat([embeds, embed_words(agent, ids[-1:])], 1)
-    return ids
-
-
 @pytest.mark.parametrize("method", ["latent", "text"])
 def test_a_call_is_run_and_the_text_goes_on(helped, method):
     """Row 0 calls and goes on, row 1 does not; oracle for what follows the result: everything
     read again without cache, prompt, call and result."""
     helped.script = [[f"so {SIX_TIMES_SEVEN}", "plain"], [None]]
     questions = ["6 by 7?", "what else is there?"]
-    texts, run = helped.respond(questions, 1, 3, method=method, trace=True, max_new_tokens=40)
+    texts, run = respond(helped, questions, 1, 3, method=method, trace=True, max_new_tokens=40)
     caller = helped.agents["caller"]
     told = caller.tokenizer(f"so {SIX_TIMES_SEVEN}{FORTY_TWO}")["input_ids"]
     written = len(f"so {SIX_TIMES_SEVEN}")
     embeds = torch.cat([heard_prompt(helped, method, questions[0], run, 0),
                         embed_words(caller, told)], 1)
-    wanted = plain_bytes(caller, embeds, 40 - written)
-    assert run.draft.told[0] == told + wanted
+    wanted = plain_write(caller, embeds, 40 - written)
+    assert run.drafts[0].tokens == told + wanted
     assert texts[0] == caller.tokenizer.decode(told + wanted, skip_special_tokens=True).strip()
     assert texts[1] == "plain"
     helpers = [0, 0]
     if method == "text":
         agent = helped.agents["helper"]
-        helpers = [len(plain_bytes(agent, embed_words(
+        helpers = [len(plain_write(agent, embed_words(
             agent, agent.tokenizer(f"{question}>")["input_ids"]), 40)) for question in questions]
-    assert run.decoded_tokens == [written + len(wanted) + helpers[0], 6 + helpers[1]]
+    assert run.decoded == [written + len(wanted) + helpers[0], 6 + helpers[1]]
     assert [rows for rows, _, _ in helped.calls] == [2, 1]
 
 
@@ -752,26 +746,26 @@ def test_at_most_five_calls_and_rows_leave(helped):
     once = SIX_TIMES_SEVEN
     helped.script = [["done", once, once, once], ["done", once, once], ["done", once], [once],
                      [once], [once + " " + once + " end"]]
-    texts, run = helped.respond(list("abcd"), 1, 2, max_new_tokens=400)
+    texts, run = respond(helped, list("abcd"), 1, 2, max_new_tokens=400)
     assert [text.count("<result>") for text in texts] == [0, 1, 2, 5]
     assert texts[1] == (once + FORTY_TWO + "done").strip()
     assert texts[3] == (once + FORTY_TWO) * 5 + once + " " + once + " end"
     assert [rows for rows, _, _ in helped.calls] == [4, 3, 2, 1, 1, 1]
-    assert run.decoded_tokens == [5, len(once) + 5, 2 * len(once) + 5, 7 * len(once) + 6]
+    assert run.decoded == [5, len(once) + 5, 2 * len(once) + 5, 7 * len(once) + 6]
     assert helped.script == []
 
 
 @pytest.mark.parametrize("limit", [26, 27, 28, 30, 60])
-def test_only_decoded_tokens_count(helped, limit):
+def test_only_the_models_own_words_count(helped, limit):
     """A call of 27 tokens: cut off, with nothing left to go on, or with limit - 27 tokens left,
     whatever the results' length; each row has its own budget."""
     helped.script = [[SIX_TIMES_SEVEN, "x" * 9 + SIX_TIMES_SEVEN], ["y" * 200, "y" * 200]]
-    texts, run = helped.respond(["a", "b"], 1, 2, max_new_tokens=limit)
+    texts, run = respond(helped, ["a", "b"], 1, 2, max_new_tokens=limit)
     for text, before in zip(texts, (0, 9)):
         wrote = "x" * before + SIX_TIMES_SEVEN
         left = max(0, limit - len(wrote))
         assert text == (wrote[:limit] if not left else wrote + FORTY_TWO + "y" * left)
-    assert run.decoded_tokens == [limit, limit]
+    assert run.decoded == [limit, limit]
     assert all(max(lengths) <= asked for _, asked, lengths in helped.calls)
 
 
@@ -779,20 +773,16 @@ def test_a_token_beyond_the_closing_tag(helped):
     """It stays, and the result stands behind it."""
     ids = helped.agents["caller"].tokenizer("<python>print(6*7)</pyth")["input_ids"] + [259]
     helped.script = [[ids], ["end"]]
-    texts, run = helped.respond(["a"], 1, 2, max_new_tokens=99)
+    texts, run = respond(helped, ["a"], 1, 2, max_new_tokens=99)
     assert texts == [SIX_TIMES_SEVEN + "." + FORTY_TWO + "end"]
-    assert run.decoded_tokens == [len(ids) + 4]
+    assert run.decoded == [len(ids) + 4]
 
 
 @pytest.mark.parametrize("text", ["<python>print(6*7)", "no call", "<python>a</search", ""])
 def test_what_is_no_call_ends_the_text(helped, text):
     helped.script = [[text]]
-    texts, run = helped.respond(["a"], 1, 2, max_new_tokens=99)
-    assert texts == [text] and run.decoded_tokens == [len(text) + 1] and len(helped.calls) == 1
-
-
-STRAY = ("a closing tag without a call (or of a tool that the style lacks) ends the row for good: "
-         "Draft.use_tools drops it as if it had ended by itself")
+    texts, run = respond(helped, ["a"], 1, 2, max_new_tokens=99)
+    assert texts == [text] and run.decoded == [len(text) + 1] and len(helped.calls) == 1
 
 
 @pytest.mark.parametrize("text", ["as </python> says, the answer is 5", "a</search> b",
@@ -801,7 +791,7 @@ def test_a_closing_tag_that_closes_nothing_does_not_end_the_text(helped, text):
     """Oracle: next_call says the model goes on writing."""
     before = text[:text.rindex(">") + 1]
     helped.script = [[text], [text[len(before):]]]
-    texts, _ = helped.respond(["a"], 1, 2, max_new_tokens=99)
+    texts, _ = respond(helped, ["a"], 1, 2, max_new_tokens=99)
     assert texts == [text]
 
 
@@ -809,15 +799,15 @@ def test_a_tool_that_the_style_lacks_does_not_end_the_text(helped):
     """Without search in the style, `<search>` is only words."""
     mas = dataclasses.replace(helped, style=dataclasses.replace(HELPED, tools=("python",)))
     helped.script = [["<search>x</search> is 5"], [" is 5"]]
-    texts, _ = mas.respond(["a"], 1, 2, max_new_tokens=99)
+    texts, _ = respond(mas, ["a"], 1, 2, max_new_tokens=99)
     assert texts[0].endswith("is 5") and "<result>" not in texts[0]
 
 
 def test_a_style_without_tools_runs_nothing(helped, monkeypatch):
-    monkeypatch.setattr(recurse_module, "run_tool", lambda *_: 1 / 0)
+    monkeypatch.setattr(writing_module, "run_tool", lambda *_: 1 / 0)
     mas = dataclasses.replace(helped, style=dataclasses.replace(HELPED, tools=()))
     helped.script = [[f"{SIX_TIMES_SEVEN} is 42"]]
-    assert mas.respond(["a"], 1, 2, max_new_tokens=99)[0] == [f"{SIX_TIMES_SEVEN} is 42"]
+    assert respond(mas, ["a"], 1, 2, max_new_tokens=99)[0] == [f"{SIX_TIMES_SEVEN} is 42"]
 
 
 def test_search_results_and_their_absence(helped):
@@ -832,13 +822,13 @@ def test_search_results_and_their_absence(helped):
 
     helped.search = find
     helped.script = [["<search> Emma\n</search>", "<search>bad</search>"], ["one", "two"]]
-    texts, _ = helped.respond(["a", "b"], 1, 2, max_new_tokens=99)
+    texts, _ = respond(helped, ["a", "b"], 1, 2, max_new_tokens=99)
     assert texts == ["<search> Emma\n</search>\n<result>\na[/result]b\n</result>\none",
                      "<search>bad</search>\n<result>\nweb search failed: host: HTTP 500\n"
                      "</result>\ntwo"]
     assert sorted(asked) == ["Emma", "bad"]
     helped.search, helped.script = None, [["<search>Emma</search>"], ["end"]]
-    texts, _ = helped.respond(["a"], 1, 2, max_new_tokens=99)
+    texts, _ = respond(helped, ["a"], 1, 2, max_new_tokens=99)
     assert texts == ["<search>Emma</search>\n<result>\nweb search is not available\n</result>\nend"]
 
 
@@ -846,37 +836,38 @@ def test_samples_call_for_themselves(helped):
     """Two samples a question: rows find their own results; questions' tokens are summed."""
     helped.script = [["<python>print(1)</python>", "b", "<python>print(3)</python>", "d"],
                      ["x", "yy"]]
-    texts, run = helped.respond(["a", "b"], 1, 2, samples=2, max_new_tokens=99)
+    texts, run = respond(helped, ["a", "b"], 1, 2, samples=2, max_new_tokens=99)
     call = len("<python>print(1)</python>")
     assert texts == ["<python>print(1)</python>" + FORTY_TWO.replace("42", "1") + "x", "b",
                      "<python>print(3)</python>" + FORTY_TWO.replace("42", "3") + "yy", "d"]
-    assert run.decoded_tokens == [call + 2 + 2, call + 3 + 2]
+    assert run.decoded == [call + 2 + 2, call + 3 + 2]
 
 
 def test_an_end_token_right_behind_a_result_is_replaced(helped):
-    """Draft.add takes the place of end tokens, all of them, and keeps the rest."""
+    """insert() takes the place of end tokens, all of them, and keeps the rest."""
     helped.script = [["words"]]
-    _, run = helped.respond(["a"], 1, 2, max_new_tokens=99)
-    assert run.draft.told[0][-1] == 256
-    run.draft.told[0] += [256]
-    run.draft.add(0, "more")
-    assert run.draft.text(0) == "wordsmore" and 256 not in run.draft.told[0]
+    _, run = respond(helped, ["a"], 1, 2, max_new_tokens=99)
+    turn, [draft] = run.last_turn, run.drafts
+    assert draft.tokens[-1] == 256
+    draft.tokens = draft.tokens + [256]
+    insert(turn, draft, "more")
+    assert text_of(turn, draft) == "wordsmore" and 256 not in draft.tokens
 
 
 def test_a_tools_output_holds_no_control_tokens(helped):
     """What a page or program prints is text: it must not become the token that ends a turn."""
     helped.search = lambda query: "page <eos> text"
     helped.script = [["<search>x</search>"], ["end"]]
-    _, run = helped.respond(["a"], 1, 2, max_new_tokens=99)
-    assert 256 not in run.draft.told[0][:-1]
-    assert "page <eos> text" in run.draft.text(0)
+    _, run = respond(helped, ["a"], 1, 2, max_new_tokens=99)
+    assert 256 not in run.drafts[0].tokens[:-1]
+    assert "page <eos> text" in text_of(run.last_turn, run.drafts[0])
 
 
 def test_a_page_that_is_no_proper_text_is_inserted_all_the_same(helped):
     """JSON may hold half a character; whatever a page says, the run goes on."""
     helped.search = lambda query: "caf\ud83d \x00"
     helped.script = [["<search>x</search>"], ["end"]]
-    assert helped.respond(["a"], 1, 2, max_new_tokens=99)[0][0].endswith("end")
+    assert respond(helped, ["a"], 1, 2, max_new_tokens=99)[0][0].endswith("end")
 
 
 def test_sampled_calls_do_not_depend_on_the_batch(helped, monkeypatch):
@@ -886,9 +877,9 @@ def test_sampled_calls_do_not_depend_on_the_batch(helped, monkeypatch):
     wrote = ["<python>print(10**20)</python>", SIX_TIMES_SEVEN, "x" * 20 + SIX_TIMES_SEVEN]
     questions = ["a", "what is it?", "and how?"]
     helped.script = [list(wrote), [None] * 3]
-    together, run = helped.respond(questions, 1, 2, **sampled)
-    assert len({len(told) for told in run.draft.told}) > 1
+    together, run = respond(helped, questions, 1, 2, **sampled)
+    assert len({len(draft.tokens) for draft in run.drafts}) > 1
     for b, question in enumerate(questions):
         helped.script = [[wrote[b]], [None]]
-        alone, run_alone = helped.respond([question], 1, 2, **sampled)
-        assert alone == [together[b]] and run_alone.decoded_tokens == [run.decoded_tokens[b]]
+        alone, run_alone = respond(helped, [question], 1, 2, **sampled)
+        assert alone == [together[b]] and run_alone.decoded == [run.decoded[b]]

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 import styles
-from styles import (ANSWER_FORMAT, KINDS, Edge, Role, Style, all_styles, by_kind, check, get_style)
-
+from styles import ANSWER_FORMAT, KINDS, Edge, Role, Style, all_styles, check, get_style
 
 STYLE_FOLDER = Path(styles.__file__).parent
 PROJECT = STYLE_FOLDER.parent
@@ -48,44 +47,64 @@ BROKEN = {
         dict(roles=[A, B, role("answer_format", "{question}")]), ["answer_format", "rename"]),
     "two edges of one key": (
         dict(edges=[AB, change(BA, key="ab")]), ["two edges", "ab", "rename"]),
+    "two edges of one way": (
+        dict(edges=[AB, BA, change(AB, key="again")]), ["two edges", "from a to b", "take one"]),
     "edge from nowhere": (
         dict(edges=[AB, change(BA, src="x")]), ["edge ba", "role x", "one of a, b"]),
     "edge to nowhere": (
         dict(edges=[AB, BA, Edge("ax", "a", "x")]), ["edge ax", "role x", "one of a, b"]),
+    "edge key that is no file name": (
+        dict(edges=[AB, change(BA, key="b/a")]), ["edge key 'b/a'", "letters"]),
     "last role that nobody reaches": (
         dict(roles=[A, role("b", "{question}")], edges=[BA]), [" b", "last role", "add an edge"]),
     "no model": (
         dict(roles=[change(A, model=""), B]), ["role a", "no model", "hub id"]),
+    "target that is no tuple": (
+        dict(roles=[change(A, target="plan"), B]), ["role a", "target", "('plan',)"]),
     "unknown kind": (
         dict(roles=[A, change(B, prompt={"maths": B.prompt})]), ["role b", "maths", *KINDS]),
+    "unknown kind in a first": (
+        dict(roles=[change(A, first={"maths": "{question}"}), B]),
+        ["role a", "first", "maths", *KINDS]),
     "no question in a prompt": (
         dict(roles=[A, change(B, prompt="heard {a}")]),
         ["role b", "prompt", "{question}", "add it"]),
     "no question in a first": (
         dict(roles=[change(A, first="begin"), B]), ["role a", "first", "{question}", "add it"]),
+    "no question in an own": (
+        dict(roles=[A, change(B, own="mine {b}")]), ["role b", "own", "{question}", "add it"]),
     "no question in one kind": (
         dict(roles=[A, change(B, prompt={"math": B.prompt, "code": "heard {a}"})]),
         ["role b", "code", "{question}", "add it"]),
-    "a slot in a first": (
-        dict(roles=[change(A, first="{question} {b}"), B]), ["role a", "first", "{b}", "take"]),
+    "a slot in the first speaker's first": (
+        dict(roles=[change(A, first="{question} {b}"), B]),
+        ["role a", "first", "{b}", "change the prompt"]),
+    "a slot in the last role's first": (
+        dict(roles=[A, change(B, first="{question} {a}")]),
+        ["role b", "first", "{a}", "change the prompt"]),
+    "an own without its slot": (
+        dict(roles=[A, change(B, own="{question}")]), ["role b", "own", "{b}", "change the"]),
+    "an own with another slot": (
+        dict(roles=[A, change(B, own="{question} {b} {a}")]), ["role b", "own", "{a, b}", "{b}"]),
     "a missing slot": (
-        dict(roles=[A, change(B, prompt="{question}")]), ["role b", "hears a", "{a}", "add one"]),
+        dict(roles=[A, change(B, prompt="{question}")]),
+        ["role b", "prompt", "{a} are heard", "change the prompt or the edges"]),
     "a missing slot in one kind": (
         dict(roles=[A, change(B, prompt={"math": B.prompt, "code": "{question}"})]),
-        ["role b", "code", "{a}", "add one"]),
+        ["role b", "prompt for code", "{a} are heard", "change the prompt or the edges"]),
     "a slot without an edge": (
         dict(roles=[A, change(B, prompt="{question} {a} {b}")]),
-        ["role b", "{b}", "add an edge b -> b"]),
+        ["role b", "slots {a, b}", "{a} are heard", "change the prompt or the edges"]),
     "an empty prompt": (
-        dict(roles=[A, change(B, prompt="")]), ["role b", "prompt", "add it"]),
+        dict(roles=[A, change(B, prompt="")]), ["role b", "no prompt", "give it one"]),
     "an empty dict of prompts": (
-        dict(roles=[A, change(B, prompt={})]), ["role b", "prompt"]),
+        dict(roles=[A, change(B, prompt={})]), ["role b", "no prompt", "give it one"]),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_broken_styles_are_refused_when_made(case):
-    """One line that names the style, the role and the fix."""
+    """The error is one line that names the style, the role and the fix."""
     changes, named = BROKEN[case]
     with pytest.raises(ValueError) as problem:
         style(**changes)
@@ -95,8 +114,22 @@ def test_broken_styles_are_refused_when_made(case):
         assert part in text, text
 
 
+def test_a_first_between_two_sides_holds_early_slots_or_none():
+    """A role that hears one role before it and one behind it has heard the former in round 1."""
+    roles = [role("a", "{question}"), role("b", "{question} {a} {c}", first="{question} {a}"),
+             role("c", "{question} {b}")]
+    edges = (Edge("ab", "a", "b"), Edge("bc", "b", "c"), Edge("cb", "c", "b"))
+    for first in ("{question} {a}", "{question}"):
+        roles[1] = change(roles[1], first=first)
+        assert style(roles, edges).roles[1].first == first
+    for first in ("{question} {c}", "{question} {a} {c}"):
+        roles[1] = change(roles[1], first=first)
+        with pytest.raises(ValueError, match="role b, first.*{a} are heard.*change the prompt"):
+            style(roles, edges)
+
+
 def test_a_style_changed_later_is_checked_again():
-    """dataclasses.replace, as --prompts uses it, makes a new Style."""
+    """dataclasses.replace, as a style file uses it, makes a new Style."""
     with pytest.raises(ValueError, match="style duo: .*last role"):
         change(style(), edges=(BA,))
     check(style())
@@ -104,23 +137,12 @@ def test_a_style_changed_later_is_checked_again():
 
 def test_roles_with_odd_names():
     """A name with characters that mean something in a pattern is a name like any other."""
-    odd = Style("odd", (role("a.b+", "{question}\n{a|b}"), role("a|b", "{question}\n{a.b+}")),
+    odd = Style("odd", (role("a.b+", "{question}\n{a|b}", first="{question}"),
+                        role("a|b", "{question}\n{a.b+}")),
                 (Edge("1", "a.b+", "a|b"), Edge("2", "a|b", "a.b+")))
     assert odd.prompt(odd.roles[0], "math", ["a|b"]) == "{question}\n{a|b}"
-    assert odd.prompt(odd.roles[1], "math", []) == "{question}"
-
-
-def test_a_question_that_would_vanish_with_a_slot_is_refused():
-    """The last role alone, and the first one in round 1, hear nothing: their slot's line goes."""
-    good, beside = "{question}\n{%s}", "{question} {%s}"
-    edges = (Edge("1", "a", "b"), Edge("2", "b", "a"))
-    for prompts in ((beside, good), (good, beside)):
-        roles = [role(name, prompt % other)
-                 for name, other, prompt in zip("ab", "ba", prompts)]
-        with pytest.raises(ValueError, match="shares its line with a slot"):
-            Style("pair", tuple(roles), edges)
-        roles = [dataclasses.replace(one, first="{question}") for one in roles]
-        assert Style("pair", tuple(roles), edges).prompt(roles[0], "math", []) == "{question}"
+    assert odd.prompt(odd.roles[0], "math", []) == "{question}"
+    assert odd.prompt(odd.roles[1], "math", ["a.b+"]) == "{question}\n{a.b+}"
 
 
 def test_published_role_names_are_understood():
@@ -130,34 +152,61 @@ def test_published_role_names_are_understood():
 
 # ---- what a role is asked -----------------------------------------------------------------------
 
+C_PROMPT = "\\boxed{} {question} \\boxed{{x}}\n{a}\n{unknown} {0} %s\n\n{b}\n{answer_format}"
 TRIO = Style("trio", (
     role("a", "{question}\nfrom b: {b}\nfrom c: {c}\nend {answer_format}",
          first={"math": "plan {question}", "code": "outline {question}"}),
-    role("b", {"math": "{question}\n{a} is what a says\nthink", "code": "{question} and {a}\ngo"}),
-    role("c", "\\boxed{} {question} \\boxed{{x}}\n{a}\n{unknown} {0} %s\n\n{b}\n{answer_format}")),
+    role("b", {"math": "{question}\n{a} is what a says, {c} is what c says\nthink",
+               "code": "{question}, {a} and {c}\ngo"},
+         first={"math": "{question}\n{a} is what a says\nthink", "code": "{question} and {a}"}),
+    role("c", C_PROMPT, first="\\boxed{} {question} alone", own="{question}\n{c}\nagain")),
     (Edge("ab", "a", "b"), Edge("ac", "a", "c"), Edge("bc", "b", "c"), Edge("ba", "b", "a"),
-     Edge("ca", "c", "a")))
+     Edge("ca", "c", "a"), Edge("cb", "c", "b")))
 
 
-def test_first_is_used_until_something_is_heard():
-    a = TRIO.role("a")
+def test_prompt_is_used_once_all_are_heard():
+    """Nothing is cut from it: a question may share its line with a slot."""
+    for one in TRIO.roles:
+        heard = TRIO.heard_by(one.name)
+        wanted = one.prompt if isinstance(one.prompt, str) else one.prompt["math"]
+        assert TRIO.prompt(one, "math", heard) == wanted
+        assert TRIO.prompt(one, "math", heard[::-1]) == wanted
+    beside = change(B, prompt="{question} {a}", first="{question}")
+    assert style([A, beside]).prompt(beside, "math", ["a"]) == "{question} {a}"
+    assert style([A, beside]).prompt(beside, "math", []) == "{question}"
+
+
+def test_first_is_used_until_all_are_heard():
+    """The first speaker has heard nobody, the second one has heard the first one."""
+    a, b, c = TRIO.roles
     assert TRIO.prompt(a, "math", []) == "plan {question}"
     assert TRIO.prompt(a, "code", {}) == "outline {question}"
-    assert TRIO.prompt(a, "math", ["b", "c"]) == a.prompt
-
-
-def test_lines_with_an_unfilled_slot_are_left_out():
-    """Just those lines, also where something else is heard already, also without a `first`."""
-    a, b, c = TRIO.roles
-    assert TRIO.prompt(a, "math", ["c"]) == "{question}\nfrom c: {c}\nend {answer_format}"
-    assert TRIO.prompt(b, "math", []) == "{question}\nthink"
     assert TRIO.prompt(b, "math", ["a"]) == "{question}\n{a} is what a says\nthink"
-    assert TRIO.prompt(c, "math", ["b"]) == (
-        "\\boxed{} {question} \\boxed{{x}}\n{unknown} {0} %s\n\n{b}\n{answer_format}")
+    assert TRIO.prompt(b, "code", ["a"]) == "{question} and {a}"
+    assert TRIO.prompt(c, "math", []) == "\\boxed{} {question} alone"
+
+
+@pytest.mark.parametrize("name, heard", [("a", ["b"]), ("a", ["c"]), ("b", []), ("b", ["c"]),
+                                         ("c", ["a"]), ("c", ["b"])])
+def test_a_style_without_words_for_what_was_heard_says_so(name, heard):
+    """No prompt holds these slots and no others. No slot is left open, and none is left out."""
+    with pytest.raises(ValueError) as problem:
+        TRIO.prompt(TRIO.role(name), "math", heard)
+    text = str(problem.value)
+    assert "\n" not in text
+    for part in ("style trio", f"role {name}", "`first`", "'math'", *heard, "add it"):
+        assert part in text, text
+
+
+def test_a_role_without_first_has_no_words_alone():
+    """B hears A before it speaks. It needs a `first` for method single alone."""
+    assert style().prompt(B, "math", ["a"]) == B.prompt
+    with pytest.raises(ValueError, match="style duo.*role b.*`first`.*heard nobody.*add it"):
+        style().prompt(B, "math", [])
 
 
 def test_other_braces_survive():
-    assert TRIO.prompt(TRIO.role("c"), "math", ["a", "b"]) == TRIO.role("c").prompt
+    assert TRIO.prompt(TRIO.role("c"), "math", ["a", "b"]) == C_PROMPT
 
 
 def test_heard_by_is_in_order_of_speaking():
@@ -165,15 +214,25 @@ def test_heard_by_is_in_order_of_speaking():
     assert change(TRIO, edges=TRIO.edges[::-1]).heard_by("c") == ["a", "b"]
 
 
-def test_by_kind():
-    """A str serves every kind; a dict only its own, and says which."""
-    assert by_kind(TRIO, A, "same", "search") == "same"
-    with pytest.raises(ValueError) as problem:
-        TRIO.prompt(TRIO.role("b"), "choice", ["a"])
-    for part in ("style trio", "role b", "'choice'", "math, code"):
-        assert part in str(problem.value)
-    with pytest.raises(ValueError, match="role a.*'choice'.*math, code"):
-        TRIO.prompt(TRIO.role("a"), "choice", [])
+def test_heard_first_are_those_who_speak_before():
+    assert [TRIO.heard_first(name) for name in "abc"] == [[], ["a"], ["a", "b"]]
+    assert change(TRIO, edges=TRIO.edges[::-1]).heard_first("c") == ["a", "b"]
+
+
+def test_prompts_by_kind():
+    """A text serves every kind. A dict serves its own kinds alone, and the error says which one
+    is missing."""
+    for kind in KINDS:
+        assert TRIO.prompt(TRIO.role("c"), kind, ["a", "b"]) == C_PROMPT
+    for name, which, heard in (("b", "prompt", ["a", "c"]), ("b", "first", ["a"]),
+                               ("a", "first", [])):
+        with pytest.raises(ValueError) as problem:
+            TRIO.prompt(TRIO.role(name), "choice", heard)
+        for part in ("style trio", f"role {name}", f"`{which}`", "'choice'", "add it"):
+            assert part in str(problem.value)
+    empty = change(B, prompt={"math": B.prompt, "code": ""})
+    with pytest.raises(ValueError, match="role b.*`prompt`.*'code'"):
+        style([A, empty]).prompt(empty, "code", ["a"])
 
 
 def test_role_by_name():
@@ -183,50 +242,59 @@ def test_role_by_name():
 
 
 def test_alone_hears_itself():
-    """The last role with its own text in its first slot; lines with other slots are left out."""
+    """The last role is asked its `first` where it has heard nothing, then its `own`."""
     alone = TRIO.alone()
     [last] = alone.roles
     assert last.name == "c" and alone.heard_by("c") == ["c"] and len(alone.edges) == 1
-    assert last.prompt == ("\\boxed{} {question} \\boxed{{x}}\n{c}\n{unknown} {0} %s\n\n"
-                           "{answer_format}")
-    assert "{c}" not in alone.prompt(last, "math", [])
+    assert alone.prompt(last, "math", []) == "\\boxed{} {question} alone"
+    assert alone.prompt(last, "math", ["c"]) == "{question}\n{c}\nagain"
     assert (last.model, last.repo, alone.name) == ("some/model", "some/repo", "trio")
 
 
-def test_alone_by_kind_and_with_first():
-    texts = {"math": "{question}\nheard {a}", "code": "{a} {question}"}
-    last = role("b", texts, first="go {question}")
-    alone = style(roles=(A, last)).alone()
-    assert alone.roles[0].prompt == {"math": "{question}\nheard {b}", "code": "{b} {question}"}
+def test_alone_by_kind():
+    last = change(B, first="go {question}",
+                  own={"math": "{question}\nmine {b}", "code": "{b} {question}"})
+    alone = style([A, last]).alone()
     assert alone.prompt(alone.roles[0], "code", []) == "go {question}"
     assert alone.prompt(alone.roles[0], "code", ["b"]) == "{b} {question}"
+    assert alone.prompt(alone.roles[0], "math", ["b"]) == "{question}\nmine {b}"
+    with pytest.raises(ValueError, match="role b.*`own`.*'choice'"):
+        alone.prompt(alone.roles[0], "choice", ["b"])
 
 
-def test_alone_with_all_slots_in_one_line():
-    """A style that loads has its single-agent baselines."""
-    roles = (*TRIO.roles[:2], role("c", "{question}\nheard {a} and {b}\nend"))
-    alone = change(TRIO, roles=roles).alone()
-    assert alone.heard_by("c") == ["c"] and "{question}" in alone.roles[0].prompt
-    assert alone.prompt(alone.roles[0], "math", []) == "{question}\nend"
+def test_alone_without_own():
+    """Such a style loads, and its last role can be asked alone. Hearing its own text needs `own`,
+    and the error names that."""
+    alone = style([A, change(B, first="go {question}")]).alone()
+    assert alone.prompt(alone.roles[0], "math", []) == "go {question}"
+    with pytest.raises(ValueError, match="style duo.*role b.*`own`.*add it"):
+        alone.prompt(alone.roles[0], "math", ["b"])
 
 
 @pytest.mark.parametrize("name", sorted(all_styles()))
 def test_every_shipped_style_has_its_baselines(name):
-    """alone() of each; and every kind it has a prompt for, it has for all roles."""
+    """It has the last role alone. Every kind that it has a prompt for, it has for all roles."""
     shipped = get_style(name)
-    assert shipped.alone().roles[0].name == shipped.roles[-1].name
+    alone = shipped.alone()
+    [last] = alone.roles
+    assert last.name == shipped.roles[-1].name
     for one in shipped.roles:
         kinds = one.prompt if isinstance(one.prompt, dict) else KINDS
         for kind in kinds:
             for other in shipped.roles:
                 assert "{question}" in shipped.prompt(other, kind, shipped.heard_by(other.name))
                 assert "{question}" in shipped.prompt(other, kind, [])
+                early = shipped.heard_first(other.name)
+                assert "{question}" in shipped.prompt(other, kind, early)
+            for heard in ([], [last.name]):
+                assert "{question}" in alone.prompt(last, kind, heard)
 
 
 # ---- the shipped styles -------------------------------------------------------------------------
 
 def test_get_style():
-    """By name, or a Style as it is; an unknown name lists the known ones."""
+    """A style is found by its name, or is a Style already. An unknown name lists the known ones.
+    """
     assert get_style("sequential_light").name == "sequential_light"
     duo = style()
     assert get_style(duo) is duo
@@ -332,34 +400,40 @@ def test_lines_are_short():
 
 def prompts_of(shipped):
     """(role, kind, whom it has heard, prompt) of every prompt a run of a style can ask for."""
-    for one in shipped.roles:
-        for kind in KINDS:
+    alone = shipped.alone()
+    for kind in KINDS:
+        for one in shipped.roles:
             for heard in ([], shipped.heard_by(one.name)):
                 yield one, kind, heard, shipped.prompt(one, kind, heard)
+        last = alone.roles[0]
+        yield last, kind, [last.name], alone.prompt(last, kind, [last.name])
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_every_role_has_a_prompt_for_every_kind(name):
     """All kinds differ for each role, and each role says who it is."""
-    for one in get_style(name).roles:
-        assert set(one.prompt) == set(KINDS) == set(one.first or KINDS)
-        assert len(set(one.prompt.values())) == len(KINDS) and one.system.strip()
+    roles = get_style(name).roles
+    for one in roles:
+        for prompts in (one.prompt, one.first, *([one.own] if one is roles[-1] else [])):
+            assert set(prompts) == set(KINDS) and len(set(prompts.values())) == len(KINDS)
+        assert one.system.strip()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_questions_stand_before_slots(name):
-    """So that all before the first slot is read once; and only the last role, which answers, is
-    told the format."""
+    """So all before the first slot is read once. Only the last role answers, so only it is told
+    the format."""
     shipped = get_style(name)
     for one, _, heard, text in prompts_of(shipped):
         slots = [text.index(f"{{{other}}}") for other in heard]
         assert all(text.index("{question}") < slot for slot in slots)
-        assert ("{answer_format}" in text) == (one is shipped.roles[-1])
+        assert ("{answer_format}" in text) == (one.name == shipped.roles[-1].name)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_nothing_is_left_open(name):
-    """Each slot once, for those heard and no others; no brace is left; no gaps, no loose ends."""
+    """Each slot is there once, for those heard and no others. No brace is left open, and there are
+    no gaps and no loose ends."""
     shipped = get_style(name)
     for one, kind, heard, text in prompts_of(shipped):
         for part in ("question", *heard):

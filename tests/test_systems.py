@@ -1,7 +1,7 @@
 """Real systems, end to end, on local folders laid out like the published hub repositories.
 
 The models are tiny and random, of the real architectures; widths are the published ones / 64. All
-command lines are the published ones, with the script's path changed and the sizes cut down.
+command lines are the published ones, with another path to the script and smaller sizes.
 """
 import dataclasses
 import hashlib
@@ -10,7 +10,6 @@ import random
 import re
 import shutil
 import sys
-import types
 
 import datasets
 import pyarrow
@@ -27,15 +26,17 @@ from test_recurse import plain_recursion
 from test_train import outer_args, outer_gradients
 from tokenizers import AddedToken
 
-import common
 import evaluate
-import recurse
 import train_inner
 import train_outer
 from agents import Agent
-from link import InnerLink, OuterLink, load_inner, load_outer, save_inner, save_outer
+from link import InnerLink, OuterLink
 from recurse import load_mas_system
 from styles import ANSWER_FORMAT, get_style
+from support import checkpoints, flags, rows
+from support.checkpoints import (load_agents, load_inner, load_outer, local_folder, save_inner,
+                                 save_outer)
+from writing import Writing
 
 STYLES = ("sequential_light", "sequential_scaled", "mixture", "distillation", "deliberation")
 PER_TASK = ("sequential_light", "sequential_scaled", "distillation")    # a link for math and code
@@ -104,12 +105,12 @@ SETS = {
 
 
 def rows_of(name):
-    """Four rows of a training set; the mixed sets hold a question of each kind."""
+    """Four rows of a training set. The mixed sets hold a question of each kind."""
     kinds = {"Code": "code", "Science": "choice"}.get(name.split("-")[-1], "math")
     kinds = [kinds] * 4
     if name in ("Mixture-Summarizer", "Mixture-Outer", "Deliberation"):
         kinds = ["math", "code", "choice", "math"]
-    rows = []
+    made = []
     for i, kind in enumerate(kinds):
         row = {column: f"{'s1 x7 ' * (i + 1)}{column} ." for column in SETS[name].split()}
         row.update(question=QUESTIONS[i], type="function" if kind == "code" else None)
@@ -117,8 +118,8 @@ def rows_of(name):
                               ("fn_name", "flip" if kind == "code" else None)):
             if column in row:
                 row[column] = value
-        rows.append(row)
-    return rows
+        made.append(row)
+    return made
 
 
 def all_words():
@@ -127,7 +128,7 @@ def all_words():
              "The function has to be called `flip`."]
     for style in map(get_style, STYLES):
         for role in style.roles:
-            for prompts in (role.prompt, role.first or {}, {"": role.system}):
+            for prompts in (role.prompt, role.first, role.own or {}, {"": role.system}):
                 texts += prompts.values()
     texts += [str(value) for name in SETS for row in rows_of(name) for value in row.values()]
     return [*VOCABULARY, *SPECIAL,
@@ -286,17 +287,17 @@ def test_a_released_system_loads_by_its_hub_ids(name, task, at_hub):
 
 @pytest.mark.parametrize("name", STYLES)
 def test_prompts_are_made_of_known_words(name, at_hub):
-    """The rendered chat of each role and kind: the question once, whole, and no slot left over;
-    the templates that know no system role still say the system text."""
+    """The rendered chat of each role and kind holds the question once and whole, and no slot is
+    left over. The templates that know no system role still say the system text."""
     mas = load_mas_system(name, device="cpu")
     for role in mas.style.roles:
         agent = mas.agents[role.name]
         heard = mas.style.heard_by(role.name)
         for kind in ("math", "choice", "code", "search"):
-            segments = agent.prompt(role.system, mas.style.prompt(role, kind, heard), heard,
-                                    QUESTIONS[:1], ANSWER_FORMAT[kind])
-            assert [part for part in segments if isinstance(part, str)] == heard
-            ids = [token for part in segments if not isinstance(part, str) for token in part[0]]
+            values = {"question": QUESTIONS[:1], "answer_format": [ANSWER_FORMAT[kind]]}
+            [row] = agent.prompt(role.system, mas.style.prompt(role, kind, heard), values, heard)
+            assert [part for part in row if isinstance(part, str)] == heard
+            ids = [token for part in row if not isinstance(part, str) for token in part]
             words = agent.tokenizer.convert_ids_to_tokens(ids)
             text = " ".join(words)
             assert "<unk>" not in words and "{question}" not in text
@@ -312,13 +313,14 @@ def test_the_published_quick_start(at_hub):
     assert [type(model).__name__ for model in (planner, critic, solver)] == [
         "Qwen3ForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM"]
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="use --device cpu"):
+        with pytest.raises(ValueError, match="there is no cuda.*torch sees 0 GPUs"):
             load_mas_system(style="sequential_light", device="cuda", trust_remote_code=True)
 
 
 @pytest.mark.parametrize("name", STYLES)
 def test_ckpt_override_by_local_folder(name, at_hub, tmp_path):
-    """Each role's folder and the outer links', one at a time; the others stay as they were."""
+    """A role's folder is overridden, then the folder of the outer links. All else stays as it was.
+    """
     style, released_mas = get_style(name), load_mas_system(name, device="cpu")
     role = style.roles[0]
     link = randomise(InnerLink(BASES[role.model][1]), 1.0, seed=9)
@@ -339,8 +341,8 @@ def test_ckpt_override_by_local_folder(name, at_hub, tmp_path):
 
 @pytest.mark.parametrize("name", STYLES)
 def test_links_as_the_published_trainer_writes_them(name, at_hub, tmp_path):
-    """adapter.pt beside the whole model; outer_XX.pt beside two manifests. The role's own repo
-    and model are not looked at."""
+    """adapter.pt stands beside the whole model, and outer_XX.pt beside two manifests. The role's
+    own repo and model are not looked at."""
     style, override = get_style(name), {"outer": str(tmp_path / "outer")}
     style = dataclasses.replace(style, repo="no/outer", roles=tuple(
         dataclasses.replace(role, repo="no/repo") for role in style.roles))
@@ -425,16 +427,21 @@ def outer_command(name, inner, save_dir):
     return argv + [f"--{style.edges[0].key}_type", "outer_ln_res_adapter"]
 
 
+def read_lines(path):
+    """The objects of a .jsonl file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def finite_losses(folder):
-    losses = [line["loss"] for line in common.read_json_lines(folder / "log.jsonl")]
+    losses = [line["loss"] for line in read_lines(folder / "log.jsonl")]
     return len(losses) == 3 and all(isinstance(loss, float) for loss in losses)
 
 
 @pytest.mark.parametrize("name", STYLES)
 def test_a_style_trains_and_answers_by_the_published_command_lines(name, at_hub, tmp_path,
                                                                    monkeypatch):
-    """Inner loop of each role, outer loop, evaluation. Oracles: finite losses, links that differ
-    from what they began with, and (at_hub) base models that do not change."""
+    """The inner loop of each role, the outer loop, the evaluation. Oracles: losses are finite,
+    links differ from what they began with, and (at_hub) base models do not change."""
     style = get_style(name)
     inner = train_inner_links(name, monkeypatch, tmp_path)
     for role in style.roles:
@@ -462,15 +469,16 @@ def test_a_style_trains_and_answers_by_the_published_command_lines(name, at_hub,
         "--repetition_penalty", 1.1, "--trust_remote_code", 1, "--method", "latent", "text",
         "single", "--max_new_tokens", 4, "--out", tmp_path / "out", "--ckpt_override",
         *(f"{key}={folder}" for key, folder in override.items()))
-    rows = json.loads((tmp_path / "out/summary.json").read_text())["rows"]
-    assert [(row["style"], row["method"], row["n"]) for row in rows] == [
+    table = json.loads((tmp_path / "out/summary.json").read_text())["rows"]
+    assert [(row["style"], row["method"], row["n"]) for row in table] == [
         (name, method, 4) for method in ("text", "single", "latent")]
-    assert len(common.read_json_lines(tmp_path / "out/results.jsonl")) == 12
+    assert len(read_lines(tmp_path / "out/results.jsonl")) == 12
 
 
 @pytest.mark.parametrize("name", ["sequential_light", "distillation"])
 def test_a_style_trains_for_code(name, at_hub, tmp_path, monkeypatch):
-    """With the -Code sets and --mas_task code; found again as the task's links, and only so."""
+    """It trains on the -Code sets with --mas_task code. The links are found again as those of this
+    task, and of no other."""
     monkeypatch.setitem(INNER, name, [(design, role, "code", data.replace("Math", "Code"))
                                       for design, role, _, data in INNER[name]])
     monkeypatch.setitem(OUTER, name, ("code", OUTER[name][1].replace("Math", "Code"),
@@ -494,38 +502,39 @@ def test_mixture_with_the_code_expert_trained_for_code(at_hub, tmp_path, monkeyp
 
 
 def test_other_flags_of_the_inner_loop(at_hub, tmp_path, monkeypatch):
-    """--load_dir goes on from a link (at a learning rate of 0: stays there), --text_field takes
-    another column, a local .json has its rows under a field; both give what the hub's set gives."""
-    common_flags = ["--mas_design", "sequential", "--mas_role", "planner", "--mas_task", "math",
-                    "--model_name_or_path", "Qwen/Qwen3-1.7B"]
+    """--load_dir goes on from a link (and stays there at a learning rate of 0). --text_field takes
+    another column. A local .json has its rows under a field. All give what the hub's set gives."""
+    shared = ["--mas_design", "sequential", "--mas_role", "planner", "--mas_task", "math",
+              "--model_name_or_path", "Qwen/Qwen3-1.7B"]
     (tmp_path / "rows.json").write_text(json.dumps({"inside": rows_of("Sequential-Math")}))
     (tmp_path / "rows.jsonl").write_text("".join(
         json.dumps({**row, "plan": None, "mine": row["plan"]}) + "\n"
         for row in rows_of("Sequential-Math")))
-    for name, *flags in (
+    for name, *more in (
             ("hub", "--dataset_name", "RecursiveMAS/Sequential-Math"),
             ("json", "--dataset_name", tmp_path / "rows.json", "--dataset_json_field", "inside"),
             ("jsonl", "--dataset_name", tmp_path / "rows.jsonl", "--text_field", "mine"),
             ("again", "--dataset_name", "RecursiveMAS/Sequential-Math", "--load_dir",
              tmp_path / "hub", "--adapter_lr", 0)):
-        run(train_inner, monkeypatch, *common_flags, *INNER_FLAGS, *flags, "--save_dir",
+        run(train_inner, monkeypatch, *shared, *INNER_FLAGS, *more, "--save_dir",
             tmp_path / name)
         assert contents(tmp_path / name)["adapter(math).safetensors"] == contents(
             tmp_path / "hub")["adapter(math).safetensors"], name
 
 
-@pytest.mark.parametrize("flags", [
+@pytest.mark.parametrize("more", [
     ["--supervise_final_only", 0], ["--latents", "teacher"], ["--latents", "teacher_aligned"],
     ["--role_loss_weight", 0.5, "--warm_start_steps", 2, "--random_rounds", 1],
     ["--enable_thinking", 1, "--solver_pre_question", 0, "--lr_scheduler_type", "constant"],
     ["--outer_12_type", "outer_ln_adapter"], ["--outer_adapter_type", "outer_linear_res_adapter"],
-    ["--dtype", "bfloat16"]], ids=lambda flags: flags[0])
-def test_other_flags_of_the_outer_loop(flags, at_hub, tmp_path, monkeypatch):
-    """On the released agents of the style with three families; saved in the released layout."""
+    ["--dtype", "bfloat16"]], ids=lambda more: more[0])
+def test_other_flags_of_the_outer_loop(more, at_hub, tmp_path, monkeypatch):
+    """The released agents of the style with three families train, and their links are saved in the
+    released layout."""
     style = get_style("sequential_scaled")
     inner = {role.name: role.repo for role in style.roles}
     argv = outer_command("sequential_scaled", inner, tmp_path)[:-2]
-    run(train_outer, monkeypatch, *argv, "--save_format", "pt", *flags)
+    run(train_outer, monkeypatch, *argv, "--save_format", "pt", *more)
     assert finite_losses(tmp_path)
     widths = widths_of(style)
     links = load_outer(tmp_path, widths)
@@ -544,12 +553,13 @@ TRIOS = [("gemma3_conditional", "qwen3_5_conditional", "mistral"),
 @pytest.mark.parametrize("rounds", [1, 3])
 @pytest.mark.parametrize("families", TRIOS, ids="-".join)
 def test_a_system_of_three_families_is_the_plain_recursion(families, rounds):
-    """Five questions: thoughts, messages and greedy words, in a batch with cache and padding,
-    against the equations run one by one without either (test_recurse has it for Qwen3, Llama and
-    Qwen2)."""
+    """Thoughts, messages and greedy words of five questions, in a batch with cache and padding, are
+    those of the equations run one by one without either. (test_recurse has it for Qwen3, Llama and
+    Qwen2.)"""
     mas, m, count = new_mas(families=families), 3, 6
     close = max(TOLERANCE.get(family, 1e-4) for family in families)
-    texts, batch = mas.respond(QUESTIONS, rounds, m, trace=True, max_new_tokens=count)
+    texts, batch = mas.respond(QUESTIONS, rounds, m, trace=True,
+                               writing=Writing(max_new_tokens=count))
     for b, question in enumerate(QUESTIONS):
         thoughts, sent, ids = plain_recursion(mas, question, rounds, m, count)
         wanted = mas.agents["solver"].tokenizer.decode(ids, skip_special_tokens=True).strip()
@@ -565,13 +575,12 @@ def test_a_system_of_three_families_is_the_plain_recursion(families, rounds):
 def worded(style):
     """THREE with targets, and for each kind of question other words around the same slots."""
     def kinds(text):
-        return {"math": text, "code": f"check: {text}\nmend it", "choice": f"own: {text} end",
-                "search": text}
+        return text and {"math": text, "code": f"check: {text}\nmend it",
+                         "choice": f"own: {text} end", "search": text}
 
     return dataclasses.replace(style, roles=tuple(
-        dataclasses.replace(role, prompt=kinds(role.prompt), target=(role.name,),
-                            first=kinds(role.first) if role.first else "")
-        for role in style.roles))
+        dataclasses.replace(role, prompt=kinds(role.prompt), first=kinds(role.first),
+                            own=kinds(role.own), target=(role.name,)) for role in style.roles))
 
 
 KINDS = worded(THREE)
@@ -583,7 +592,7 @@ ANSWERERS = ("qwen3", "llama", "qwen2", "mistral", "gemma3", "gemma3_conditional
 
 
 def answering(family, double=True):
-    """A system whose last agent is of a family, in float64: rounding is amplified by rollouts."""
+    """A system whose last agent is of a family. It is in float64: rollouts amplify rounding."""
     other = "llama" if family.startswith("qwen3_5") else "qwen3_5_conditional"
     mas = new_mas(KINDS, families=("qwen3", other, family))
     if double:
@@ -604,8 +613,8 @@ def close_gradients(found, wanted, close):
 @pytest.mark.parametrize("latents", ["rollout", "teacher"])
 @pytest.mark.parametrize("family", ANSWERERS)
 def test_a_mixed_batch_is_the_mean_over_its_target_tokens(family, latents):
-    """Rows of three kinds and of different length, batched = each by itself, weighed by its
-    tokens: loss and gradients."""
+    """Rows have three kinds and different lengths. Loss and gradients of their batch are those of
+    each row by itself, weighed by its tokens."""
     mas, args = answering(family), outer_args(latents=latents, latent_length=2)
     loss, gradients = outer_gradients(mas, MIXED, 2, args)
     counts = [len(row["solver"].split()) for row in MIXED]
@@ -618,17 +627,18 @@ def test_a_mixed_batch_is_the_mean_over_its_target_tokens(family, latents):
 
 
 def test_kinds_change_the_loss():
-    """Else the test above could not see a row asked under another row's kind."""
+    """Otherwise the test above could not see a row that is asked in the words of another kind."""
     mas, args = answering("llama"), outer_args(latent_length=2)
     losses = {kind: outer_gradients(mas, [{**MIXED[0], "task_family": kind}], 2, args)[0]
               for kind in ("math", "code", "choice", None)}
     assert len({round(loss, 4) for loss in losses.values()}) == 3
-    assert losses[None] == losses["math"]          # the run's own, --mas_task
+    assert losses[None] == losses["math"]          # the kind of the run, --mas_task
 
 
 @pytest.mark.parametrize("family", ANSWERERS)
 def test_checkpointing_of_turns_changes_no_gradient(family):
-    """Also where a recurrent state is kept (Qwen3.5); in float32, as it is trained."""
+    """It changes none where a recurrent state is kept either (Qwen3.5). In float32, as in training.
+    """
     mas = answering(family, double=False)
     kept, again = (outer_gradients(mas, MIXED, 2, outer_args(
         latent_length=2, role_loss_weight=0.5, gradient_checkpointing=flag)) for flag in (0, 1))
@@ -638,31 +648,44 @@ def test_checkpointing_of_turns_changes_no_gradient(family):
 
 def test_an_unknown_task_family_is_named():
     with pytest.raises(ValueError, match="poetry.*math, choice, code, search") as problem:
-        common.keep_usable([MIXED[0], {**MIXED[1], "task_family": "poetry"}], KINDS.roles)
+        rows.keep_usable([MIXED[0], {**MIXED[1], "task_family": "poetry"}], KINDS.roles)
     assert "\n" not in str(problem.value)
 
 
-def test_kinds_that_hear_in_another_order_cannot_share_a_batch():
-    """One line that names style and role; each kind alone works."""
+@pytest.mark.parametrize("method", ["latent", "zero", "text", "single", "single_loop"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3_5"])
+def test_kinds_with_slots_in_another_order_share_a_batch(family, method):
+    """Each question is answered as it is by itself, although the prompts of its batch hold their
+    slots in different orders and begin with different words."""
     roles = [*KINDS.roles]
+    roles[1] = dataclasses.replace(roles[1], prompt={
+        **roles[1].prompt, "choice": "own: {solver} and\n{question}\ncheck: {planner}"})
     roles[2] = dataclasses.replace(roles[2], prompt={
         **roles[2].prompt, "code": "{question}\nplan: {planner}\nnotes: {critic}"})
-    mas = dataclasses.replace(answering("llama", double=False),
+    mas = dataclasses.replace(answering(family, double=False),
                               style=dataclasses.replace(KINDS, roles=tuple(roles)))
-    with pytest.raises(ValueError, match="style three.*role solver.*different order") as problem:
-        mas.respond(QUESTIONS[:2], 1, 2, kind=["math", "code"], max_new_tokens=1)
-    assert "\n" not in str(problem.value)
-    for kind in ("math", "code"):
-        mas.respond(QUESTIONS[:2], 1, 2, kind=[kind] * 2, max_new_tokens=1)
+    kinds, options = [row["task_family"] for row in MIXED], dict(method=method, trace=True)
+    writing = Writing(max_new_tokens=4)
+    texts, batch = mas.respond(QUESTIONS[:4], 2, 2, kind=kinds, writing=writing, **options)
+    for b, (question, kind) in enumerate(zip(QUESTIONS, kinds)):
+        [text], alone = mas.respond([question], 2, 2, kind=kind, writing=writing, **options)
+        assert texts[b] == text
+        assert {turn: said[b] for turn, said in batch.texts.items()} == {
+            turn: said[0] for turn, said in alone.texts.items()}
+        for key, H in batch.thoughts.items():
+            assert largest_difference(H[b], alone.thoughts[key][0]) < TOLERANCE.get(family, 1e-4)
 
 
-def test_answer_takes_a_kind_for_each_question():
-    """As one batch does, whatever the batch size."""
+@pytest.mark.parametrize("method", ["latent", "text", "single"])
+def test_answer_takes_a_kind_for_each_question(method):
+    """The answers are those of one batch, whatever the batch size."""
     mas = answering("llama", double=False)
-    options = dict(rounds=1, latent_length=2, max_new_tokens=4)
+    options = dict(rounds=1, latent_length=2, max_new_tokens=4, method=method)
     kinds = [row["task_family"] for row in MIXED]
     whole = mas.answer(QUESTIONS[:4], kind=kinds, **options)
     assert mas.answer(QUESTIONS[:4], kind=kinds, batch_size=2, **options) == whole
+    assert whole == [mas.answer([question], kind=kind, **options)[0]
+                     for question, kind in zip(QUESTIONS, kinds)]
 
 
 # ---- export and import --------------------------------------------------------------------------
@@ -672,8 +695,8 @@ RELEASED_KEYS = {"legacy_key", "filename", "adapter_type", "in_dim", "out_dim"}
 
 @pytest.mark.parametrize("name", STYLES)
 def test_released_links_saved_again_are_the_same_bits(name, at_hub, tmp_path):
-    """bf16 -> float32 here -> bf16: names, types and bits; and the manifests' released keys. As
-    safetensors, float32 to the last bit."""
+    """bf16 becomes float32 here and bf16 again: names, types and bits stay, and the manifests have
+    the released keys. As safetensors the links are float32 to the last bit."""
     mas = load_mas_system(name, device="cpu")
     ending = "(math)" if name in PER_TASK else ""
     for format in ("pt", "safetensors"):
@@ -725,52 +748,59 @@ def hub_says(status, code):
         return problem
 
 
-HUB_PROBLEMS = {
-    "gated": (hub_says(403, "GatedRepo"), ["gated", "accept its terms", "hf auth login"]),
-    "missing": (hub_says(404, "RepoNotFound"), ["no repo of the hub", "check the name"]),
-    "private": (hub_says(401, None), ["private", "hf auth login"]),
-    "revision": (hub_says(404, "RevisionNotFound"), ["no such revision", "v9", "leave it away"]),
-    "server": (hub_says(500, None), ["check name and network"]),
-    "offline": (errors.OfflineModeIsEnabled("offline mode is enabled"), ["check name and network"]),
+HUB_PROBLEMS = {     # what is raised, and words of the hub that have to be passed on
+    "gated": (hub_says(403, "GatedRepo"), ["GatedRepoError", "Cannot access gated repo"]),
+    "missing": (hub_says(404, "RepoNotFound"), ["RepositoryNotFoundError", "404",
+                                                "make sure you are authenticated"]),
+    "private": (hub_says(401, None), ["RepositoryNotFoundError", "401",
+                                      "make sure you are authenticated"]),
+    "revision": (hub_says(404, "RevisionNotFound"), ["RevisionNotFoundError",
+                                                     "Revision Not Found"]),
+    "server": (hub_says(500, None), ["HfHubHTTPError", "500 Internal Server Error"]),
+    "offline": (errors.OfflineModeIsEnabled("offline mode is enabled"),
+                ["OfflineModeIsEnabled", "offline mode is enabled"]),
     "no network": (errors.LocalEntryNotFoundError("Got: ConnectError: [Errno -3]\nAn error"),
-                   ["check name and network"]),
+                   ["LocalEntryNotFoundError", "Got: ConnectError: [Errno -3] An error"]),
+    # The library lets these through as they are.
+    "proxy": (httpx.ProxyError("403 Forbidden"), ["ProxyError", "403 Forbidden"]),
+    "broken off": (httpx.RemoteProtocolError("peer closed connection"),
+                   ["RemoteProtocolError", "peer closed connection"]),
+    "read error": (httpx.ReadError("broken pipe"), ["ReadError", "broken pipe"]),
 }
 
 
-@pytest.mark.parametrize("case", HUB_PROBLEMS)
-def test_what_the_hub_refuses(case, monkeypatch):
-    """For a role's repo, the outer links, and a base model: who, which repo, why, what to do."""
-    problem, named = HUB_PROBLEMS[case]
+@pytest.fixture(params=HUB_PROBLEMS)
+def refused(request, monkeypatch):
+    """The hub refuses everything. Returns the words that have to be passed on."""
+    problem, named = HUB_PROBLEMS[request.param]
 
     def refuse(name, **_):
         raise problem
 
-    monkeypatch.setattr(recurse, "snapshot_download", refuse)
+    monkeypatch.setattr(checkpoints, "snapshot_download", refuse)
+    return named
+
+
+def test_what_the_hub_refuses(refused):
+    """One line names the repo, its revision, who needs it, and passes on the hub's own message. It
+    does so for a role's repo, for the outer links and for a base model."""
     tiny_style = get_style("tiny")
     roles = (dataclasses.replace(tiny_style.roles[0], repo="some/repo"), *tiny_style.roles[1:])
     for style, who in ((dataclasses.replace(tiny_style, roles=roles), "role planner"),
                        (dataclasses.replace(tiny_style, repo="some/repo"), "outer links")):
         with pytest.raises(FileNotFoundError) as raised:
             load_mas_system(style, device="cpu", revision="v9")
-        assert says(raised, "style tiny", who, "some/repo", "v9", *named)
+        assert says(raised, "style tiny", who, "some/repo (revision v9)", *refused)
     with pytest.raises(FileNotFoundError) as raised:
-        recurse.load_agents("tiny", "cpu", models={"critic": "some/base"})
-    assert says(raised, "role critic", "some/base", *(part for part in named if part != "v9"))
+        load_agents(tiny_style, "cpu", models={"critic": "some/base"})
+    assert says(raised, "role critic", "some/base", *refused) and "v9" not in str(raised.value)
 
 
-@pytest.mark.parametrize("problem", [httpx.ProxyError("403 Forbidden"),
-                                     httpx.RemoteProtocolError("peer closed connection"),
-                                     httpx.ReadError("broken pipe")],
-                         ids=lambda problem: type(problem).__name__)
-def test_a_proxy_or_a_connection_that_breaks_off(problem, monkeypatch):
-    """snapshot_download lets these through as they are."""
-    def refuse(name, **_):
-        raise problem
-
-    monkeypatch.setattr(recurse, "snapshot_download", refuse)
-    with pytest.raises((OSError, ValueError)) as raised:
-        recurse.local_folder("some/repo", who="role planner")
-    assert says(raised, "role planner", "some/repo", "network")
+def test_what_the_hub_refuses_of_a_folder(refused):
+    """local_folder names who asked for it."""
+    with pytest.raises(FileNotFoundError) as raised:
+        local_folder("some/repo", who="role planner")
+    assert says(raised, "role planner: some/repo is no folder here", *refused)
 
 
 def agent_folder(at_hub, tmp_path):
@@ -793,21 +823,21 @@ def test_a_tokenizer_without_chat_template(at_hub, tmp_path):
 
 
 def test_a_folder_without_tokenizer_files(at_hub, tmp_path):
-    """The library makes an empty tokenizer of some families: every text has no tokens."""
+    """The library makes an empty tokenizer of some families, for which no text has tokens."""
     folder = shutil.copytree(at_hub / "Qwen/Qwen2.5-Math-1.5B-Instruct", tmp_path / "base")
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ValueError) as problem:
-        recurse.load_agents("sequential_light", "cpu", models={"solver": str(folder)})
+        load_agents(get_style("sequential_light"), "cpu", models={"solver": str(folder)})
     assert says(problem, str(folder), "tokenizer")
 
 
 def test_a_template_that_drops_the_users_text():
-    """One that wants a list of parts gets a string, and writes none of it."""
+    """A template that wants a list of parts gets a string, and writes none of it."""
     template = ("{% for m in messages %}<|user|> {% for part in m['content'] %}{{ part['text'] }}"
                 "{% endfor %}{% endfor %} <|assistant|>")
     agent = Agent(new_model("llama"), word_tokenizer(template))
     with pytest.raises(ValueError, match="template"):
-        agent.prompt("", "{question} <|notes|> {critic}", ["critic"], QUESTIONS[:1])
+        agent.prompt("", "{question} <|notes|> {critic}", {"question": QUESTIONS[:1]}, ["critic"])
 
 
 def test_inner_links_of_another_width(at_hub, tmp_path):
@@ -815,7 +845,8 @@ def test_inner_links_of_another_width(at_hub, tmp_path):
     torch.save(released(InnerLink(8)), folder / "adapter(math).pt")
     with pytest.raises(ValueError) as problem:
         load_critic(folder)
-    assert says(problem, str(folder / "adapter(math).pt"), "(8", "(32", "belongs to other models")
+    assert says(problem, str(folder / "adapter(math).pt"), "proj1.weight", "[8, 8]",
+                "[32, 32]", "for these models")
 
 
 def test_outer_links_of_another_style(at_hub):
@@ -834,7 +865,7 @@ def test_outer_links_of_the_same_edges_but_other_models(at_hub):
 
 
 def test_links_of_another_task(at_hub, tmp_path):
-    """An agent without the code link, and outer links without the task code."""
+    """An agent has no link for code."""
     folder = agent_folder(at_hub, tmp_path)
     (folder / "adapter(code).pt").unlink()
     with pytest.raises(FileNotFoundError) as problem:
@@ -843,6 +874,7 @@ def test_links_of_another_task(at_hub, tmp_path):
 
 
 def test_outer_links_of_another_task(at_hub, tmp_path):
+    """The manifest lists links for math alone."""
     shutil.copytree(at_hub / get_style("sequential_light").repo, tmp_path / "outer")
     path = tmp_path / "outer/outerlink_config.json"
     config = json.loads(path.read_text())
@@ -856,7 +888,7 @@ def test_outer_links_of_another_task(at_hub, tmp_path):
 
 def test_links_trained_on_another_base_model_are_not_used_with_the_roles(at_hub, tmp_path,
                                                                          monkeypatch):
-    """train_args.json says what they were trained on: that model is taken, or it is an error."""
+    """train_args.json says what they were trained on. That model is taken, or it is an error."""
     run(train_inner, monkeypatch, "--mas_design", "sequential", "--mas_role", "planner",
         "--model_name_or_path", "meta-llama/Llama-3.2-1B-Instruct", "--dataset_name",
         "RecursiveMAS/Sequential-Math", *INNER_FLAGS, "--save_dir", tmp_path)
@@ -870,31 +902,33 @@ def test_links_trained_on_another_base_model_are_not_used_with_the_roles(at_hub,
 
 
 def test_a_manifest_that_names_a_missing_file(at_hub, tmp_path):
+    """No other file is taken in its place."""
     folder = agent_folder(at_hub, tmp_path)
     (folder / "adapter(code).pt").rename(folder / "adapter.pt")
     with pytest.raises(FileNotFoundError) as problem:
         load_critic(folder, task="code")
-    assert says(problem, "innerlink_config.json", "adapter(code).pt")
+    assert says(problem, str(folder), "task 'code'", "looked for adapter(code).pt)")
 
 
 @pytest.mark.parametrize("kinds", [[], ["math"], ["math"] * 3], ids=len)
 def test_a_kind_for_each_question_or_one_for_all(kinds):
     with pytest.raises(ValueError, match="kind"):
-        new_mas().respond(QUESTIONS[:2], 1, 2, kind=kinds, max_new_tokens=1)
+        new_mas().respond(QUESTIONS[:2], 1, 2, kind=kinds, writing=Writing(max_new_tokens=1))
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model(at_hub, tmp_path):
-    """Said when it is loaded, not at the first question that holds such a token."""
+    """A question with such a token gets one line that names the folder. Others are answered."""
     folder = agent_folder(at_hub, tmp_path)
     path = folder / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
     tokenizer["added_tokens"].append({**tokenizer["added_tokens"][-1], "id": 5000,
                                       "content": "<extra>"})
     path.write_text(json.dumps(tokenizer))
-    try:
-        load_critic(folder).answer(["start <extra> 3"], 1, 2, max_new_tokens=1)
-    except ValueError as problem:
-        assert str(folder) in str(problem)
+    mas = load_critic(folder)
+    assert len(mas.answer(QUESTIONS[:1], 1, 2, max_new_tokens=1)) == 1
+    with pytest.raises(ValueError) as problem:
+        mas.answer(["start <extra> 3"], 1, 2, max_new_tokens=1)
+    assert says(problem, str(folder), "tokenizer knows more tokens than its model")
 
 
 def test_an_override_of_an_unknown_role():
@@ -910,17 +944,19 @@ def test_an_override_by_the_published_name_of_a_role(at_hub):
     assert same_weights(mas.agents["critic"].model, at_hub / other)
 
 
-def test_ckpt_override_may_be_given_twice(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--ckpt_override", "planner=a",
-                                      "--ckpt_override", "outer=b"])
-    args, _ = evaluate.flags()
-    assert evaluate.parse_override(args.ckpt_override) == {"planner": "a", "outer": "b"}
+@pytest.mark.parametrize("pairs, complaint", [
+    (["planner=no/planner", "outer=tiny/outer"], "role planner: no/planner"),
+    (["planner=tiny/planner", "outer=no/outer"], "outer links: no/outer")], ids=["first", "second"])
+def test_ckpt_override_may_be_given_twice(pairs, complaint, monkeypatch):
+    """Both count: the one that names no folder is complained of, whichever it is."""
+    with pytest.raises(FileNotFoundError, match=complaint):
+        run(evaluate, monkeypatch, "--ckpt_override", pairs[0], "--ckpt_override", pairs[1])
 
 
 def test_a_jsonl_that_is_no_text_is_named(tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(b"\xff\xfe{")
     with pytest.raises(ValueError) as problem:
-        common.load_rows(str(tmp_path / "rows.jsonl"))
+        rows.load_rows(str(tmp_path / "rows.jsonl"))
     assert says(problem, str(tmp_path / "rows.jsonl"))
 
 
@@ -928,7 +964,7 @@ def test_a_design_does_not_overrule_a_style(monkeypatch):
     """sequential is the published name of both sequential styles."""
     monkeypatch.setattr(sys, "argv", ["train_inner.py", "--mas_design", "sequential", "--style",
                                       "sequential_scaled"])
-    assert train_inner.flags()[1].name == "sequential_scaled"
+    assert train_inner.parse()[1].name == "sequential_scaled"
 
 
 def test_missing_data_is_said_before_any_model_is_loaded(tmp_path, monkeypatch):
@@ -939,13 +975,14 @@ def test_missing_data_is_said_before_any_model_is_loaded(tmp_path, monkeypatch):
 
 # ---- a style in one file ------------------------------------------------------------------------
 
-DEBATE = '''"""Two equal agents: each hears the other; the second one answers."""
+DEBATE = '''"""Two equal agents hear each other. The second one answers."""
 from styles import Edge, Role, Style
 
 
 def debater(name, other, target):
     return Role(name, "tiny/solver", "tiny/solver", target=(target,),
-                prompt="{question} <|notes|> {%s}" % other, first="{question} <|notes|> none")
+                prompt="{question} <|notes|> {%s}" % other, first="{question} <|notes|> none",
+                own="{question} <|notes|> {%s}" % name)
 
 
 debate = Style(
@@ -954,6 +991,15 @@ debate = Style(
     edges=(Edge("outer_lr", "left", "right"), Edge("outer_rl", "right", "left")),
 )
 '''
+
+
+def write_debate_links(folder):
+    """The folder of new outer links for DEBATE."""
+    links = {key: OuterLink(112, 112) for key in ("outer_lr", "outer_rl")}
+    save_outer(links, folder / "links", "debate")
+    return folder / "links"
+
+
 DEBATE_FLAGS = ("--dataset_name tiny --num_samples 20 --max_steps 3 --batch_size 2 --latent_length "
                 "2 --num_recursive_rounds 2 --eval_samples 2 --log_every 1").split()
 
@@ -966,7 +1012,7 @@ def debate(tmp_path):
 
 
 def test_a_style_file_trains_and_answers(debate, tmp_path, monkeypatch):
-    """train_inner, train_outer and evaluate of a style given by its path; links of its own."""
+    """All three scripts take a style by its path, and it gets links of its own."""
     run(train_inner, monkeypatch, "--style", debate, "--mas_role", "left", "--dataset_name",
         "tiny", "--num_samples", 10, "--max_steps", 2, "--latent_length", 2, "--save_dir",
         tmp_path / "left")
@@ -976,8 +1022,8 @@ def test_a_style_file_trains_and_answers(debate, tmp_path, monkeypatch):
     run(evaluate, monkeypatch, "--style", debate, "--num_samples", 4, "--latent_length", 2,
         "--max_new_tokens", 4, "--num_recursive_rounds", 2, "--out", tmp_path / "out",
         "--ckpt_override", f"left={tmp_path / 'left'}", f"outer={tmp_path / 'outer'}")
-    rows = json.loads((tmp_path / "out/summary.json").read_text())["rows"]
-    assert {row["style"] for row in rows} == {"debate"} and len(rows) == 8
+    table = json.loads((tmp_path / "out/summary.json").read_text())["rows"]
+    assert {row["style"] for row in table} == {"debate"} and len(table) == 8
 
 
 def test_the_trainers_last_line_can_be_run(debate, tmp_path, monkeypatch, capsys):
@@ -992,14 +1038,14 @@ def test_the_trainers_last_line_can_be_run(debate, tmp_path, monkeypatch, capsys
 
 
 BROKEN_FILES = {
-    "none": ("x = 1\n", "makes 0 styles"),
-    "two": (DEBATE + "import dataclasses\nmore = dataclasses.replace(debate, name='b')\n",
-            "makes 2 styles"),
+    "none": ("x = 1\n", "makes no style of its own"),
+    "a shipped one alone": ("from styles.tiny import tiny\n", "makes no style of its own"),
     "two roles of one name": (DEBATE.replace('"right", "left", "answer"', '"left", "left", "x"'),
                               "two roles are called left"),
     "an edge to nowhere": (DEBATE.replace('"outer_rl", "right"', '"outer_rl", "judge"'),
                            "names role judge, which does not exist"),
-    "a missing slot": (DEBATE.replace("<|notes|> {%s}\" % other", "<|notes|>\""), "no slot"),
+    "a missing slot": (DEBATE.replace("<|notes|> {%s}\" % other", "<|notes|>\""),
+                       "role left, prompt: it holds the slots {}, but {right} are heard"),
 }
 
 
@@ -1009,7 +1055,7 @@ def test_a_broken_style_file_is_one_line(case, tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.py").write_text(text)
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--style", str(tmp_path / "mine.py")])
     with pytest.raises(SystemExit) as stopped:
-        common.run(evaluate.main)
+        flags.run(evaluate.main)
     said = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 2 and len(said) == 1 and complaint in said[0]
 
@@ -1020,12 +1066,74 @@ def test_a_style_file_that_is_missing():
     assert says(problem, "no/such/file.py", "does not exist")
 
 
-def test_a_style_file_may_start_from_a_shipped_style(tmp_path):
-    """The shortest way to a new one: other words, another model, the rest as it is."""
+OTHER_WORDS = """\
+from dataclasses import replace
+
+from styles.tiny import tiny
+
+solver = tiny.role("solver")
+mine = replace(tiny, name="mine", roles=(*tiny.roles[:2], replace(solver, NEW)))
+"""
+
+
+def test_a_style_file_may_start_from_a_shipped_style(tmp_path, monkeypatch):
+    """It changes the words of one role. The rest stays as it is, settings and links included."""
+    path, tiny = tmp_path / "mine.py", get_style("tiny")
+    path.write_text(OTHER_WORDS.replace("NEW", 'prompt="{question} {critic}"'))
+    mine = get_style(str(path))
+    assert mine.name == "mine" and mine.roles[:2] == tiny.roles[:2]
+    assert mine.roles[2] == dataclasses.replace(tiny.roles[2], prompt="{question} {critic}")
+    assert dataclasses.replace(mine, name="tiny", roles=tiny.roles) == tiny
+    outputs = {}
+    for name, style in (("theirs", "tiny"), ("mine", path)):
+        run(evaluate, monkeypatch, "--style", style, "--method", "latent", "single",
+            "--num_recursive_rounds", 2, "--num_samples", 9, "--out", tmp_path / name)
+        lines = read_lines(tmp_path / name / "results.jsonl")
+        for method in ("latent", "single"):
+            outputs[name, method] = [line["outputs"] for line in lines if line["method"] == method]
+    assert outputs["mine", "single"] == outputs["theirs", "single"]      # its prompt is `first`
+    assert outputs["mine", "latent"] != outputs["theirs", "latent"]
+
+
+@pytest.mark.parametrize("new, complaint", [
+    ('name="judge"', "edge outer_23 names role solver, which does not exist"),
+    ('colour="red"', "unexpected keyword argument 'colour'"),
+    ('prompt="{question}"', "{critic} are heard")], ids=["role", "field", "slot"])
+def test_a_changed_style_that_cannot_work_is_one_line(new, complaint, tmp_path, monkeypatch,
+                                                      capsys):
+    """It is refused before anything is written."""
+    (tmp_path / "mine.py").write_text(OTHER_WORDS.replace("NEW", new))
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--style", str(tmp_path / "mine.py"),
+                                      "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stopped:
+        flags.run(evaluate.main)
+    said = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and len(said) == 1
+    assert "mine.py" in said[0] and complaint in said[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_last_style_of_a_file_counts(tmp_path):
+    """A file may make helpers and several styles. A style that it only imports does not count."""
     path = tmp_path / "mine.py"
-    path.write_text("import dataclasses\nfrom styles.tiny import tiny\n"
-                    "mine = dataclasses.replace(tiny, name='mine')\n")
-    assert get_style(str(path)).name == "mine"
+    path.write_text(DEBATE + "import dataclasses\nmore = dataclasses.replace(debate, name='b')\n")
+    assert get_style(str(path)).name == "b"
+    path.write_text(DEBATE + "from styles.tiny import tiny\n")
+    assert get_style(str(path)).name == "debate"
+
+
+def test_a_style_without_own_says_what_single_loop_lacks(debate, tmp_path):
+    """All other methods work."""
+    own = ',\n                own="{question} <|notes|> {%s}" % name'
+    assert own in DEBATE
+    debate.write_text(DEBATE.replace(own, ""))
+    mas = load_mas_system(str(debate), device="cpu",
+                          ckpt_override={"outer": str(write_debate_links(tmp_path))})
+    for method in ("latent", "text", "single"):
+        assert len(mas.answer(QUESTIONS[:2], 2, 2, method=method, max_new_tokens=2)) == 2
+    with pytest.raises(ValueError) as problem:
+        mas.answer(QUESTIONS[:2], 2, 2, method="single_loop", max_new_tokens=2)
+    assert says(problem, "style debate", "role right", "`own`", "add it")
 
 
 ODD_FILES = {
@@ -1049,8 +1157,8 @@ def test_a_style_file_that_python_refuses_is_one_line(case, tmp_path):
     {"left": "agent2", "right": "agent1"}, {"left": "agent1", "right": "agent2"},
     {"outer_lr": "outer_adapter"}, {"outer_lr": "forward"}, {"outer_lr": "keys"}], ids=str)
 def test_names_that_meet_other_names(change, debate, tmp_path, monkeypatch):
-    """Roles called agent1, agent2 as in the published flags; edges called like a flag's head or
-    like a method: either they work or the style is refused by one line."""
+    """Roles are called agent1 and agent2, as in the published flags. Edges are called like the
+    beginning of a flag, or like a method. Either they work or one line refuses the style."""
     text = DEBATE
     for old, new in change.items():
         text = text.replace(f'"{old}"', f'"{new}"')
@@ -1059,14 +1167,15 @@ def test_names_that_meet_other_names(change, debate, tmp_path, monkeypatch):
         run(train_outer, monkeypatch, "--style", debate, *DEBATE_FLAGS, "--save_dir",
             tmp_path / "outer")
     except ValueError as problem:
-        assert "style debate" in str(problem)
+        assert "style debate" in str(problem) and "\n" not in str(problem)
 
 
 # ---- places and memory --------------------------------------------------------------------------
 
 def answers(mas, **options):
     """(texts, thoughts) of two rounds."""
-    texts, ran = mas.respond(QUESTIONS[:3], 2, 2, trace=True, max_new_tokens=4, **options)
+    texts, ran = mas.respond(QUESTIONS[:3], 2, 2, trace=True, writing=Writing(max_new_tokens=4),
+                             **options)
     return texts, list(ran.thoughts.values())
 
 
@@ -1076,10 +1185,10 @@ def same_answers(one, other):
 
 @pytest.mark.parametrize("name", STYLES)
 def test_two_devices_share_the_agents(name, at_hub, monkeypatch):
-    """--device a,b: each agent is loaded once, to one of the two, neither gets more than the
-    largest agent more than the other; and the answers stay those of one device."""
+    """With --device a,b each agent is loaded once, to one of the two. Neither gets more than the
+    largest agent more than the other. The answers stay those of one device."""
     loaded = {"a": [], "b": []}
-    load_agent = recurse.load_agent
+    load_agent = checkpoints.load_agent
 
     def load(folder, device, dtype, *options):
         agent = load_agent(folder, torch.device("cpu"), dtype, *options)
@@ -1088,8 +1197,8 @@ def test_two_devices_share_the_agents(name, at_hub, monkeypatch):
 
     whole = load_mas_system(name, device="cpu")
     assert same_answers(answers(whole), answers(load_mas_system(name, device="cpu,cpu")))
-    monkeypatch.setattr(recurse, "load_agent", load)
-    monkeypatch.setattr(recurse, "pick_device", lambda place, dtype: (place, torch.float32))
+    monkeypatch.setattr(checkpoints, "load_agent", load)
+    monkeypatch.setattr(checkpoints, "pick_device", lambda place, dtype: (place, torch.float32))
     mas = load_mas_system(name, device="a,b")
     assert same_answers(answers(whole), answers(mas))
     sizes = {place: sum(size for _, size in agents) for place, agents in loaded.items()}
@@ -1100,7 +1209,7 @@ def test_two_devices_share_the_agents(name, at_hub, monkeypatch):
 
 @pytest.mark.parametrize("halves", ["planner", "critic"])
 def test_agents_of_different_precision(halves):
-    """As --device cuda,cpu makes them: bfloat16 on the card, float32 beside it."""
+    """--device cuda,cpu makes them: bfloat16 on the card, float32 beside it."""
     mas = new_mas()
     agent = mas.agents[halves]
     agent.model.bfloat16()
@@ -1109,7 +1218,7 @@ def test_agents_of_different_precision(halves):
 
 
 def test_roles_of_one_base_share_its_model(at_hub, tmp_path):
-    """Deliberation on one base model with links of their own; each keeps its inner link."""
+    """Both roles of deliberation have one base model. Each keeps its own inner link."""
     override = {"outer": get_style("deliberation").repo}
     for role in ("reflector", "toolcaller"):
         save_inner(randomise(InnerLink(40), 1.0, len(role)), tmp_path / role)
@@ -1123,62 +1232,97 @@ def test_roles_of_one_base_share_its_model(at_hub, tmp_path):
     assert by_repo.agents["reflector"].model is not by_repo.agents["toolcaller"].model
 
 
-def test_weights_move_in_and_out(at_hub):
-    """All parameters and buffers are among those that move; wake() puts a copy in place, on the
-    device, rest() brings back the very tensor. (No device but the CPU is needed for this.)"""
-    role = get_style("sequential_scaled").roles[0]
+def test_offload_moves_whole_models(at_hub):
+    """All parameters and buffers move, and the agent's own names for them go along. (The device
+    meta stands for a card.)"""
     mas = load_mas_system("sequential_scaled", device="cpu", offload=True)
-    agent, model = mas.agents[role.name], mas.agents[role.name].model
-    moving = {id(weight) for weight, _ in agent.at_rest}
-    assert moving == {id(weight) for weight in (*model.parameters(), *model.buffers())}
-    assert all(weight.data_ptr() == resting.data_ptr() for weight, resting in agent.at_rest)
-    resting, agent.device = torch.ones(3), torch.device("meta")
-    weight = types.SimpleNamespace(device=resting.device, data=resting)
-    agent.at_rest = [(weight, resting)]
-    agent.wake()
-    assert weight.data.device.type == "meta"
-    agent.rest()
-    assert weight.data is resting
+    for name, agent in mas.agents.items():
+        agent.device = torch.device("meta")
+        assert {weight.device.type for weight in agent.model.parameters()} == {"cpu"}
+    agent = mas.agent("planner")
+    assert agent is mas.agents["planner"]
+    for weight in (*agent.model.parameters(), *agent.model.buffers(), agent.embedding.weight,
+                   agent.head.weight, *agent.body.parameters()):
+        assert weight.device.type == "meta"
+    for name in ("critic", "solver"):
+        model = mas.agents[name].model
+        assert {weight.device.type for weight in model.parameters()} == {"cpu"}
+
+
+def test_fresh_outer_links_of_an_offloaded_system(at_hub):
+    """Their gain is taken from embeddings that are in main memory, while the agent's device is the
+    card. (The device meta stands for it.)"""
+    whole = load_mas_system("sequential_light", device="cpu")
+    mas = load_mas_system("sequential_light", device="cpu", offload=True)
+    for agent in mas.agents.values():
+        agent.device = torch.device("meta")
+    assert mas.agents["planner"].embedding_rms == whole.agents["planner"].embedding_rms
+    fresh = mas.with_fresh_outer()
+    assert {link.proj1.weight.device.type for link in fresh.outer.values()} == {"meta"}
+
+
+def watch_places(mas, monkeypatch):
+    """(ids of the models on the card, agents that ran). The card is the CPU as the device cpu:0.
+
+    A forward pass fails unless its model, and no other one, is on the card."""
+    on_card, passes, forward = set(), [], Agent.forward
+
+    def moving(model):
+        def to(device):
+            moved = on_card.add if device == torch.device("cpu:0") else on_card.discard
+            moved(id(model))
+            return model
+        return to
+
+    for agent in mas.agents.values():
+        agent.device = torch.device("cpu:0")
+        monkeypatch.setattr(agent.model, "to", moving(agent.model))
+
+    def counted(agent, *args):
+        assert on_card == {id(agent.model)}
+        passes.append(agent)
+        return forward(agent, *args)
+
+    monkeypatch.setattr(Agent, "forward", counted)
+    return on_card, passes
 
 
 @pytest.mark.parametrize("method", ["latent", "zero", "text", "single", "single_loop"])
 @pytest.mark.parametrize("name", ["sequential_light", "mixture", "deliberation"])
-def test_offload_keeps_one_agent_awake_and_answers_the_same(name, method, at_hub, monkeypatch):
-    """Every forward pass is of the one model that is awake. Oracle for the answers: without."""
+def test_offload_keeps_one_agent_on_the_device_and_answers_the_same(name, method, at_hub,
+                                                                    monkeypatch):
+    """Every forward pass is one of the model whose turn it is. Oracle for the answers: a system
+    without offload."""
     wanted = answers(load_mas_system(name, device="cpu"), method=method)
-    mas, awake, passes = load_mas_system(name, device="cpu", offload=True), set(), []
-    assert all(agent.at_rest for agent in mas.agents.values())
-    wake, rest, forward = Agent.wake, Agent.rest, Agent._forward
-
-    def now_awake(agent):
-        wake(agent)
-        awake.add(id(agent.model))
-        assert len(awake) == 1
-
-    def now_resting(agent):
-        rest(agent)
-        awake.discard(id(agent.model))
-
-    def counted(agent, *args):
-        assert awake == {id(agent.model)}
-        passes.append(agent)
-        return forward(agent, *args)
-
-    monkeypatch.setattr(Agent, "wake", now_awake)
-    monkeypatch.setattr(Agent, "rest", now_resting)
-    monkeypatch.setattr(Agent, "_forward", counted)
+    mas = load_mas_system(name, device="cpu", offload=True)
+    on_card, passes = watch_places(mas, monkeypatch)
     assert same_answers(wanted, answers(mas, method=method)) and passes
+    assert on_card == {id(mas.agents[mas.style.roles[-1].name].model)}
+
+
+def test_offload_lets_roles_of_one_base_share_the_device(at_hub, tmp_path, monkeypatch):
+    """The model that both roles share is never moved away between their turns."""
+    override = {"outer": get_style("deliberation").repo}
+    for role in ("reflector", "toolcaller"):
+        save_inner(randomise(InnerLink(40), 1.0, len(role)), tmp_path / role)
+        override[role] = str(tmp_path / role)
+    wanted = answers(load_mas_system("deliberation", device="cpu", ckpt_override=override))
+    mas = load_mas_system("deliberation", device="cpu", ckpt_override=override, offload=True)
+    on_card, passes = watch_places(mas, monkeypatch)
+    assert same_answers(wanted, answers(mas)) and len(set(map(id, passes))) == 2
+    assert on_card == {id(mas.agents["reflector"].model)}
 
 
 def test_offload_by_flag_gives_the_same_results(at_hub, tmp_path, monkeypatch):
-    """evaluate.py --offload, --device cpu,cpu and neither: the same lines but for the times."""
+    """evaluate.py writes the same lines but for the times with --offload, with --device cpu,cpu and
+    with neither."""
     lines = {}
     ways = {"plain": [], "offload": ["--offload"], "two": ["--device", "cpu,cpu"]}
-    for name, flags in ways.items():
+    for name, more in ways.items():
         run(evaluate, monkeypatch, "--style", "mixture", "--num_samples", 4, "--latent_length", 2,
             "--num_recursive_rounds", 2, "--method", "latent", "single", "zero", "untrained",
-            "--max_new_tokens", 3, "--out", tmp_path / name, *flags)
+            "--max_new_tokens", 3, "--out", tmp_path / name, *more)
         lines[name] = [{key: value for key, value in line.items()
                         if key not in ("seconds", "peak_memory_mb")}
-                       for line in common.read_json_lines(tmp_path / name / "results.jsonl")]
+                       for line in read_lines(tmp_path / name / "results.jsonl")]
     assert len(lines["plain"]) == 16 and lines["plain"] == lines["offload"] == lines["two"]

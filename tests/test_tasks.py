@@ -15,7 +15,10 @@ import zlib
 import pytest
 
 from conftest import PROJECT
-from tasks import (Example, Score, choice, coding, get_task, last_box, maths, search,
+
+from support import web
+from support.web import JudgeSettings, Key
+from tasks import (Example, Score, choice, coding, get_task, last_box, maths, read_rows, search,
                    task_names)
 
 HUGE = "so we go on. " * 15_000                         # 200 kB of talk
@@ -28,7 +31,7 @@ def box(answer):
 
 
 def write_rows(path, rows):
-    """The rows as .jsonl, or as .json with a data field."""
+    """Write the rows as .jsonl, or as .json with a data field: the file's name."""
     if path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     else:
@@ -53,8 +56,12 @@ def documented(module):
     return {label: text.rstrip("\n") for label, text in fields.items()}
 
 
-@pytest.mark.parametrize("module", [maths, choice, search, coding], ids=lambda m: m.__name__)
-def test_documented_example(module, tmp_path, stub_tools):
+needs_sandbox = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
+
+
+@pytest.mark.parametrize("module", [maths, choice, search, pytest.param(
+    coding, marks=needs_sandbox)], ids=lambda module: module.__name__)
+def test_documented_example(module, tmp_path, no_judge):
     shown = documented(module)
     path = write_rows(tmp_path / "rows.jsonl", [json.loads(shown["record"])])
     task = module.task(module.NAMES[0], path)
@@ -66,17 +73,18 @@ def test_documented_example(module, tmp_path, stub_tools):
 
 
 @pytest.fixture
-def stub_tools(monkeypatch):
-    """A tools.py without judge, whose sandbox runs in this process: for our own programs only."""
-    def passes(code, test, timeout_s=10, memory_mb=1024):
-        names = {}
-        exec(code, names)
-        exec(test, names)
-        return types.SimpleNamespace(status="ok")
+def no_judge(monkeypatch):
+    """No judge is configured, whatever this machine's environment says."""
+    monkeypatch.setattr(web, "judge_settings", lambda: None)
 
-    stub = types.SimpleNamespace(judge_settings=lambda: None, judge=None, passes=passes)
-    monkeypatch.setitem(sys.modules, "tools", stub)
-    return stub
+
+@pytest.fixture
+def judging(monkeypatch):
+    """A judge who says judging.verdict. asked: what he was asked."""
+    state = types.SimpleNamespace(verdict="correct", asked=[])
+    monkeypatch.setattr(web, "judge_settings", lambda: JudgeSettings("http://h", "m", Key("k")))
+    monkeypatch.setattr(web, "judge", lambda *asked: state.asked.append(asked) or state.verdict)
+    return state
 
 
 # ---- boxes --------------------------------------------------------------------------------------
@@ -187,28 +195,99 @@ def test_maths_finds_the_answer(text, score):
     assert maths.score(Example("1", "", "5", "math"), text) == score
 
 
+def compared(gold, answer):
+    """The Score of a boxed answer."""
+    return maths.score(Example("1", "", gold, "math"), box(answer))
+
+
 def test_a_poisonous_answer_costs_seconds_and_the_next_is_scored():
     started = time.perf_counter()
-    score = maths.score(Example("1", "", "5", "math"), r"\boxed{9^{9^{9^9}}}")
-    assert score == Score(False, "9^{9^{9^9}}", "no verdict in 5 s")
+    assert compared("5", "9^{9^{9^9}}") == Score(False, "9^{9^{9^9}}", "no verdict in 5 s")
     assert time.perf_counter() - started < 3 * maths.SECONDS
-    assert maths.score(Example("1", "", "5", "math"), r"\boxed{5}").correct
+    assert compared("5", "5").correct
 
 
-def test_a_killed_worker_is_replaced():
-    maths.ready()
-    maths.WORKER.process.kill()
-    maths.WORKER.process.wait()
-    assert maths.score(Example("1", "", "5", "math"), r"\boxed{5}").correct
+def test_an_answer_that_breaks_sympy_is_wrong_and_the_next_is_scored(monkeypatch):
+    """No short answer breaks this version of sympy, so the comparison itself is replaced. The note
+    names the exception."""
+    with monkeypatch.context() as patch:
+        patch.setattr(maths, "compare", divide_by_zero)
+        maths.in_a_process.cache_clear()
+        assert compared("5", "5") == Score(False, None, "ZeroDivisionError")
+    maths.in_a_process.cache_clear()
+    assert compared("5", "5") == Score(True, "5")
 
 
-def test_threads_share_the_worker():
+def divide_by_zero(gold, answer):
+    return 1 / 0
+
+
+def script(code, *arguments):
+    """What a Python program of its own prints, which has `maths`, `compared` and `others()`: the
+    ids of the processes that compare."""
+    begin = """
+import multiprocessing, os, sys, threading, time
+from tasks import Example, maths
+def compared(gold, answer):
+    return maths.score(Example("1", "", gold, "math"), "\\\\boxed{" + answer + "}")
+def others():
+    return [process.pid for process in multiprocessing.active_children()]
+"""
+    run = subprocess.run([sys.executable, "-c", begin + code, *arguments], cwd=PROJECT, text=True,
+                         capture_output=True, timeout=60)
+    assert not run.stderr, run.stderr
+    return run.stdout
+
+
+needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
+
+
+@needs_proc
+def test_an_answer_that_takes_all_memory_does_no_harm():
+    """It may take 100 MB here. Without a limit it takes more than 400 MB in its five seconds."""
+    peak, verdicts = script("""
+maths.MEMORY_MB = 100
+maths.ready()
+def peak(pid):
+    lines = open(f"/proc/{pid}/status").read().split("\\n")
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+before, highest, verdicts = peak(os.getpid()), 0, []
+thread = threading.Thread(target=lambda: verdicts.append(compared("5", "2^{2^{40}}")))
+thread.start()
+while thread.is_alive():
+    try:
+        highest = max([highest, *map(peak, others())])
+    except (OSError, StopIteration):
+        pass                                # it has been ended
+    thread.join(0.02)
+print((highest - before) // 1000)
+print(verdicts[0].correct, compared("5", "5").correct)
+""").splitlines()
+    assert int(peak) < 150 and verdicts == "False True"
+
+
+def test_a_killed_process_costs_one_verdict():
+    """The kernel kills processes when memory is short. The answer is unread, the next one is not.
+    """
+    assert script("""
+maths.ready()
+verdicts = []
+thread = threading.Thread(target=lambda: verdicts.append(compared("5", "9^{9^{9^9}}")))
+thread.start()
+while not others():
+    time.sleep(0.01)
+os.kill(others()[0], 9)
+thread.join()
+print(verdicts[0].correct, verdicts[0].parsed, compared("5", "5").correct)
+""") == "False None True\n"
+
+
+def test_threads_share_the_process():
     verdicts, start = {}, threading.Barrier(24)
 
     def ask(i):
         start.wait()
-        verdicts[i] = [maths.score(Example("1", "", str(i % 2), "math"), box(i - repeat)).correct
-                       for repeat in range(8)]
+        verdicts[i] = [compared(str(i % 2), i - repeat).correct for repeat in range(8)]
 
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(24)]
     for thread in threads:
@@ -216,6 +295,22 @@ def test_threads_share_the_worker():
     for thread in threads:
         thread.join()
     assert verdicts == {i: [i % 2 == i - repeat for repeat in range(8)] for i in range(24)}
+
+
+def test_a_poisonous_answer_does_not_cost_another_thread_its_verdict():
+    """The clock of an answer runs from when it is compared, not from when it is asked."""
+    scores = {}
+
+    def ask(answer):
+        scores[answer] = compared("5", answer)
+
+    threads = [threading.Thread(target=ask, args=(answer,)) for answer in ("9^{9^{9^9}}", "5")]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.5)
+    for thread in threads:
+        thread.join()
+    assert scores["5"] == Score(True, "5") and not scores["9^{9^{9^9}}"].correct
 
 
 def alive(pid):
@@ -227,24 +322,39 @@ def alive(pid):
         return False
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
-@pytest.mark.parametrize("end", ["pass", "import os; os._exit(1)"])
-def test_no_worker_outlives_its_parent(end):
-    """It goes when we end, and soon when we are killed."""
-    code = ("from tasks import maths; maths.ready()\n"
-            f"print(maths.WORKER.process.pid, flush=True)\n{end}")
-    run = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
-    pid = int(run.stdout)
-    deadline = time.time() + 5
+@needs_proc
+def test_no_process_outlives_its_parent():
+    """The parent is gone while an endless comparison runs: its own alarm ends it."""
+    pid = int(script("""
+maths.SECONDS = 1
+maths.ready()
+threading.Thread(target=compared, args=("5", "9^{9^{9^9}}"), daemon=True).start()
+while not others():
+    time.sleep(0.01)
+time.sleep(0.3)
+print(others()[0], flush=True)
+os._exit(1)"""))
+    deadline = time.time() + 8
     while alive(pid) and time.time() < deadline:
         time.sleep(0.05)
     assert not alive(pid)
 
 
-def test_a_worker_that_cannot_start_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(ValueError, match="pip install math-verify"):
-        maths.Worker().ask("1", "1")
+def test_comparing_prints_nothing():
+    """math-verify warns, again in each process, that we keep the time ourselves."""
+    assert script('print(compared("5", "5").correct)') == "True\n"
+
+
+@pytest.mark.parametrize("ask", ["maths.ready()", 'compared("5", "5")'])
+def test_a_missing_math_verify_is_one_clear_error(ask):
+    """It is an error already for ready(), and never a wrong answer."""
+    assert script(f"""
+sys.modules["math_verify"] = None           # as if it were not installed
+try:
+    {ask}
+except ValueError as problem:
+    print(problem)
+""") == "answers cannot be compared: pip install math-verify\n"
 
 
 # ---- multiple choice ----------------------------------------------------------------------------
@@ -300,7 +410,7 @@ def test_choice_verdicts(text, letter):
 
 
 def test_letters_that_are_options_texts():
-    """In a box a single letter is a letter, whatever the options say."""
+    """A single letter in a box is a letter, whatever the options say."""
     example = Example("1", "", "B", "choice", {"options": ["B", "A", "AB", "0"]})
     assert choice.score(example, box("B")) == Score(True, "B")
     assert choice.score(example, box("AB")) == Score(False, "C")
@@ -327,7 +437,7 @@ def test_gpqa_shuffle_is_by_seed_and_question(tmp_path):
 
 
 def test_gpqa_order_does_not_change_between_processes(tmp_path):
-    """A seed of Python's own hash() would: it is salted in each process."""
+    """Python's own hash() is salted in each process, so a seed made with it would change."""
     code = ("from tasks import choice\nimport json, sys\n"
             "print(choice.make_example('here', json.loads(sys.argv[1])).question)")
     runs = [subprocess.run([sys.executable, "-c", code, json.dumps(GPQA)], cwd=PROJECT, text=True,
@@ -391,7 +501,7 @@ def test_rows_that_cannot_be_scored_are_left_out_aloud(tmp_path, capsys, row):
     (["Paris", "Lutetia"], "Paris or Lutetia", False), (["Zürich"], "Zurich", False),
     (["Paris"], "?", False), (["Paris"], "not Paris", False), (["Paris"], "P" * 1500, False),
 ])
-def test_exact_match(stub_tools, golds, answer, right):
+def test_exact_match(no_judge, golds, answer, right):
     example = Example("1", "?", " or ".join(golds), "search", {"answers": golds})
     score = search.score(example, box(answer))
     assert score.correct is right
@@ -401,30 +511,30 @@ def test_exact_match(stub_tools, golds, answer, right):
 @pytest.mark.parametrize("text", [
     "Paris", "The answer is Paris.", r"\boxed{}", r"\boxed{Paris", "", HUGE, r"\boxed{?!}",
     r"\boxed{" + HUGE + "}"])
-def test_no_box_is_unparsed_and_never_judged(stub_tools, text):
-    stub_tools.judge_settings = lambda: {"model": "m"}
+def test_no_box_is_unparsed_and_never_judged(judging, text):
     example = Example("1", "?", "Paris", "search", {"answers": ["Paris"]})
     assert search.score(example, text) == Score(False, None)
+    assert judging.asked == []
 
 
 @pytest.mark.parametrize("verdict, right", [("correct", True), ("incorrect", False),
                                             ("invalid", False)])
-def test_the_judge_decides_where_exact_match_fails(stub_tools, verdict, right):
-    asked = []
-    stub_tools.judge_settings = lambda: {"model": "m"}
-    stub_tools.judge = lambda *words: asked.append(words) or verdict
+def test_the_judge_decides_where_exact_match_fails(judging, verdict, right):
+    judging.verdict = verdict
     example = Example("1", "Where?", "Paris", "search", {"answers": ["Paris"]})
     assert search.score(example, box("the Paris")) == Score(True, "the Paris", "exact match")
-    assert asked == []
+    assert judging.asked == []
     score = search.score(example, box("Paris, France"))
     assert score == Score(right, "Paris, France", f"judge: {verdict}")
-    assert asked == [("Where?", ["Paris"], "Paris, France")]
+    assert judging.asked == [("Where?", ["Paris"], "Paris, France")]
 
 
-def test_ready_says_whether_there_is_a_judge(stub_tools, capsys):
+def test_ready_says_that_there_is_no_judge(no_judge, capsys):
     search.ready()
     assert "no judge is configured" in capsys.readouterr().out
-    stub_tools.judge_settings = lambda: {"model": "m"}
+
+
+def test_ready_says_that_there_is_a_judge(judging, capsys):
     search.ready()
     assert "sent to the configured judge" in capsys.readouterr().out
 
@@ -558,7 +668,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     pickle.loads(zlib.decompress(base64.b64decode(poison)))
     assert (tmp_path / "ran").exists()                             # a plain reader does run it
     (tmp_path / "ran").unlink()
-    with pytest.raises(ValueError, match="tests of q1 are damaged .*asks for .*open"):
+    with pytest.raises(ValueError, match="tests of q1 are damaged.*asks for .*open"):
         coding.all_tests(live_example(tmp_path, live_row(poison)))
     assert not (tmp_path / "ran").exists()
 
@@ -584,23 +694,18 @@ def test_live_framing(tmp_path):
         "int:\n\nYour program must define add, which is called and returns its answer.")
 
 
-@pytest.fixture
-def sandbox():
-    """The real tools.py."""
-    return pytest.importorskip("tools", reason="tools.py, which runs programs, is not there yet")
-
-
 MBPP = {"task_id": 2, "prompt": "Write a function to add two numbers.", "code": "",
         "source_file": "", "test_imports": ["import math"],
         "test_list": [f"assert add(1, {i}) == {i + 1}" for i in range(5)],
         "test": "import numpy as np\nassert add(np.int64(2), math.floor(1.5)) == 3"}
 
 
+@needs_sandbox
 @pytest.mark.parametrize("body, right", [
     ("return a + b", True), ("return a - b", False), ("return", False),
     ("raise SystemExit(0)", False),
     ("import os; os._exit(0)", False), ("return a +", False), ("print('ok'); return 0", False)])
-def test_mbpp_verdicts(sandbox, tmp_path, body, right):
+def test_mbpp_verdicts(tmp_path, body, right):
     task = get_task("mbppplus", write_rows(tmp_path / "mbpp.json", [MBPP]))
     example, = task.load()
     assert example.question.count("assert") == 3 and example.gold == "tests pass"
@@ -613,6 +718,7 @@ def test_mbpp_verdicts(sandbox, tmp_path, body, right):
 READS = "a, b = map(int, input().split())\nprint(a {} b)"
 
 
+@needs_sandbox
 @pytest.mark.parametrize("code, right, note", [
     (READS.format("+"), True, ""), (READS.format("-"), False, "test 1 of 3: wrong answer"),
     ("print(3)", False, "test 2 of 3: wrong answer"), ("1 / 0", False, "test 1 of 3: error"),
@@ -621,13 +727,14 @@ READS = "a, b = map(int, input().split())\nprint(a {} b)"
     ("from __future__ import annotations\n" + READS.format("+"), True, ""),
     ("print(pow(2, 3, 5) * 0 + sum(map(int, input().split())))", True, ""),
 ])
-def test_live_stdin_verdicts(sandbox, tmp_path, code, right, note):
+def test_live_stdin_verdicts(tmp_path, code, right, note):
     hidden = packed(json.dumps([stdin_test("4 5\n", "9\n"), stdin_test("-1 1", "0")]))
     example = live_example(tmp_path, live_row(hidden))
     score = coding.score(example, f"```python\n{code}\n```")
     assert (score.correct, score.note) == (right, note)
 
 
+@needs_sandbox
 @pytest.mark.parametrize("code, right", [
     ("class Solution:\n    def add(self, a: List[int], b):\n        return [x + b for x in a]",
      True),
@@ -635,7 +742,7 @@ def test_live_stdin_verdicts(sandbox, tmp_path, code, right, note):
     ("def add(a, b):\n    return a", False), ("def add(a):\n    return a", False),
     ("def plus(a, b):\n    return a", False), ("class Solution:\n    pass", False),
 ])
-def test_live_function_verdicts(sandbox, tmp_path, code, right):
+def test_live_function_verdicts(tmp_path, code, right):
     row = live_row(json.dumps([call_test("[1, 2]\n3", "[4, 5]")]), metadata='{"func_name": "add"}',
                    public_test_cases=json.dumps([call_test("[]\n3", "[]")]))
     example = live_example(tmp_path, row)
@@ -760,12 +867,22 @@ def test_missing_columns_are_named(tmp_path, name, row, complaint):
         get_task(name, path).load()
 
 
+def test_rows_stand_where_the_field_says(tmp_path):
+    """The rows of a .json stand under `data`, unless another name is given."""
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({"data": [{"a": 1}], "train": [{"b": 2}, {"c": 3}]}))
+    assert [row for _, row in read_rows(path)] == [{"a": 1}]
+    assert [row for _, row in read_rows(path, field="train")] == [{"b": 2}, {"c": 3}]
+    with pytest.raises(ValueError, match="a list under 'test'"):
+        list(read_rows(path, field="test"))
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing.json does not exist"):
         get_task("gpqa", str(tmp_path / "nothing.json")).load()
 
 
-def test_several_gold_answers(tmp_path, stub_tools):
+def test_several_gold_answers(tmp_path, no_judge):
     path = write_rows(tmp_path / "rows.json", [{"question": "?", "answer": ["NYC", "New York"]}])
     example, = get_task("search", path).load()
     assert example.gold == "NYC or New York"
@@ -861,7 +978,10 @@ def test_ready_of_maths():
 
 
 def test_importing_tasks_is_light():
-    """Nothing heavy is imported before it is needed."""
+    """Nothing heavy is imported before it is needed. The web and the sandbox are not, either."""
     code = "import sys, tasks; tasks.task_names(); print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
-    assert not {"torch", "datasets", "sympy", "math_verify", "tools"} & set(run.stdout.split())
+    loaded = set(run.stdout.split())
+    assert "tasks.maths" in loaded
+    assert not {"torch", "datasets", "sympy", "math_verify", "numpy", "requests", "support.web",
+                "support.sandbox"} & loaded

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from agents import load_agent
+from support.checkpoints import load_agent
 from tasks import get_task, pass_at_k, tiny
 from tiny import build
 

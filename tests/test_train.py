@@ -8,13 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import common
+import reference
 import train_inner
 import train_outer
-from link import InnerLink, load_inner, load_outer
-from recurse import load_mas_system
-from styles import get_style
+import warm_start
+from link import InnerLink
+from recurse import Turn, load_mas_system
 from styles.tiny import tiny as tiny_style
+from support import rows as data
+from support.checkpoints import load_inner, load_outer, save_outer
+from support.training import Training, batch_of
 from tasks import tiny
 
 ROWS = tiny.train_rows(4, 7)
@@ -27,11 +30,11 @@ def outer_args(**changes):
     return argparse.Namespace(**{**settings, **changes})
 
 
-def outer_gradients(mas, rows, rounds, args, known=None):
+def outer_gradients(mas, rows, rounds, args):
     """(loss, {parameter: gradient}) of one outer loss."""
     mas.outer.requires_grad_(True)
     mas.outer.zero_grad()
-    loss, *_ = train_outer.outer_loss(mas, rows, rounds, args, known)
+    loss, *_ = train_outer.outer_loss(mas, rows, rounds, args)
     loss.backward()
     mas.outer.requires_grad_(False)
     return loss.item(), {name: p.grad.clone() for name, p in mas.outer.named_parameters()
@@ -39,31 +42,16 @@ def outer_gradients(mas, rows, rounds, args, known=None):
 
 
 def plain_outer_loss(mas, row, rounds, m):
-    """The outer loss of one row from the equations: no cache, no batch, no padding, no recursion
-    loop of ours. The prompt is the tiny style's, spelled out."""
-    def embed(agent, words):
-        return agent.embedding(torch.tensor(agent.tokenizer.convert_tokens_to_ids(words.split())))
+    """The outer loss of one row, by reference.py. The prompt is the tiny style's, spelled out."""
+    def prompt(role, heard):
+        said = list(heard.values()) or ["none"]
+        return [f"<bos> <|user|> {row['question']} <|notes|>", *said, "<|assistant|>"]
 
-    heard, order = None, ["planner", "critic", "solver"]
-    for round in range(1, rounds + 1):
-        for name, key in zip(order, ("outer_12", "outer_23", "outer_31")):
-            agent = mas.agents[name]
-            before = f"<bos> <|user|> {row['question']} <|notes|>"
-            before += " none" if heard is None else ""
-            parts = [embed(agent, before)] + ([] if heard is None else [heard])
-            x = torch.cat(parts + [embed(agent, "<|assistant|>")])[None]
-            if round == rounds and name == "solver":
-                words = row["answer"][round - 1].split()
-                gold = torch.tensor(agent.tokenizer.convert_tokens_to_ids(words))
-                x = torch.cat([x, agent.embedding(gold[:-1])[None]], 1)
-                logits = agent.model(inputs_embeds=x).logits[0, -len(gold):]
-                return F.cross_entropy(logits, gold)
-            thoughts = []
-            for _ in range(m):
-                h = agent.body(inputs_embeds=x, use_cache=False).last_hidden_state[:, -1:]
-                thoughts.append(h)
-                x = torch.cat([x, agent.inner(h)], 1)
-            heard = mas.outer[key](agent.inner(torch.cat(thoughts, 1)))[0]
+    agent, embeds, _ = reference.recurse(mas, prompt, rounds, m)                   # (T, d)
+    words = row["answer"][rounds - 1].split()
+    gold = torch.tensor(agent.tokenizer.convert_tokens_to_ids(words))
+    x = torch.cat([embeds, agent.embedding(gold[:-1])])
+    return F.cross_entropy(agent.model(inputs_embeds=x[None]).logits[0, -len(gold):], gold)
 
 
 @pytest.fixture
@@ -122,40 +110,6 @@ def test_a_batch_is_the_mean_of_its_rows(double, latents):
         assert (gradients[name] - mean).norm() <= 1e-4 * mean.norm()
 
 
-@pytest.mark.parametrize("latents", ["rollout", "teacher"])
-def test_first_thoughts_kept_over_epochs_change_nothing(shipped, latents, monkeypatch):
-    """In batches that are put together anew, with the links changed: kept = thought again. The
-    first agent of round 1 does not think a second time, and beyond the budget nothing is kept."""
-    mas, known = shipped.with_fresh_outer(seed=3), {}
-    args, thinkers = outer_args(latents=latents, role_loss_weight=0.3), []
-    outer_gradients(mas, ROWS[:2], 2, args, known)
-    outer_gradients(mas, ROWS[2:], 2, args, known)
-    assert set(known) == {("planner", id(row)) for row in ROWS}
-    assert all(h.untyped_storage().nbytes() == h.nbytes for h in known.values())    # no views
-    mas, mixed, plain = shipped.with_fresh_outer(seed=4), [ROWS[3], ROWS[0]], train_outer.thoughts
-    monkeypatch.setattr(train_outer, "thoughts", lambda agent, past, role, rows, round, args: (
-        thinkers.append((role.name, round)), plain(agent, past, role, rows, round, args))[1])
-    loss, gradients = outer_gradients(mas, mixed, 2, args, known)
-    assert ("planner", 1) not in thinkers and ("planner", 2) in thinkers
-    again, wanted = outer_gradients(mas, mixed, 2, args)
-    assert loss == pytest.approx(again, abs=1e-6) and ("planner", 1) in thinkers
-    for name in wanted:
-        apart = (gradients[name] - wanted[name]).abs().max()
-        assert apart < 1e-4 * wanted[name].abs().max(), name
-    monkeypatch.setattr(train_outer, "KNOWN_GB", 0)
-    empty = {}
-    outer_gradients(mas, mixed, 1, args, empty)
-    assert empty == {}
-
-
-def test_first_roles_hear_nobody_in_round_1():
-    names = {style: train_outer.first_roles(get_style(style)) for style in (
-        "tiny", "sequential_light")}
-    assert names == {"tiny": {"planner"}, "sequential_light": {"planner"}}
-    mixture = get_style("mixture")
-    assert train_outer.first_roles(mixture) == {role.name for role in mixture.roles[:-1]}
-
-
 def test_the_losses_are_weighed_as_documented(shipped):
     mas = shipped.with_fresh_outer(seed=1)
     with torch.no_grad():
@@ -176,12 +130,13 @@ def test_teacher_latents_are_the_states_at_and_before_the_gold_tokens(shipped):
     text = f"<bos> <|user|> {row['question']} <|notes|> none <|assistant|> {row['plan'][0]}"
     ids = torch.tensor([agent.tokenizer.convert_tokens_to_ids(text.split())])
     plain = agent.body(ids).last_hidden_state[0]
-    segments = agent.prompt("", role.first, [], [row["question"]])
-    past = agent.read(*agent.embed(segments, {}))
-    at = train_outer.thoughts(agent, past, role, [row], 1, outer_args(latents="teacher"))
+    rows = agent.prompt("", role.first, {"question": [row["question"]]})
+    context = agent.read(*agent.embed(rows, {}))
+    turn = Turn(agent, "planner", 1, None)
+    at = train_outer.thoughts(turn, context, role, [row], outer_args(latents="teacher"))
     torch.testing.assert_close(at[0], plain[-6:-2], atol=1e-4, rtol=1e-4)
     aligned = outer_args(latents="teacher_aligned")
-    before = train_outer.thoughts(agent, past, role, [row], 1, aligned)
+    before = train_outer.thoughts(turn, context, role, [row], aligned)
     torch.testing.assert_close(before[0], plain[-7:-4], atol=1e-4, rtol=1e-4)
 
 
@@ -191,9 +146,9 @@ def test_shared_tokens_match_strings_not_ids():
             ids = {word: i for i, word in enumerate(words)}
             self.tokenizer = argparse.Namespace(get_vocab=lambda: ids)
 
-    found = train_outer.shared_tokens(Vocabulary("a", "b", "c"), Vocabulary("c", "x", "a"))
+    found = warm_start.shared_tokens(Vocabulary("a", "b", "c"), Vocabulary("c", "x", "a"))
     assert found == {0: 2, 2: 0}
-    found = train_outer.shared_tokens(Vocabulary("Ġthe", "the"), Vocabulary("x", "the", "▁the"))
+    found = warm_start.shared_tokens(Vocabulary("Ġthe", "the"), Vocabulary("x", "the", "▁the"))
     assert found == {0: 2, 1: 1}
 
 
@@ -211,8 +166,8 @@ def test_inner_loss_is_the_equation(shipped):
 
 def test_gold_states_equal_a_plain_run(shipped):
     agent, role = shipped.agents["critic"], shipped.style.role("critic")
-    examples = common.role_examples(shipped.style, role, ROWS, "math")[:3]
-    found = common.gold_states(agent, shipped.style, role, examples, 100)
+    examples = data.role_examples(shipped.style, role, ROWS, "math")[:3]
+    found = data.gold_states(agent, shipped.style, role, examples, 100)
     for (question, kind, heard, text), (states, tokens) in zip(examples, found):
         assert kind == "math"
         words = f"<bos> <|user|> {question} <|notes|> {heard['planner']} <|assistant|> {text}"
@@ -233,14 +188,14 @@ def weights(folder, *names):
 
 def stop_after(monkeypatch, steps):
     """Make training break off, as if killed, after so many steps of this process."""
-    original, taken = common.Training.step, []
+    original, taken = Training.step, []
 
     def step(self, **values):
         original(self, **values)
         taken.append(1)
         if len(taken) == steps:
             raise KeyboardInterrupt
-    monkeypatch.setattr(common.Training, "step", step)
+    monkeypatch.setattr(Training, "step", step)
 
 
 def test_a_resumed_outer_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
@@ -266,23 +221,50 @@ def test_a_resumed_outer_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
                    "--num_samples", 60)
 
 
-def test_inner_features_computed_once_equal_the_step_path_and_resume(tmp_path, monkeypatch):
+def test_a_resumed_inner_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
     flags = ["--max_steps", 6, "--num_samples", 60, "--batch_size", 5, "--save_steps", 3,
              "--latent_length", 3, "--adapter_mse_weight", 0.5]
-    run_script(train_inner, monkeypatch, *flags, "--save_dir", tmp_path / "once")
-    run_script(train_inner, monkeypatch, *flags, "--save_dir", tmp_path / "steps",
-               "--feature_budget_gb", 0)
+    run_script(train_inner, monkeypatch, *flags, "--save_dir", tmp_path / "whole")
     with monkeypatch.context() as interrupted, pytest.raises(KeyboardInterrupt):
         stop_after(interrupted, 4)
         run_script(train_inner, interrupted, *flags, "--save_dir", tmp_path / "halves")
     run_script(train_inner, monkeypatch, *flags, "--save_dir", tmp_path / "halves", "--resume")
-    once = load_inner(tmp_path / "once", 96).state_dict()
-    for other in ("steps", "halves"):
-        found = load_inner(tmp_path / other, 96).state_dict()
-        for name, value in once.items():
-            torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-4)
-    report = json.loads((tmp_path / "once/readability.json").read_text())
+    whole, found = (load_inner(tmp_path / name, 96).state_dict() for name in ("whole", "halves"))
+    for name, value in whole.items():
+        assert torch.equal(found[name], value)
+    report = json.loads((tmp_path / "whole/readability.json").read_text())
     assert report["before"][0] == report["after"][0] == 1.0     # before any link, by construction
+    assert not list(tmp_path.rglob("hidden_states*")), "the mapped file is left behind"
+
+
+def test_inner_training_is_the_plain_loop(tmp_path, monkeypatch):
+    """Oracle: AdamW over the equation, hidden states from a plain run of the model each time."""
+    flags = ["--max_steps", 3, "--num_samples", 20, "--batch_size", 4, "--latent_length", 2,
+             "--warmup_steps", 0, "--lr_scheduler_type", "constant", "--max_grad_norm", 0]
+    run_script(train_inner, monkeypatch, *flags, "--save_dir", tmp_path)
+    agent = load_mas_system("tiny", device="cpu").agents["planner"]
+    role, rows = tiny_style.role("planner"), tiny.train_rows(20, 42)
+    torch.manual_seed(42)
+    link = InnerLink(96, gain=agent.embedding_rms)
+    optimizer = torch.optim.AdamW(link.parameters(), lr=4e-3, betas=(0.9, 0.95), weight_decay=0)
+    examples = data.role_examples(tiny_style, role, rows, "math")
+    for step in range(3):
+        losses = []
+        for question, _, heard, text in batch_of(examples, step, 4, 42):
+            notes = heard.get("solver", "none")
+            prompt = reference.embed(agent, [f"<bos> <|user|> {question} <|notes|> {notes} "
+                                             "<|assistant|>"])
+            gold = reference.embed(agent, [text])                                  # (n, d)
+            with torch.no_grad():
+                states = reference.hidden_states(agent, torch.cat([prompt, gold]))
+            got = link(states[len(prompt) - 1:-1])
+            losses.append(1 - F.cosine_similarity(got, gold, dim=-1))
+        optimizer.zero_grad()
+        torch.cat(losses).mean().backward()
+        optimizer.step()
+    found = load_inner(tmp_path, 96).state_dict()
+    for name, value in link.state_dict().items():
+        torch.testing.assert_close(found[name], value, atol=2e-4, rtol=1e-3)
 
 
 def test_published_layout_from_the_trainer_loads_the_same(tmp_path, monkeypatch, shipped):
@@ -297,10 +279,11 @@ def test_published_layout_from_the_trainer_loads_the_same(tmp_path, monkeypatch,
 
 
 def training(tmp_path, links, dtype=torch.float32, **changes):
-    settings = dict(weight_decay=0.0, lr_scheduler_type="constant", warmup_steps=0,
-                    grad_accum_steps=1, max_grad_norm=1.0, log_every=1, save_steps=0, resume=False)
+    settings = dict(batch_size=1, num_train_epochs=1, max_steps=100, weight_decay=0.0,
+                    lr_scheduler_type="constant", warmup_steps=0, grad_accum_steps=1,
+                    max_grad_norm=1.0, log_every=1, save_steps=0, resume=False)
     args = argparse.Namespace(**{**settings, **changes})
-    return common.Training(links, args, 0.1, tmp_path, 100, dtype)
+    return Training(links, args, 0.1, tmp_path, 1, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -318,44 +301,52 @@ def test_a_bad_loss_skips_the_step_and_ten_in_a_row_stop(dtype, tmp_path):
     assert run.skipped_in_a_row == 0
     good = link.weight.detach().clone()
     assert not torch.equal(good, before)
-    assert not (tmp_path / "state.pt").exists()          # nothing has been proven yet
-    run.backward(link(torch.ones(2)).sum(), 5)
-    run.step()
     with pytest.raises(ValueError, match="10 steps in a row"):
         for _ in range(10):
             run.backward(link(torch.ones(2)).sum() * float("nan"), 5)
             run.step()
     saved = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert torch.equal(saved["links"]["weight"], good)      # the last that gave a finite loss
+    assert torch.equal(saved["links"]["weight"], good)
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [line["grad_norm"] is None for line in log] == [True] * 2 + [False] * 2 + [True] * 10
+    assert [line["grad_norm"] is None for line in log] == [True, True, False] + [True] * 10
 
 
-def test_weights_that_blow_up_are_not_the_last_good_state(tmp_path, monkeypatch):
-    """A learning rate of 1e30 ruins the links in the first update: they are never saved."""
+def test_an_infinite_loss_with_finite_gradients_skips_the_step(tmp_path):
+    """Clipped logits may give that: the loss says inf, its gradient 0."""
+    link = torch.nn.Linear(2, 1)
+    run = training(tmp_path, link)
+    before = link.weight.detach().clone()
+    run.backward(link(torch.ones(2)).sum() * 0 + float("inf"), 5)
+    run.step()
+    assert run.skipped == 1 and torch.equal(link.weight, before)
+
+
+def test_weights_that_blow_up_stop_the_run(tmp_path, monkeypatch):
+    """A learning rate of 1e30 ruins the links in the first update."""
     with pytest.raises(ValueError, match="lower learning rate"):
         run_script(train_outer, monkeypatch, "--outer_lr", 1e30, "--max_steps", 30, "--batch_size",
                    2, "--num_samples", 8, "--warm_start_steps", 0, "--latent_length", 2,
                    "--eval_samples", 0, "--save_steps", 1, "--warmup_steps", 0, "--save_dir",
                    tmp_path)
-    assert not (tmp_path / "state.pt").exists()
+    assert not (tmp_path / "outer_12.safetensors").exists()
 
 
 def test_a_fresh_run_forgets_the_state_of_an_earlier_one(tmp_path):
     link = torch.nn.Linear(2, 1)
-    training(tmp_path, link)._save({"settings": {}})
+    training(tmp_path, link).save()
+    assert (tmp_path / "state.pt").exists()
     training(tmp_path, link)
     assert not (tmp_path / "state.pt").exists()
 
 
 def test_untrained_is_what_this_run_began_with(tmp_path, monkeypatch):
     """Same kind, scale and seed as the trained links, not some default."""
-    seen = {}
-    monkeypatch.setattr(train_outer.evaluate, "compare", lambda trained, *_: seen.update(trained))
+    seen = []
+    monkeypatch.setattr(train_outer.evaluate, "evaluate", lambda *given: seen.extend(given))
     run_script(train_outer, monkeypatch, "--max_steps", 1, "--warm_start_steps", 2, "--batch_size",
                2, "--num_samples", 8, "--latent_length", 2, "--outer_adapter_type", "1layer_res",
                "--eval_samples", 2, "--seed", 5, "--save_dir", tmp_path)
-    before, after = seen[5]
+    after, before, *_ = seen
     fresh = after.with_fresh_outer({key: "1layer_res" for key in after.outer}, True, 5)
     for key, link in before.outer.items():
         assert link.kind == after.outer[key].kind == "1layer_res"
@@ -390,16 +381,15 @@ def test_gradients_are_clipped_to_the_limit(tmp_path):
 
 def test_batches_cover_every_row_once_an_epoch():
     items = list(range(10))
-    drawn = [row for step in range(5) for row in common.batch_of(items, step, 4, seed=3)]
+    drawn = [row for step in range(5) for row in batch_of(items, step, 4, seed=3)]
     assert sorted(drawn[:10]) == items
     assert sorted(drawn[10:]) == items
     assert drawn[:10] != drawn[10:]
-    assert common.batch_of(items, 3, 4, seed=3) == drawn[12:16]
+    assert batch_of(items, 3, 4, seed=3) == drawn[12:16]
 
 
 def test_outer_links_of_a_run_are_found_by_the_loader(tmp_path, shipped):
     widths = {"outer_12": (96, 80), "outer_23": (80, 112), "outer_31": (112, 96)}
-    from link import save_outer
     save_outer(shipped.outer, tmp_path, "tiny")
     links = load_outer(tmp_path, widths)
     for key, link in links.items():
@@ -416,7 +406,8 @@ def test_half_precision_trains_float32_links(dtype, tmp_path, monkeypatch):
     losses = {}
     for name in ("float32", dtype):
         run_script(train_outer, monkeypatch, *flags, "--dtype", name, "--save_dir", tmp_path / name)
-        log = common.read_json_lines(tmp_path / name / "log.jsonl")
+        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        log = [json.loads(line) for line in lines]
         losses[name] = [line["loss"] for line in log]
         assert log[-1]["skipped"] == 0
     assert losses[dtype][0] == pytest.approx(losses["float32"][0], abs=0.2)
@@ -426,27 +417,10 @@ def test_half_precision_trains_float32_links(dtype, tmp_path, monkeypatch):
     assert {p.dtype for link in links.values() for p in link.parameters()} == {torch.float32}
 
 
-def test_seeds_are_single_runs_side_by_side(tmp_path, monkeypatch):
-    """--seeds 3 4 equals --seed 3 and --seed 4, and the table holds one row a seed and method."""
-    flags = ["--max_steps", 2, "--warm_start_steps", 2, "--batch_size", 2, "--num_samples", 8,
-             "--latent_length", 2, "--num_recursive_rounds", 1]
-    run_script(train_outer, monkeypatch, *flags, "--seeds", 3, 4, "--eval_samples", 4,
-               "--save_dir", tmp_path / "both")
-    run_script(train_outer, monkeypatch, *flags, "--seed", 4, "--eval_samples", 0,
-               "--save_dir", tmp_path / "single")
-    assert (weights(tmp_path / "both/seed_4", "outer_12.safetensors")
-            == weights(tmp_path / "single", "outer_12.safetensors"))
-    rows = json.loads((tmp_path / "both/summary.json").read_text())["rows"]
-    seeds = {method: [row["seed"] for row in rows if row["method"] == method]
-             for method in ("text", "untrained", "latent", "zero", "shuffle")}
-    assert seeds == {"text": [3], "untrained": [3, 4], "latent": [3, 4], "zero": [3, 4],
-                     "shuffle": [3, 4]}
-
-
 def test_odd_rows_are_left_out_and_counted(capsys):
     rows = [ROWS[0], {}, None, {"question": "x", "answer": []}, {"question": "x", "answer": [None]},
             {"question": 3, "answer": "y"}, {"question": "x", "answer": " "}]
     solver = tiny_style.role("solver")
-    assert common.keep_usable(rows, [solver]) == [ROWS[0]]
+    assert data.keep_usable(rows, [solver]) == [ROWS[0]]
     assert ("left out 6 of 7 rows, which lack a column: question (3), answer (5)"
             in capsys.readouterr().out)

@@ -1,0 +1,86 @@
+"""The whole method on one page: slow, plain, one question at a time. Read this file first.
+
+    h       = body(e_1 .. e_T)[-1]     a prompt's embeddings go in, its last hidden state comes out
+    e_(T+1) = R_in(h)                  the inner link makes it the next input: a thought, no word
+    message = R_out(R_in(h_1 .. h_m))  the outer link makes m thoughts readable to another agent
+
+Three things happen, and each is one function here. An agent *thinks*: it feeds its own hidden state
+back into itself, m times. Agents *recurse*: the message of one agent stands in the next one's
+prompt, where words would stand, and the agents take turns for R rounds. The last agent *writes*.
+
+This is the paper's algorithm and nothing else: no cache, no batch, no padding, no device. All that
+agents.py and recurse.py do beyond this page, they do to be fast. The tests compare them with this
+page, number by number, and bench.py measures how much faster they are.
+
+Shapes: T tokens of a prompt, m latent thoughts, d hidden width of an agent.
+"""
+import torch
+
+
+def embed(agent, parts):
+    """A prompt as one sequence of embeddings, (T, d).
+
+    parts: what the prompt is made of, in order. A part is a text, or a message of another agent, a
+    tensor (m, d) that takes the place of m words."""
+    sequence = []
+    for part in parts:
+        if isinstance(part, str):
+            tokens = agent.tokenizer(part, add_special_tokens=False)["input_ids"]
+            part = agent.embedding(torch.tensor(tokens, dtype=torch.long))
+        sequence.append(part)
+    return torch.cat(sequence)
+
+
+def hidden_states(agent, embeds):
+    """Hidden states after the model's final norm, (T, d). The whole sequence is run, every time.
+
+    (Several prompts of one length may come at once, (B, T, d): bench.py makes use of that.)"""
+    batch = embeds.reshape(-1, *embeds.shape[-2:])                             # (B, T, d)
+    return agent.body(inputs_embeds=batch, use_cache=False).last_hidden_state.reshape(embeds.shape)
+
+
+def think(agent, embeds, m):
+    """m latent thoughts behind a prompt, (m, d).
+
+        h_i = body(e_1 .. e_T, R_in(h_1) .. R_in(h_(i-1)))[-1]"""
+    thoughts = []
+    for _ in range(m):
+        h = hidden_states(agent, embeds)[..., -1:, :]                          # h_i     (1, d)
+        thoughts.append(h)
+        embeds = torch.cat([embeds, agent.inner(h)], -2)                       # R_in(h_i) is next
+    return torch.cat(thoughts, -2)
+
+
+def write(agent, embeds, max_new_tokens):
+    """Greedy words behind a prompt, as token ids. It is the same loop through the vocabulary head:
+
+        token_i = argmax head(h_i)"""
+    tokens = []
+    while len(tokens) < max_new_tokens and not (tokens and tokens[-1] in agent.end_tokens):
+        h = hidden_states(agent, embeds)[-1]                                   # (d,)
+        tokens.append(int(agent.head(h).argmax()))
+        embeds = torch.cat([embeds, agent.embedding(torch.tensor(tokens[-1:]))])
+    return tokens
+
+
+def recurse(mas, prompt, rounds, m):
+    """All rounds for one question, up to the last agent's last turn.
+
+    prompt(role, heard) gives the parts of a role's prompt; heard is {role heard: message (m, d)}.
+    Returns the last agent, its last prompt's embeddings (T, d), and all that was sent before,
+    {(round, edge key): (m, d_dst)}. What is done with that last prompt is up to the caller: write()
+    answers the question, and in training the gold answer's cross-entropy behind it is the loss."""
+    heard = {role.name: {} for role in mas.style.roles}      # {who: {from whom: the last message}}
+    sent = {}
+    for round in range(1, rounds + 1):
+        for role in mas.style.roles:
+            agent = mas.agents[role.name]
+            embeds = embed(agent, prompt(role, heard[role.name]))              # (T, d)
+            if round == rounds and role is mas.style.roles[-1]:
+                return agent, embeds, sent
+            H = think(agent, embeds, m)                                        # (m, d)
+            for edge in mas.style.edges:
+                if edge.src == role.name:
+                    message = mas.outer[edge.key](agent.inner(H))              # R_out(R_in(H))
+                    heard[edge.dst][role.name] = message                       # (m, d_dst)
+                    sent[round, edge.key] = message

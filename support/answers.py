@@ -1,0 +1,164 @@
+"""One batch of questions, answered by one method and scored: the lines of results.jsonl.
+
+    lines = answer_batch(mas, task, batch, "latent", rounds, plan)       one line for each question
+
+A line says what was asked and how, what came out, whether that is right, and what it cost:
+
+    {"style": "tiny", "dataset": "tiny", "method": "latent", "rounds": 3,
+     "id": "tiny-0", "question": "start 3 s1 x7 ..", "gold": "5",
+     "outputs": ["s12 x7 5 answer 5 .."],      the texts: one, or --num_rollouts of them
+     "parsed": ["5"], "correct": [true],       what was read in each text; None where nothing was
+     "notes": [""], "retried": 0,              what decided; how many texts were asked once more
+     "decoded_tokens": 12, "latent_steps": 48, "seconds": 0.004, "peak_memory_mb": 480.0}
+
+A line with an "error" is asked again by --resume. show() prints what the latents of a question say,
+in place of scoring it.
+"""
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from recurse import chunks, recurse, write_turn
+from support import report
+from support.errors import need
+from tasks import Score
+from writing import Writing, go_on, insert, text_of
+
+NOT_SCORED = "not scored"
+
+
+@dataclass
+class Plan:
+    """What is asked, and how. It is the same for all methods of an evaluation."""
+    methods: list                # names of report.METHODS
+    rounds: list                 # each method is asked with each of these numbers of rounds
+    latent_length: int           # m
+    batch_size: int              # questions at once
+    writing: Writing             # how the answers are written
+    answer_retry: int = 0        # 1: an answer that cannot be read is asked for once more
+
+
+def possible_methods(style, task, batches, wanted=()):
+    """The methods asked for, or all that this style, task and batches can serve.
+
+    Raises ValueError for a method that was asked for and cannot be served."""
+    last, few = style.roles[-1], min(map(len, batches)) < 2
+    why_not = {
+        "text_brief": "" if task.brief else f"{task.name} has no brief message length",
+        "shuffle": "it needs at least two questions in a batch (--batch_size)" if few else "",
+        "single": "" if last.first else "its last role has no `first` prompt",
+        "single_loop": "" if last.own and last.first else "its last role lacks `first` or `own`"}
+    for method in wanted:
+        need(not why_not.get(method), f"method {method}: {why_not.get(method)}")
+    return list(wanted) or [name for name in report.METHODS if not why_not.get(name)]
+
+
+def in_batches(examples, size):
+    """Batches of questions of like length, so that little is padding."""
+    return chunks(sorted(examples, key=lambda example: len(example.question)), size)
+
+
+def answer_batch(mas, task, batch, method, rounds, plan):
+    """Answer and score a batch of Examples by one method: a line for each question.
+
+    A batch that breaks (out of memory) is halved. A question that breaks alone is recorded with its
+    error, and the run goes on. For `untrained`, mas has the new links."""
+    try:
+        values = answers_to(mas, task, batch, method, rounds, plan)
+    except RuntimeError as problem:
+        if isinstance(problem, torch.AcceleratorError) and not isinstance(
+                problem, torch.OutOfMemoryError):
+            raise                                # the card itself has failed: so would all the rest
+        values = [{"error": f"{type(problem).__name__}: {problem}".split("\n")[0]} for _ in batch]
+    # Only here, behind the except block, are the tensors freed that its traceback held.
+    if "outputs" not in values[0] and len(batch) > 1 and method != "shuffle":
+        torch.cuda.empty_cache()
+        return [line for half in (batch[:len(batch) // 2], batch[len(batch) // 2:])
+                for line in answer_batch(mas, task, half, method, rounds, plan)]
+    about = {"style": mas.style.name, "dataset": task.name, "method": method, "rounds": rounds}
+    nothing = {"outputs": [], "parsed": [], "correct": [], "notes": [], "retried": 0,
+               "decoded_tokens": 0, "latent_steps": 0, "seconds": 0.0, "peak_memory_mb": 0.0}
+    return [{**about, "id": example.id, "question": example.question, "gold": example.gold,
+             **nothing, **value} for example, value in zip(batch, values)]
+
+
+def answers_to(mas, task, batch, method, rounds, plan):
+    """Outputs, scores and costs of one batch: a dict for each question.
+
+    The clock runs while the system answers, and stands still while answers are scored. Time is
+    shared equally among the questions of a batch."""
+    report.reset_peak_memory()
+    started, K = time.perf_counter(), plan.writing.samples
+    texts, run = mas.respond([example.question for example in batch], rounds, plan.latent_length,
+                             [example.kind for example in batch],
+                             "latent" if method == "untrained" else method, writing=plan.writing)
+    report.wait_for_devices()
+    seconds = time.perf_counter() - started
+    scores, unread = score(task, batch, texts, range(len(texts))), []
+    if task.retry and plan.answer_retry:
+        unread = [place for place, one in enumerate(scores) if one.parsed is None]
+    if unread:
+        started = time.perf_counter()
+        ask_again(run, task, texts, unread, plan.writing)
+        report.wait_for_devices()
+        seconds += time.perf_counter() - started
+        for place, new in zip(unread, score(task, batch, texts, unread)):
+            scores[place] = new
+    answers = []
+    for i in range(len(batch)):
+        mine = scores[i * K:(i + 1) * K]
+        errors = [one.note for one in mine if one.note.startswith(NOT_SCORED)]
+        answers.append({
+            "outputs": texts[i * K:(i + 1) * K], "parsed": [one.parsed for one in mine],
+            "correct": [one.correct for one in mine], "notes": [one.note for one in mine],
+            "retried": sum(place // K == i for place in unread), "decoded_tokens": run.decoded[i],
+            "latent_steps": run.latent_steps, "seconds": seconds / len(batch),
+            "peak_memory_mb": report.peak_memory_mb(), **{"error": one for one in errors[:1]}})
+    return answers
+
+
+def score(task, batch, texts, places):
+    """A Score for each of the texts at these places. The texts of a question stand side by side.
+
+    Programs and judges run side by side, but at most one per processor: their time limits are wall
+    time, so a crowded machine would fail right programs."""
+    def one(place):
+        try:
+            return task.score(batch[place * len(batch) // len(texts)], texts[place])
+        except (RuntimeError, ValueError, OSError) as problem:    # a service away, damaged tests:
+            return Score(False, "", f"{NOT_SCORED}: {problem}")   # the text itself is kept
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return list(pool.map(one, places))
+
+
+@torch.no_grad()
+def ask_again(run, task, texts, unread, writing):
+    """Put the beginning of an answer behind each unread text, and let it go on, as published."""
+    beginning, words = task.retry
+    drafts = [run.drafts[place] for place in unread]
+    for draft in drafts:
+        insert(run.last_turn, draft, beginning)
+    go_on(run.last_turn, drafts, writing, [words] * len(drafts))
+    for place, draft in zip(unread, drafts):
+        texts[place] = text_of(run.last_turn, draft)
+        run.decoded[place * len(run.decoded) // len(texts)] += len(draft.newest)
+
+
+@torch.no_grad()
+def show(mas, examples, plan):
+    """Print problems with the latents of every turn, read through the vocabulary head."""
+    rounds = max(plan.rounds)
+    for example in examples:
+        run = recurse(mas, [example.question], rounds, plan.latent_length, example.kind, trace=True)
+        print(f"\n{example.question}    (gold: {example.gold})")
+        for (round, role), H in run.thoughts.items():
+            agent = mas.agent(role)
+            words = agent.tokenizer.convert_ids_to_tokens(agent.head(H[0]).argmax(-1).tolist())
+            print(f"  round {round}  {role:10s} thinks  {' '.join(words)}")
+        role = run.last_turn.role
+        mas.agent(role)                                 # its weights on its device (--offload)
+        text, *_ = write_turn(mas, run, run.last_turn, [example.question], plan.writing)
+        print(f"  round {rounds}  {role:10s} writes  {text}")

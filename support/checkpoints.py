@@ -1,0 +1,317 @@
+"""From names to loaded parts: which file holds what, in a folder here or in a repo on the hub.
+
+    an agent's folder     config.json, model.safetensors, tokenizer.json, ..    the frozen model
+                          adapter.pt, or adapter(math).pt and adapter(code).pt  its inner link
+                          adapter_config.json, innerlink_config.json            kind and file names
+    the outer links'      outer_12.pt, ..                                       one link for an edge
+    folder                outerlink_config.json                                 kinds and widths
+
+The manifests say what a file name cannot:
+
+    adapter_config.json     {"adapter_type": "ln_res_adapter"}              the inner link's kind
+    innerlink_config.json   {"tasks": {"math": {"adapter.pt": "adapter(math).pt"}, ..}}
+    outerlink_config.json   {"adapters": [{"legacy_key": "outer_12", "filename": "outer_12.pt",
+                             "adapter_type": "outer_ln_res_adapter", "in_dim": 2048,
+                             "out_dim": 2048}, ..], ..}, or the same under tasks.TASK
+
+This is the layout of the released checkpoints. We read it, and `--save_format pt` writes it (in
+bfloat16), so that either project reads the links of the other. Our own default is safetensors in
+float32. Links that were trained here have a train_args.json beside them, which names the base
+models they were trained on.
+"""
+import contextlib
+import copy
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from agents import Agent
+from link import KINDS, RELEASED, InnerLink, OuterLink, kind_name
+from support.devices import pick_device
+from support.errors import blame, need
+
+PROJECT = Path(__file__).resolve().parent.parent
+TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+def write_whole(path, write):
+    """Write a file by write(temporary path), then rename it.
+
+    A rename happens at once or not at all. So nobody ever sees half a file, also after a crash."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    write(beside)
+    os.replace(beside, path)
+
+
+def write_json(path, value):
+    """Write `value` as indented JSON."""
+    write_whole(path, lambda part: part.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+def read_json(path):
+    """The object in a JSON file, or {} if there is no such file. Raises ValueError, naming it."""
+    if not Path(path).is_file():
+        return {}
+    with blame(f"{path} is not a JSON object: write it again"):
+        content = json.loads(Path(path).read_text())
+        return {**content}                       # a list or a number raises TypeError here
+
+
+# ---- links --------------------------------------------------------------------------------------
+
+def link_task(kind):
+    """The name under which links for a kind of question are filed: code, or math for all others."""
+    return "code" if kind == "code" else "math"
+
+
+def save_weights(link, folder, stem, format="safetensors"):
+    """Write one link as folder/stem.FORMAT and return the file's name. pt is the released layout, a
+    state dict in bfloat16."""
+    name = f"{stem}.{format}"
+    state = {key: value.detach().cpu().contiguous() for key, value in link.state_dict().items()}
+    if format == "safetensors":
+        write_whole(Path(folder) / name, lambda part: safetensors.torch.save_file(state, part))
+    elif format == "pt":
+        state = {key: value.bfloat16() for key, value in state.items()}
+        write_whole(Path(folder) / name, lambda part: torch.save(state, part))
+    else:
+        raise ValueError(f"unknown format '{format}': choose safetensors or pt")
+    return name
+
+
+def load_weights(link, path):
+    """Fill a link from a file. Every name and shape has to fit. The link stays in float32.
+
+    Raises FileNotFoundError if the file is missing, ValueError if it is damaged or holds a link of
+    another kind or for other models."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"link file {path} is missing: train it or copy it there")
+    with blame(f"link file {path} is damaged, or it holds no {link.kind} link for these models"):
+        if path.suffix == ".pt":                 # weights_only: a pickle could run code
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            state = safetensors.torch.load_file(path)
+        link.load_state_dict({name: value.float() for name, value in state.items()})
+
+
+def save_inner(link, folder, task="math", format="safetensors"):
+    """Write an agent's inner link with its manifests. task None: one link serves all tasks."""
+    folder = Path(folder)
+    stem = "adapter" if task is None else f"adapter({link_task(task)})"
+    name = save_weights(link, folder, stem, format)
+    write_json(folder / "adapter_config.json", {"adapter_type": KINDS[link.kind]})
+    for old in folder.glob("adapter*"):  # links of an earlier training, which would be found first
+        if old.suffix in (".pt", ".safetensors") and old.name != name and (
+                task is None or old.stem == stem):
+            old.unlink()
+    if task is None:
+        (folder / "innerlink_config.json").unlink(missing_ok=True)
+    else:
+        tasks = read_json(folder / "innerlink_config.json").get("tasks", {})
+        tasks[link_task(task)] = {"adapter.pt": name}
+        write_json(folder / "innerlink_config.json", {"tasks": tasks})
+
+
+def load_inner(folder, width, task="math", kind=RELEASED):
+    """The inner link of an agent of this width, looked up in the publishers' order: the file that
+    the manifest names for the task, then adapter(TASK), then adapter. kind: of a link that does not
+    say its own."""
+    folder, task = Path(folder), link_task(task)
+    with blame(f"{folder}/innerlink_config.json is not {{tasks: {{TASK: {{name: file}}}}}}"):
+        tasks = read_json(folder / "innerlink_config.json").get("tasks", {})
+        names = list(map(str, tasks.get(task, {}).values()))
+    names = names or [f"{stem}.{format}" for stem in (f"adapter({task})", "adapter")
+                      for format in ("pt", "safetensors")]
+    found = [folder / name for name in names if (folder / name).is_file()]
+    if not found:
+        raise FileNotFoundError(f"no inner link for task '{task}' in {folder} (looked for "
+                                f"{', '.join(names)}): run train_inner.py --save_dir {folder}")
+    with blame(folder / "adapter_config.json"):
+        config = read_json(folder / "adapter_config.json")
+        link = InnerLink(width, str(config.get("adapter_type", kind)))
+    load_weights(link, found[0])
+    return link
+
+
+def save_outer(links, folder, style="", format="safetensors", task=None):
+    """Write outer links {edge key: OuterLink} with the released manifest. task: the only one they
+    are for, if there is only one."""
+    adapters = [{"legacy_key": key, "filename": save_weights(link, folder, key, format),
+                 "adapter_type": "outer_" + KINDS[link.kind],
+                 "in_dim": link.widths[0], "out_dim": link.widths[1]}
+                for key, link in links.items()]
+    manifest = {"format_version": 1, "paradigm": style, "adapters": adapters,
+                "legacy_config_filename": "outer_adapter_config.json"}
+    if task:
+        manifest["task"] = link_task(task)
+    write_json(Path(folder) / "outerlink_config.json", manifest)
+
+
+def load_outer(folder, widths, task="math"):
+    """Outer links {edge key: OuterLink} for widths {edge key: (src_width, dst_width)}.
+
+    The manifest lists them flat, or by task. Raises FileNotFoundError if there is none, ValueError
+    if its links are for another task, another style or other models."""
+    path, task = Path(folder) / "outerlink_config.json", link_task(task)
+    if not path.is_file():
+        raise FileNotFoundError(f"no outer links in {folder} ({path.name} is missing): run "
+                                f"train_outer.py --save_dir {folder}")
+    with blame(path):
+        manifest = read_json(path)
+        tasks = [manifest["task"]] if manifest.get("task") else list(manifest.get("tasks", [task]))
+        need(task in tasks, f"its links are for task {', '.join(tasks) or 'none'}, not '{task}': "
+             "train them, or choose other questions")
+        entries = manifest.get("adapters") or manifest["tasks"][task]["adapters"]
+        links = {entry["legacy_key"]: OuterLink(int(entry["in_dim"]), int(entry["out_dim"]),
+                                                kind_name(entry["adapter_type"]))
+                 for entry in entries}
+        has, needs = (", ".join(f"{key} {source} -> {target}" for key, (source, target)
+                                in sorted(ways.items())) or "none"
+                      for ways in ({key: link.widths for key, link in links.items()}, widths))
+        if has != needs:
+            raise ValueError(f"it holds the links {has}, but this system needs {needs}: they "
+                             "belong to another style or to other models")
+        files = {entry["legacy_key"]: Path(folder) / entry["filename"] for entry in entries}
+    for key, link in links.items():
+        load_weights(link, files[key])
+    return links
+
+
+# ---- frozen models ------------------------------------------------------------------------------
+
+def local_folder(name, revision=None, who=""):
+    """A folder as given, or within the project, or fetched from the hub. `who` needs it, for the
+    message. Raises FileNotFoundError."""
+    for folder in (Path(name).expanduser(), PROJECT / name):
+        if name and folder.is_dir():
+            return folder
+    at = f" (revision {revision})" if revision else ""
+    # Gated, private, misspelt, offline: the hub's own words say what is wrong.
+    with blame(f"{who and who + ': '}{name}{at} is no folder here, nor to be had from the hub",
+               FileNotFoundError):
+        # Llama's repos hold the weights a second time in original/.
+        return Path(snapshot_download(name, revision=revision, ignore_patterns=["original/*"]))
+
+
+def load_agent(folder, device, dtype, trust_remote_code=False, thinking=False, offload=False):
+    """The Agent of a folder that holds a whole causal language model, without an inner link.
+
+    An adapter_config.json beside a model makes transformers take the folder for a PEFT adapter and
+    fail. So the model is loaded through a view: a folder of links to all other files. With offload
+    the weights stay in main memory for now (MAS.agent moves them)."""
+    with tempfile.TemporaryDirectory() as view, quiet_library(), blame(
+            f"{folder} does not load as a causal language model with tokenizer", hide=view):
+        for file in Path(folder).resolve().iterdir():
+            if file.name != "adapter_config.json":
+                (Path(view) / file.name).symlink_to(file)
+        settings = {"trust_remote_code": trust_remote_code}
+        config = AutoConfig.from_pretrained(view, **settings)
+        need(any(list(Path(view).glob(name)) for name in TOKENIZER_FILES),
+             "there is no tokenizer file")               # the library would make an empty one
+        # AutoTokenizer may put its family's way of splitting words in place of the folder's own.
+        # Where there is a tokenizer.json, that file is the truth.
+        if (Path(view) / "tokenizer.json").is_file():
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(view)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(view, **settings)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            view, config=config, dtype=dtype, output_loading_info=True, **settings)
+        missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+        if config.tie_word_embeddings and missing == ["lm_head.weight"]:
+            # A model of text and images may say "tied" at the top of its config, not in its text
+            # part.
+            model.get_output_embeddings().weight = model.get_input_embeddings().weight
+            missing = []
+        # Else the library would go on with random weights.
+        need(not missing + unexpected, f"it lacks the weights {missing[:3]} and has no place for "
+             f"{unexpected[:3]}: config.json is not that of this checkpoint")
+    tokenizer.name_or_path = str(folder)
+    agent = Agent(model if offload else model.to(device), tokenizer, thinking=thinking)
+    agent.device = device
+    return agent
+
+
+@contextlib.contextmanager
+def quiet_library():
+    """transformers says nothing in here: we say ourselves what is missing."""
+    loudness = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(loudness)
+
+
+# ---- whole systems ------------------------------------------------------------------------------
+
+def base_model(folder):
+    """The base model that goes with an inner link: the one beside it, else the model that the link
+    was trained on, else None. A different model of the same width would load without an error and
+    give nonsense."""
+    if (folder / "config.json").is_file():
+        return folder
+    return read_json(folder / "train_args.json").get("model_name_or_path")
+
+
+def trained_models(folder, style, override):
+    """{role: base model} that the outer links in a folder were trained over, as far as it says. An
+    override that brings a model of its own counts more."""
+    notes = read_json(folder / "train_args.json")
+    return {role.name: notes.get(f"{role.name}_model") for role in style.roles
+            if not (Path(override.get(role.name, "/")) / "config.json").is_file()}
+
+
+def load_agents(style, device="auto", dtype="auto", task="math", trust_remote_code=False,
+                override=None, revision=None, models=None, inner_kind=RELEASED, thinking=False,
+                offload=False):
+    """{role name: Agent with its inner link, all frozen}.
+
+    device: one, or several with commas. Each agent goes to the one with the least on it, and only
+    thoughts (B, m, d) cross over. override: {role: folder or hub id} in place of the role's repo.
+    models: {role: base model}. inner_kind: of links that do not say their own."""
+    places = [pick_device(name.strip(), dtype) for name in str(device).split(",")]
+    filled, loaded, agents = [0] * len(places), {}, {}
+    for role in style.roles:
+        who = f"style {style.name}, role {role.name}"
+        repo = (override or {}).get(role.name) or role.repo
+        need(repo, f"{who}: no repo with an inner link: name one in the style or in ckpt_override")
+        folder = local_folder(repo, revision, who)
+        model = (models or {}).get(role.name) or base_model(folder) or role.model
+        base = local_folder(model, who=who).resolve()
+        if base not in loaded:                        # two roles may share one frozen model
+            place = filled.index(min(filled))
+            loaded[base] = load_agent(base, *places[place], trust_remote_code, thinking, offload)
+            filled[place] += loaded[base].model.get_memory_footprint()
+        agent = agents[role.name] = copy.copy(loaded[base])
+        agent.inner = load_inner(folder, agent.width, task, inner_kind).to(agent.device)
+        agent.inner.requires_grad_(False)
+    return agents
+
+
+def outer_folder(style, override, revision=None):
+    """The folder of a style's outer links. Raises ValueError if none is named."""
+    name = override.get("outer", style.repo)
+    need(name, f"style {style.name} has no repo with outer links: name one in the style or as "
+         "outer in ckpt_override")
+    return local_folder(name, revision, f"style {style.name}, outer links")
+
+
+def load_outer_links(folder, style, agents, task="math"):
+    """The outer links of a style as a ModuleDict. Each is on the device of the agent that hears."""
+    widths = {edge.key: (agents[edge.src].width, agents[edge.dst].width) for edge in style.edges}
+    links = torch.nn.ModuleDict(load_outer(folder, widths, task))
+    for edge in style.edges:
+        links[edge.key].to(agents[edge.dst].device).requires_grad_(False)
+    return links

@@ -1,0 +1,37 @@
+"""Where the frozen models run, and in which precision. This is decided here and nowhere else.
+
+Frozen weights are only ever read, so half precision halves their memory and their reading time. The
+links are trained, so they stay in float32 (agents.apply_link runs them under autocast).
+"""
+import os
+import re
+
+import torch
+
+from support.errors import need
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(device="auto", dtype="auto"):
+    """(torch.device, torch.dtype) of the frozen models, printed with the reason.
+
+    auto: the first GPU if there is one (under torchrun this rank's GPU), else the CPU; bfloat16 on
+    a GPU, float16 on a card without bfloat16, float32 on a CPU. Raises ValueError for a device that
+    is not there."""
+    asked, gpus = str(device), torch.cuda.device_count()
+    if asked in ("auto", "cuda") and gpus:
+        asked = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    why = {"auto": "no GPU found" if asked == "auto" else "a GPU is there"}.get(device, "asked for")
+    need(re.fullmatch(r"auto|cpu|cuda(:\d+)?", asked), f"unknown device '{device}': use auto, cpu, "
+         "cuda or cuda:N")
+    device = torch.device("cpu" if asked == "auto" else asked)
+    need(device.type == "cpu" or (device.index or 0) < gpus, f"there is no {device}: torch sees "
+         f"{gpus} GPUs on this machine")
+    if dtype == "auto":
+        dtype = "float32"
+        if device.type == "cuda":              # cards before compute capability 8 emulate bfloat16
+            dtype = "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
+    need(dtype in DTYPES, f"unknown dtype '{dtype}': choose auto, {', '.join(DTYPES)}")
+    print(f"device {device} ({why}), frozen models in {dtype}, links in float32", flush=True)
+    return device, DTYPES[dtype]

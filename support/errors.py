@@ -1,0 +1,42 @@
+"""One policy for errors that a user can cause: ValueError or OSError, in one line.
+
+flags.run prints that line and ends with exit code 2. Any other exception is a bug, and a traceback.
+"""
+import contextlib
+
+
+def need(fine, what):
+    """Raise ValueError(what) unless `fine`. It is for errors that a user can mend: `what` is one
+    line that says what is wrong and what to do."""
+    if not fine:
+        raise ValueError(what)
+
+
+@contextlib.contextmanager
+def blame(what, kind=ValueError, hide="\0"):
+    """Whatever goes wrong in here is one error, of one line that begins with `what`.
+
+    Damaged files and foreign libraries may raise anything. A missing file and our own kind of error
+    keep their message. hide: a temporary path that would only confuse."""
+    try:
+        yield
+    except Exception as problem:
+        if type(problem) is FileNotFoundError:
+            raise
+        says = " ".join(str(problem).split()).replace(hide, "..")[:400]
+        name = "" if type(problem) is kind else f"{type(problem).__name__}: "
+        raise kind(f"{what}: {name}{says}") from problem
+
+
+def need_saved(path):
+    """The path of what a run has saved. Raises FileNotFoundError if there is nothing to resume."""
+    if not path.is_file():
+        raise FileNotFoundError(f"nothing to resume: {path} is missing; leave --resume away")
+    return path
+
+
+def need_same(path, theirs, ours):
+    """Raise ValueError if the settings of an earlier run, in `path`, are not those of this one."""
+    odd = [name for name in ours if theirs.get(name) != ours[name]]
+    need(not odd, f"{path} is of another run ({', '.join(odd)} differ): use the same flags, or "
+         "another folder")

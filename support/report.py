@@ -1,0 +1,231 @@
+"""From result lines to a table: shares, 95 % intervals, costs, a picture. And several runs as one.
+
+    python -m support.report out/seed_0 out/seed_1 out/seed_2       # one table over three runs
+
+    method       rounds accuracy  95 % interval    unparsed  tokens latent      ms
+    text              3    1.000  0.992 - 1.000       0.000   132.0      0    7.63
+    latent            3    0.998  0.989 - 1.000       0.000    12.0     48    3.98
+
+A row stands for one method and one number of rounds. `unparsed` is the share of texts in which no
+answer could be read; they count as wrong. `tokens` are decoded by all agents together, `latent` are
+thoughts, and both are means per question, as `ms` is.
+
+Intervals. With one answer a question, accuracy is a share of right answers. Its interval is
+Wilson's, which stays within [0, 1] and is right for small n. Several answers to one question are
+not independent, so their interval is a bootstrap over questions. Over several runs the table shows
+the lowest and the highest run in place of an interval.
+"""
+import importlib.util
+import math
+import random
+import sys
+from pathlib import Path
+
+import torch
+
+from support import flags
+from support.checkpoints import read_json, write_json, write_whole
+from support.errors import need
+from tasks import pass_at_k
+
+# The methods in the order of the table: baselines in words, controls, the system itself.
+METHODS = ("text", "text_brief", "single", "single_loop", "untrained", "zero", "shuffle", "latent")
+CONTROLS = ("untrained", "zero", "shuffle")
+COSTS = ("decoded_tokens", "latent_steps", "seconds")
+
+
+def wilson(right, n, z=1.96):
+    """95 % interval [low, high] of a share right / n (Wilson score interval).
+
+    Its ends are the two p for which the share lies z standard errors of p away:
+
+        |share - p| = z sqrt(p (1 - p) / n)"""
+    share = right / n
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return [max(0.0, middle - half), min(1.0, middle + half)]
+
+
+def bootstrap(values, resamples=2000):
+    """95 % interval [low, high] of the mean of values.
+
+    The values are drawn anew, with replacement, and averaged, many times. The interval holds the
+    middle 95 % of these means. The draw has a fixed seed, so a table comes out the same twice."""
+    rng, n = random.Random(0), len(values)
+    means = sorted(sum(rng.choices(values, k=n)) / n for _ in range(resamples))
+    return [means[int(0.025 * resamples)], means[int(0.975 * resamples)]]
+
+
+def summarise(lines):
+    """Summary rows, one for each method and number of rounds, in the order of METHODS."""
+    groups = {}
+    for line in lines:
+        groups.setdefault((METHODS.index(line["method"]), line["rounds"]), []).append(line)
+    return [summary_row(groups[key]) for key in sorted(groups)]
+
+
+def summary_row(lines):
+    """The row of one method and number of rounds: shares, and means per question.
+
+    A question that failed counts as wrong, and costs nothing. With several answers a question, the
+    row also has pass@k, where k is all of them."""
+    n, samples = len(lines), max(1, *(len(line["correct"]) for line in lines))
+    right = [sum(line["correct"]) for line in lines]
+    row = {name: lines[0][name] for name in ("style", "dataset", "method", "rounds")}
+    row.update(n=n, accuracy=sum(right) / n / samples, ci95=wilson(sum(right) / samples, n))
+    if samples > 1:
+        passed = [pass_at_k(samples, count, samples) for count in right]
+        row.update(ci95=bootstrap([count / samples for count in right]), samples=samples,
+                   pass_at_k=sum(passed) / n, pass_at_k_ci95=bootstrap(passed))
+    answered = [line for line in lines if line["outputs"]]
+    parsed = [one for line in answered for one in line["parsed"]] or [None]
+    notes = [one for line in answered for one in line["notes"]]
+    row.update(unparsed=parsed.count(None) / len(parsed),
+               retried=sum(line["retried"] for line in answered) / len(parsed),
+               judge_invalid=notes.count("judge: invalid") / len(parsed),
+               errors=sum("error" in line for line in lines),
+               peak_memory_mb=max(line["peak_memory_mb"] for line in lines))
+    for name in COSTS:
+        row[name] = sum(line[name] for line in answered) / max(1, len(answered))
+    return row
+
+
+def merge(summaries):
+    """Rows over the rows of several runs: means, and in ci95 the lowest and the highest accuracy.
+
+    Raises ValueError for runs that do not have the same rows."""
+    names = ("style", "dataset", "method", "rounds", "n")
+    keys = [[[row[name] for name in names] for row in rows] for rows in summaries]
+    need(keys[0] and keys == [keys[0]] * len(keys), "these folders hold no summary.json with the "
+         "same rows (style, data set, methods, rounds, n): merge runs that differ in seed alone")
+    merged = []
+    for rows in zip(*summaries):
+        accuracies = [row["accuracy"] for row in rows]
+        means = {name: sum(row[name] for row in rows) / len(rows)
+                 for name in ("accuracy", "unparsed", *COSTS)}
+        merged.append({**rows[0], **means, "runs": len(rows),
+                       "ci95": [min(accuracies), max(accuracies)],
+                       "errors": sum(row["errors"] for row in rows),
+                       "peak_memory_mb": max(row["peak_memory_mb"] for row in rows)})
+    return merged
+
+
+# ---- tables and pictures ------------------------------------------------------------------------
+
+def write_report(rows, out, settings, task=None, examples=()):
+    """Print the rows as a table, and write OUT/summary.json and OUT/summary.png."""
+    write_json(out / "summary.json", {"settings": settings, "rows": rows})
+    interval = "lowest - highest" if "runs" in rows[0] else "95 % interval"
+    print(f"\n{'method':12s} {'rounds':>6s} {'accuracy':>8s}  {interval:16s} "
+          f"{'unparsed':>8s} {'tokens':>7s} {'latent':>6s} {'ms':>7s}   (means per question)")
+    for row in rows:
+        low, high = row["ci95"]
+        more = f"  pass@{row['samples']} {row['pass_at_k']:.3f}" if "samples" in row else ""
+        more += f"  {row['errors']} failed" if row["errors"] else ""
+        print(f"{row['method']:12s} {row['rounds']:6d} {row['accuracy']:8.3f}  "
+              f"{low:.3f} - {high:.3f}    {row['unparsed']:8.3f} {row['decoded_tokens']:7.1f} "
+              f"{row['latent_steps']:6.0f} {1000 * row['seconds']:7.2f}{more}")
+    print_comparison(rows, task, examples)
+    plot(rows, out / "summary.png")
+
+
+def print_comparison(rows, task, examples):
+    """Print what latents save against text, and the best accuracy that a method could reach."""
+    by = {(row["method"], row["rounds"]): row for row in rows}
+    depths = sorted({row["rounds"] for row in rows})
+    ours = by.get(("latent", depths[-1]))
+    for other in ("text", "text_brief"):
+        theirs = by.get((other, depths[-1]))
+        if ours and theirs and not ours["errors"] and not theirs["errors"]:
+            points = 100 * (ours["accuracy"] - theirs["accuracy"])
+            fewer = 100 - 100 * ours["decoded_tokens"] / theirs["decoded_tokens"]
+            print(f"latent against {other} at {depths[-1]} rounds: {points:+.1f} points, "
+                  f"{fewer:.1f} % fewer decoded tokens, "
+                  f"{theirs['seconds'] / ours['seconds']:.2f} x as fast")
+    if task and task.ceiling:
+        print("expected of a perfect system by rounds (what does not fit is guessed): "
+              + ", ".join(f"{depth}: {task.ceiling(examples, depth):.3f}" for depth in depths))
+
+
+def plot(rows, path):
+    """Draw accuracy and decoded tokens by rounds, a line a method. Controls are dotted."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    for place, method in enumerate(methods):
+        mine = sorted((row for row in rows if row["method"] == method),
+                      key=lambda row: row["rounds"])
+        shift = 0.04 * (place - (len(methods) - 1) / 2)       # side by side where they coincide
+        rounds, accuracy = [row["rounds"] + shift for row in mine], [r["accuracy"] for r in mine]
+        errors = [[max(0.0, row["accuracy"] - row["ci95"][0]) for row in mine],
+                  [max(0.0, row["ci95"][1] - row["accuracy"]) for row in mine]]
+        look = {"color": "black" if method == "latent" else f"C{METHODS.index(method)}",
+                "marker": "osD^vP*X"[place % 8], "markersize": 5, "label": method,
+                "linestyle": ":" if method in CONTROLS else "-"}
+        left.errorbar(rounds, accuracy, errors, capsize=2, **look)
+        right.plot(rounds, [row["decoded_tokens"] for row in mine], **look)
+    left.set(xlabel="rounds", ylabel="accuracy", ylim=(0, 1.02),
+             title="accuracy (lowest to highest run)" if "runs" in rows[0] else
+             "accuracy (95 % intervals)")
+    right.set(xlabel="rounds", ylabel="tokens per question", title="decoded tokens")
+    for axes in (left, right):
+        axes.set_xticks(sorted({row["rounds"] for row in rows}))
+        axes.grid(alpha=0.3)
+    right.legend(fontsize=8, loc="upper left")
+    write_whole(path, lambda part: figure.savefig(part, format="png", dpi=120))
+    pyplot.close(figure)
+
+
+def need_matplotlib():
+    """Raise ValueError now, rather than after an hour, if the picture cannot be drawn."""
+    need(importlib.util.find_spec("matplotlib"), "matplotlib is missing, which draws summary.png: "
+         "pip install matplotlib")
+
+
+# ---- memory and time of the devices -------------------------------------------------------------
+
+def cards():
+    """The GPUs that this process uses: none, as long as it has put nothing on one."""
+    return range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+
+
+def wait_for_devices():
+    """Wait until all GPUs have done what they were asked."""
+    for card in cards():
+        torch.cuda.synchronize(card)
+
+
+def reset_peak_memory():
+    """Begin to measure peak memory anew, on all GPUs."""
+    for card in cards():
+        torch.cuda.reset_peak_memory_stats(card)
+
+
+def peak_memory_mb():
+    """Peak memory: of the GPUs since the last reset, on a CPU of the whole process so far."""
+    if cards():
+        return sum(torch.cuda.max_memory_allocated(card) for card in cards()) / 2**20
+    import resource                    # not on Windows, where there is no such figure to be had
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+# ---- several runs as one ------------------------------------------------------------------------
+
+def main():
+    """Merge the summary.json of several folders: one table, and summary.json and .png in --out."""
+    parser = flags.Parser("Several runs as one table: mean, lowest and highest accuracy.")
+    parser.add_argument("folders", nargs="+", help="folders that hold a summary.json")
+    parser.add_argument("--out", default="out/merged", help="where summary.json and .png go")
+    args = parser.parse_args()
+    need_matplotlib()
+    rows = merge([read_json(Path(folder) / "summary.json").get("rows", [])
+                  for folder in args.folders])
+    write_report(rows, Path(args.out), vars(args))
+    print(f"{len(args.folders)} runs; summary.json and summary.png are in {args.out}")
+
+
+if __name__ == "__main__":
+    flags.run(main)

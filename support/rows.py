@@ -1,0 +1,122 @@
+"""Training rows: a question, and what each role should say about it.
+
+    {"question": "..", "plan": "..", "refined_plan": "..", "answer": ".."}
+
+The row above is one of a sequential style: the planner's target is ("plan",), the critic's
+("refined_plan",), the solver's ("answer",). A role's `target` names the columns with its gold text,
+and the first one present counts. A cell is a text, which the role says in every round, or a list
+with one text a round, of which the last one repeats.
+
+Two more columns are used where a row has them: task_family, the kind of its question
+(math, choice, code, search), and fn_name, for code that is tested by calling a function.
+"""
+import torch
+
+from styles import ANSWER_FORMAT, KINDS
+from support.errors import need
+from tasks import generated_task, read_rows
+
+
+def load_rows(name, split="train", field="data", limit=-1, seed=42):
+    """Training rows [dict]: from a task that makes its own, a local .json or .jsonl, or the hub.
+
+    Raises ValueError or OSError, naming the file, where there are none."""
+    need(name, "no training data: give --dataset_name")
+    task = generated_task(name)
+    if task:
+        return task.train_rows(limit if limit > 0 else 4800, seed)
+    rows = [row for _, row in read_rows(name, split=split, field=field)]
+    need(rows, f"{name} holds no rows")
+    return rows[:limit] if limit > 0 else rows
+
+
+def kind_of(row, default):
+    """The kind of a row's question: its task_family where it has one, else the run's."""
+    return str(row.get("task_family") or default).lower()
+
+
+def question_of(row):
+    """A row's question, with the name that its function has to have, where the row gives one."""
+    name = row.get("fn_name")
+    return row["question"] + (f"\nThe function has to be called `{name}`." if name else "")
+
+
+def role_texts(role, row):
+    """The role's gold texts in rounds 1, 2, .. of a row; [] if the row has none of its columns."""
+    for column in role.target:
+        cell = row.get(column)
+        texts = cell if isinstance(cell, list) else [cell]
+        if texts and all(isinstance(text, str) and text.strip() for text in texts):
+            return texts
+    return []
+
+
+def role_text(role, row, round=1):
+    """The role's gold text in a round, or "". The last text listed repeats."""
+    texts = role_texts(role, row)
+    return texts[min(round, len(texts)) - 1] if texts else ""
+
+
+def keep_usable(rows, roles):
+    """The rows that have a question and a text for each of `roles`. Prints how many others there
+    are and what they lack. Raises ValueError if no row is left, or for an unknown task_family."""
+    usable, missing = [], {}
+    for row in rows:
+        row = row if isinstance(row, dict) else {}
+        need(kind_of(row, "math") in KINDS, f"a row has the task_family '{kind_of(row, '')}': known"
+             f" are {', '.join(KINDS)}")
+        lacks = [] if isinstance(row.get("question"), str) else ["question"]
+        lacks += [" or ".join(role.target) for role in roles if not role_texts(role, row)]
+        usable += [] if lacks else [row]
+        for column in lacks:
+            missing[column] = missing.get(column, 0) + 1
+    if missing:
+        print(f"left out {len(rows) - len(usable)} of {len(rows)} rows, which lack a column: "
+              + ", ".join(f"{column} ({count})" for column, count in missing.items()), flush=True)
+    need(usable, f"no usable row: every one lacks {', '.join(missing)}")
+    return usable
+
+
+# ---- a role's text along the model: what inner links and the warm start learn from ---------------
+
+def role_examples(style, role, rows, kind):
+    """What a role is asked and should say, round by round: [(question, kind, heard, gold text)].
+
+    heard is {role heard: its gold text}. A role that speaks before this one is heard in the same
+    round, a role that speaks after it in the round before. If the row lacks one of these texts, the
+    role is asked as if it had heard nobody."""
+    names, examples = [other.name for other in style.roles], []
+    for row in rows:
+        for round, text in enumerate(role_texts(role, row), start=1):
+            heard = {}
+            for name in style.heard_by(role.name):
+                spoken = round if names.index(name) < names.index(role.name) else round - 1
+                if spoken:
+                    heard[name] = role_text(style.role(name), row, spoken)
+            heard = heard if all(heard.values()) else {}
+            examples.append((question_of(row), kind_of(row, kind), heard, text))
+    return examples
+
+
+def read_examples(agent, style, role, examples):
+    """The Context of the examples' prompts, each with the texts it has heard in its slots."""
+    rows = []
+    for question, kind, heard, _ in examples:
+        values = {"question": [question], "answer_format": [ANSWER_FORMAT[kind]],
+                  **{name: [text] for name, text in heard.items()}}
+        rows += agent.prompt(role.system, style.prompt(role, kind, list(heard)), values)
+    return agent.read(*agent.embed(rows, {}))
+
+
+@torch.no_grad()
+def gold_states(agent, style, role, examples, max_length):
+    """Hidden states and tokens along each example's gold text: [(h (n, d), tokens (n,))].
+
+    h[i] has read the prompt and i tokens, so it predicts tokens[i]. The model is frozen, so these
+    states never change."""
+    context = read_examples(agent, style, role, examples)
+    tokens = [row[:max_length] for row in agent.tokenize([text for *_, text in examples])]
+    states = agent.follow(context, [row[:-1] for row in tokens])                   # (B, n, d)
+    # Copies, because a view would keep the whole padded batch in memory.
+    return [(h[:len(row)].clone(), torch.tensor(row, device=agent.device))
+            for row, h in zip(tokens, states)]

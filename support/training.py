@@ -1,0 +1,203 @@
+"""The inside of both training loops: batches, the optimizer's step, the log, and resuming.
+
+    training = Training(links, args, learning_rate, folder, len(rows), dtype)
+    for step in training.steps("outer links"):
+        for batch in training.batches(rows, step):      # micro-batches, this rank's share of them
+            training.backward(loss, tokens)             # loss: a mean over so many tokens
+        training.step()                                 # clip, update, log, save
+
+The gradient of a step is that of the mean over all tokens of all its micro-batches on all ranks,
+
+    g = sum_b tokens_b g_b / sum_b tokens_b
+
+so accumulating micro-batches, or adding GPUs, is the same as a larger batch. There is no DDP
+wrapper: DDP expects every weight to be used once in a graph, but a link is used R times, and some
+links are not used at all if R = 1.
+
+Clipping. A gradient longer than max_grad_norm is scaled down to that length. Backward through R
+rounds of rollouts multiplies many Jacobians, so single steps have gradients 100 times as long.
+
+Links stay in float32 whatever the models' dtype: AdamW's updates are often smaller than a step of
+bfloat16, and would be lost.
+
+Resuming. state.pt holds links, optimizer, schedule, scaler and step. The data need no state: which
+rows make a step follows from the seed and the step alone.
+"""
+import functools
+import json
+import math
+import random
+from pathlib import Path
+
+import torch
+import transformers
+
+from support import flags
+from support.checkpoints import write_json, write_whole
+from support.errors import blame, need, need_same, need_saved
+from support.flags import RANK, RANKS
+
+MAX_SKIPPED = 10       # steps in a row without a finite loss and gradient, before training gives up
+# Flags that a resumed run may change, because they do not change what is learnt.
+FREE = ("resume", "save_dir", "log_every", "save_steps", "device", "eval_samples")
+
+
+def batch_of(items, step, size, seed):
+    """The batch of step 0, 1, ..: from seeded shuffles of the items, one epoch after the other. It
+    depends on its arguments alone, so a resumed run sees the same data."""
+    places = range(step * size, (step + 1) * size)
+    return [items[shuffled(len(items), seed, place // len(items))[place % len(items)]]
+            for place in places]
+
+
+@functools.lru_cache(maxsize=2)
+def shuffled(length, seed, epoch):
+    """The order of the items in one epoch."""
+    order = list(range(length))
+    random.Random(f"epoch {seed} {epoch}").shuffle(order)
+    return order
+
+
+def per_step(args):
+    """How many rows one step takes, over all micro-batches and ranks."""
+    return args.batch_size * args.grad_accum_steps * RANKS
+
+
+class Training:
+    """AdamW over links, with warm-up and cosine, clipping, fp16 scaling, ranks and resuming.
+
+    args: the flags of flags.add_training_flags. folder: where train_args.json, log.jsonl and
+    state.pt go. items: how many rows make an epoch. dtype: of the frozen models."""
+
+    def __init__(self, links, args, learning_rate, folder, items, dtype=torch.float32):
+        self.links, self.args, self.folder = links.requires_grad_(True), args, Path(folder)
+        self.done, self.skipped, self.skipped_in_a_row = 0, 0, 0
+        epochs = -(-items * args.num_train_epochs // per_step(args))
+        self.total_steps = total_steps = args.max_steps or epochs
+        self.logged = {}                  # the last step's values
+        self.sums = {"tokens": 0.0}       # over this step's micro-batches: sum_b tokens_b value_b
+        self.weights = list(links.parameters())
+        if RANKS > 1:
+            for weight in self.weights:                   # all ranks start from the same links
+                torch.distributed.broadcast(weight.data, 0)
+        self.optimizer = torch.optim.AdamW(self.weights, lr=learning_rate, betas=(0.9, 0.95),
+                                           weight_decay=args.weight_decay, fused=True)
+        self.schedule = transformers.get_scheduler(
+            "constant_with_warmup" if args.lr_scheduler_type == "constant" else "cosine",
+            self.optimizer, min(args.warmup_steps, total_steps), total_steps)
+        # Small gradients are zero in fp16. So the loss is scaled up before backward, and gradients
+        # are scaled down before the update. With any other dtype the scaler does nothing.
+        self.scaler = torch.amp.GradScaler(self.weights[0].device.type, init_scale=2.0**10,
+                                           enabled=dtype == torch.float16)
+        self.settings = {name: value for name, value in vars(args).items() if name not in FREE}
+        self.settings["ranks"] = RANKS                    # they decide which rows make a step
+        if args.resume:
+            self.load()
+        elif RANK == 0:
+            (self.folder / "state.pt").unlink(missing_ok=True)            # of an earlier run
+            write_json(self.folder / "train_args.json", vars(args))
+            write_whole(self.folder / "log.jsonl", lambda part: part.write_text(""))
+
+    def steps(self, name):
+        """The numbers of the steps still to do, with a progress bar. Then the links are frozen."""
+        yield from flags.progress(range(self.done, self.total_steps), name, initial=self.done,
+                            total=self.total_steps)
+        self.links.requires_grad_(False)
+
+    def batches(self, items, step):
+        """This rank's micro-batches of a step. All ranks together take batch_size x RANKS items."""
+        accumulated, size = self.args.grad_accum_steps, self.args.batch_size * RANKS
+        for micro in range(accumulated):
+            yield batch_of(items, step * accumulated + micro, size, self.args.seed)[RANK::RANKS]
+
+    def backward(self, loss, tokens, **values):
+        """Add the gradient of one micro-batch's loss, a mean over so many tokens. `values` go into
+        the log, as means over all tokens."""
+        weight = tokens / 1000            # near 1, so that scaled fp16 gradients stay in range
+        if loss.requires_grad:
+            self.scaler.scale(loss * weight).backward()
+        self.sums["tokens"] += weight
+        for name, value in {"loss": loss, **values}.items():
+            value = value.item() if torch.is_tensor(value) else value
+            self.sums[name] = self.sums.get(name, 0.0) + weight * value
+
+    def step(self):
+        """Update the links, or skip the step if the loss or a gradient is not finite.
+
+        A NaN on one rank makes the summed gradient NaN on every rank, so all of them skip the step
+        together."""
+        self._share()
+        self.scaler.unscale_(self.optimizer)
+        limit = self.args.max_grad_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.weights, limit).item()
+        if math.isfinite(norm) and math.isfinite(self.sums["loss"]):
+            self.scaler.step(self.optimizer)
+            self.schedule.step()
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        self.scaler.update()                             # fp16: an overflow lowers the scale
+        self.optimizer.zero_grad()
+        self.done += 1
+        self._log(norm)
+        last, every = self.done == self.total_steps, self.args.save_steps
+        if last or (every and self.done % every == 0):
+            self.save()
+        need(self.skipped_in_a_row < MAX_SKIPPED, f"the loss or its gradient was not finite "
+             f"{MAX_SKIPPED} steps in a row: begin again with a lower learning rate")
+
+    def _share(self):
+        """Sum the gradients and the logged values over the ranks, and divide by all tokens."""
+        if RANKS > 1:
+            sums = torch.tensor(list(self.sums.values()), device=self.weights[0].device)
+            # With R = 1 the feedback link is unused and its gradient is None, on every rank alike.
+            # It stays None: AdamW would move a link with a zero gradient by its momentum.
+            for tensor in (sums, *(w.grad for w in self.weights if w.grad is not None)):
+                torch.distributed.all_reduce(tensor)
+            self.sums = dict(zip(self.sums, sums.tolist()))
+        for weight in self.weights:
+            if weight.grad is not None:
+                weight.grad /= self.sums["tokens"]
+
+    def _log(self, norm):
+        """Write a line of log.jsonl, every log_every steps and at the end."""
+        tokens = self.sums.pop("tokens")
+        means = {name: total / tokens for name, total in self.sums.items()}
+        self.logged = {"step": self.done, **means, "grad_norm": norm,
+                       "lr": self.schedule.get_last_lr()[0], "skipped": self.skipped}
+        self.sums = {"tokens": 0.0}
+        ends = self.done == self.total_steps or self.skipped_in_a_row == MAX_SKIPPED
+        if RANK == 0 and (ends or self.done % self.args.log_every == 0):
+            with open(self.folder / "log.jsonl", "a") as log:
+                log.write(json.dumps({name: value if math.isfinite(value) else None
+                                      for name, value in self.logged.items()}) + "\n")
+
+    def summary(self):
+        """How the run went, in a few words."""
+        return f"{self.total_steps} steps, {self.skipped} skipped"
+
+    def save(self):
+        """Write state.pt: everything that a resumed run needs."""
+        parts = {name: getattr(self, name).state_dict()
+                 for name in ("links", "optimizer", "schedule", "scaler")}
+        state = {"settings": self.settings, "done": self.done, "skipped": self.skipped, **parts}
+        if RANK == 0:
+            write_whole(self.folder / "state.pt", lambda part: torch.save(state, part))
+
+    def load(self):
+        """Go on from state.pt. Raises FileNotFoundError if it is missing, ValueError if it is
+        damaged or of a run with other flags."""
+        path = need_saved(self.folder / "state.pt")
+        with blame(f"{path} is not a state of this script, or damaged"):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            theirs = dict(state["settings"])
+        need_same(path, theirs, self.settings)
+        self.done, self.skipped = state["done"], state["skipped"]
+        for name in ("links", "optimizer", "schedule", "scaler"):
+            getattr(self, name).load_state_dict(state[name])
+        if RANK == 0:                         # the log may be ahead of the state: cut it back
+            log = self.folder / "log.jsonl"
+            lines = [line + "\n" for line in log.read_text().split("\n")
+                     if line.endswith("}") and json.loads(line)["step"] <= self.done]
+            write_whole(log, lambda part: part.write_text("".join(lines)))
+            self.logged = json.loads(lines[-1]) if lines else {}

@@ -242,15 +242,16 @@ class Agent:
         return torch.cat([context.hidden, states], 1)
 
     def answer_loss(self, context, targets):
-        """(sum of cross-entropies, number of tokens) of B target token lists behind a Context.
+        """Cross-entropy of each token of B target token lists behind a Context: B tensors (n_b,).
 
-        The vocabulary head runs at the positions that predict a target, and nowhere else."""
+        In nats. The vocabulary head runs at the positions that predict a target, and nowhere else.
+        """
         states = self.follow(context, [row[:-1] for row in targets])                # (B, n, d)
         used = torch.cat([states[b, :len(row)] for b, row in enumerate(targets)])   # (N, d)
         labels = torch.tensor([token for row in targets for token in row], dtype=torch.long,
                               device=self.device)                                   # (N,)
-        logits = self.head(used).float()                                            # (N, V)
-        return F.cross_entropy(logits, labels, reduction="sum"), len(labels)
+        losses = F.cross_entropy(self.head(used).float(), labels, reduction="none")    # (N,)
+        return losses.split([len(row) for row in targets])
 
     @torch.no_grad()
     def write(self, context, max_new_tokens, sampling=Sampling(), seeds=None, stop=()):

@@ -59,6 +59,8 @@ def parse():
     add("--num_recursive_rounds", nargs="+", type=flags.at_least(1), default=[1, 2, 3])
     add("--latent_length", type=flags.LATENT_LENGTH, default=32, help="m, latent thoughts a turn")
     add("--batch_size", type=flags.at_least(1), default=32)
+    add("--measure", default="accuracy", choices=["accuracy", "loss"],
+        help="loss: mean nats a token of the gold answer, with nothing decoded")
     # How answers are written.
     add("--num_rollouts", type=flags.at_least(1), default=None,
         help="answers drawn per question (default: 10 for the AIME, else 1); more than one gives "
@@ -172,12 +174,13 @@ def main():
     task, examples = chosen_questions(args)
     sampling = Sampling(args.temperature, args.top_p, args.top_k, args.min_p,
                         args.repetition_penalty)
-    samples = 1 if args.show else args.num_rollouts or task.samples
+    alone = args.show or args.measure == "loss"
+    samples = 1 if alone else args.num_rollouts or task.samples
     methods = [] if args.show else possible_methods(
         style, task, in_batches(examples, args.batch_size), args.method)
     plan = Plan(methods, args.num_recursive_rounds, args.latent_length, args.batch_size,
                 Writing(args.max_new_tokens, sampling, args.seed, samples, brief=task.brief),
-                args.answer_retry)
+                args.answer_retry, args.measure)
     override = dict(pair.split("=", 1) for pair in args.ckpt_override if all(pair.partition("=")))
     need(len(override) == len(args.ckpt_override), "--ckpt_override takes KEY=PATH, each key once, "
          "not " + " ".join(args.ckpt_override))
@@ -188,13 +191,16 @@ def main():
         if args.resume:
             earlier = need_saved(Path(args.out) / "summary.json")
             need_same(earlier, read_json(earlier).get("settings", {}), settings)
-        if task.ready:
+        if task.ready and args.measure == "accuracy":
             task.ready(args.allow_unsafe_code)
 
     # 2. Who answers.
     mas = load_mas_system(style, args.device, args.dtype, task.kind, bool(args.trust_remote_code),
                           override, args.revision, bool(args.enable_thinking), args.offload,
-                          args.allow_unsafe_code)
+                          args.allow_unsafe_code,
+                          need_links=bool(args.show or {"latent", "shuffle"} & set(methods)))
+    if task.fits:
+        task.fits(mas.agents[style.roles[0].name], args.latent_length)
     if "search" in style.tools:
         mas.search = search_tool(args.tavily_keys_file)
     if args.show:

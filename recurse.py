@@ -55,20 +55,20 @@ class Run:
 # ---- the recursion ------------------------------------------------------------------------------
 
 def recurse(mas, questions, rounds, latent_length, kind="math", method="latent", trace=False,
-            take_turn=None, writing=Writing()):
+            take_turn=None, writing=Writing(), columns=None):
     """Run all rounds up to the last agent's last turn, which is left to the caller: a Run.
 
     latent_length: m. kind: of all questions, or a list with one for each. method: see LATENT and
     WORDS. take_turn(turn) -> H (B, m, d) is called in place of thinking. writing: how texts are
-    written. trace: keep thoughts and messages in the Run. Raises ValueError for a request that
-    cannot be served."""
+    written. trace: keep thoughts and messages in the Run. columns: the row of each question, where
+    prompts hold a {column}. Raises ValueError for a request that cannot be served."""
     kinds = check_request(questions, rounds, latent_length, kind, method)
     style = mas.style
     if method in ("single", "single_loop"):
         # The last role works alone: once, or for as many turns as all roles have together.
         rounds = rounds * len(style.roles) if method == "single_loop" else 1
         style = style.alone()
-    prompts = Prompts(mas, style, questions, kinds, method in WORDS)
+    prompts = Prompts(mas, style, questions, kinds, columns, method in WORDS)
     run = Run(decoded=[0] * (len(questions) // writing.repeats))
     take_turn = take_turn or (lambda turn: turn.agent.think(turn.read(), latent_length))
     heard = {role.name: {} for role in style.roles}         # {who: {from whom: the last message}}
@@ -184,7 +184,7 @@ class MAS:
 
     @torch.no_grad()
     def respond(self, questions, rounds=3, latent_length=32, kind="math", method="latent",
-                trace=False, writing=Writing()):
+                trace=False, writing=Writing(), columns=None):
         """Answer one batch of B questions: (B * writing.samples texts, Run).
 
         The recursion runs without gradients, and then the last agent's last turn is written. All K
@@ -196,8 +196,10 @@ class MAS:
             kinds = check_request(questions, rounds, latent_length, kind, method)
             questions = [question for question in questions for _ in range(K)]
             kind = [one for one in kinds for _ in range(K)]
+            columns = columns and [row for row in columns for _ in range(K)]
             writing = dataclasses.replace(writing, samples=1, repeats=K)
-        run = recurse(self, questions, rounds, latent_length, kind, method, trace, None, writing)
+        run = recurse(self, questions, rounds, latent_length, kind, method, trace, None, writing,
+                      columns)
         return write_turn(self, run, run.last_turn, questions, writing), run
 
     def answer(self, questions, rounds=3, latent_length=32, kind="math", method="latent",
@@ -224,20 +226,24 @@ def chunks(items, size):
 
 def load_mas_system(style, device="auto", dtype="auto", task="math", trust_remote_code=False,
                     ckpt_override=None, revision=None, thinking=False, offload=False,
-                    allow_unsafe_code=False):
+                    allow_unsafe_code=False, need_links=True):
     """A whole system, ready to answer.
 
     style: a name, a .py file or a Style. ckpt_override: {role or "outer": folder or hub id}, in
     place of the style's own. task: chooses among the links of repos that hold several. revision: of
     the style's repos. offload: see MAS. allow_unsafe_code: let tools run programs even where
-    nothing confines them. Raises ValueError or OSError, naming the file."""
+    nothing confines them. need_links: False puts new, untrained links where none are found, which
+    is enough for baselines in words and for controls. Raises ValueError or OSError, naming the
+    file."""
     style = get_style(style)
     override = {key if key == "outer" else style.role(key).name: folder
                 for key, folder in (ckpt_override or {}).items()}
     if "python" in style.tools:
         require_sandbox(allow_unsafe_code)
-    folder = outer_folder(style, override, revision)
+    folder = outer_folder(style, override, revision, need_links)
     agents = load_agents(style, device, dtype, task, trust_remote_code, override, revision,
                          trained_models(folder, style, override), thinking=thinking,
-                         offload=offload)
+                         offload=offload, need_links=need_links)
+    if folder is None:
+        return MAS(style, agents, None, offload).with_fresh_outer()
     return MAS(style, agents, load_outer_links(folder, style, agents, task), offload)

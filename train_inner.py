@@ -3,18 +3,24 @@
     python train_inner.py                                        # tiny's planner, 20 seconds
     python train_inner.py --style tiny --mas_role critic --save_dir out/critic
 
-The base model is frozen. Along the role's gold text, its hidden state h_t predicts the next token.
-Sent through the link, h_t should look like that token's embedding (the paper's inner loop):
+The base model is frozen. Along a text, its hidden state h_t predicts the next token. Sent through
+the link, h_t should look like that token's embedding (the paper's inner loop):
 
     loss = cos_weight (1 - cos(R_in(h_t), Emb(token_(t+1)))) + mse_weight MSE(R_in(h_t), Emb(..))
 
 If it does, then the model that reads R_in(h_t) goes on as if it had read the word. That is the
 point of the inner link: the model thinks on without choosing a word.
 
+Which text? `--text gold`, as published, takes the role's text in the training rows. `--text own`
+takes what the frozen agent itself writes for the same prompt. On a real model this decides: along
+words that the model would not say, h_t does not predict the next word, and the link learns an
+average. link.py has the figures. Own texts are written once and kept in --save_dir.
+
 The base model never changes, so its hidden states never change either. They are computed once and
 kept for all epochs, in a file that is mapped into memory and may be larger than memory.
 """
 import dataclasses
+import json
 import shutil
 import time
 from pathlib import Path
@@ -32,10 +38,9 @@ from support.checkpoints import load_agent, load_inner, local_folder, save_inner
 from support.devices import pick_device
 from support.errors import need
 from support.flags import RANK
+from support.sampling import Sampling
 from support.training import Training
-
-HELD_OUT = 200         # texts on which readability is measured, and which are not trained on
-
+from writing import text_seed
 
 def parse():
     """(flags, style, role). The flags have the published names where there are any."""
@@ -49,7 +54,13 @@ def parse():
     add("--model_name_or_path", default="", help="base model, in place of the role's")
     add("--save_dir", default="out/train_inner")
     add("--load_dir", default="", help="start from the inner link in this folder")
+    add("--text", default="own", choices=["own", "gold"],
+        help="the agent's own words for the rows' prompts; or the role's gold text, as published")
     add("--text_field", default="", help="column with the gold text, in place of the role's")
+    add("--own_length", type=flags.at_least(1), default=64, help="tokens of an own text")
+    add("--own_temperature", type=flags.at_least(0, float), default=0.0, help="0 is greedy")
+    add("--held_out", type=flags.at_least(1), default=40,
+        help="texts on which readability is measured, and which are not trained on")
     add("--max_length", type=flags.at_least(1), default=2048, help="tokens of a gold text")
     add("--adapter_type", default="ln_res_adapter",
         help=f"kind of link: {', '.join(LINK_KINDS)} or a published name")
@@ -76,48 +87,82 @@ def inner_loss(link, embedding, states, tokens, args):
     return args.adapter_cos_weight * cosine + args.adapter_mse_weight * mse, cosine, mse
 
 
-def hidden_states(agent, style, role, examples, args):
-    """Hidden states along all gold texts, computed once: [(states (n, d), tokens (n,))].
+def own_tokens(agent, style, role, texts, args):
+    """What the frozen agent itself writes for the prompts of these RoleTexts: a token list each.
+
+    Written in batches into a file of --save_dir. A run that is started again goes on with it."""
+    file = Path(args.save_dir) / f"own_texts.rank{RANK}.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    keys = [text_seed(agent.name, role, one.question, one.kind, one.heard, one.row,
+                      args.own_length, args.own_temperature, args.seed) for one in texts]
+    lines = file.read_text().split("\n") if file.is_file() else []
+    written = {line["key"]: line["tokens"] for line in map(json.loads, filter(
+        lambda line: line.endswith("}"), lines))}             # the last line may be torn
+    todo = sorted((i for i, key in enumerate(keys) if key not in written),
+                  key=lambda i: len(texts[i].question))       # so little is padding
+    for chunk in flags.progress(chunks(todo, args.batch_size), "own texts"):
+        context = data.read_role_texts(agent, style, role, [texts[i] for i in chunk])
+        tokens = agent.write(context, args.own_length, Sampling(args.own_temperature),
+                             [keys[i] for i in chunk])
+        with open(file, "a") as out:
+            for i, row in zip(chunk, tokens):
+                written[keys[i]] = row
+                out.write(json.dumps({"key": keys[i], "tokens": row}) + "\n")
+    return [[token for token in written[key] if token not in agent.end_tokens] for key in keys]
+
+
+@torch.no_grad()
+def states_along(agent, style, role, texts, tokens):
+    """Hidden states along given tokens behind the prompts of RoleTexts: [(n, d)].
+
+    State i has read the prompt and i tokens, so it predicts token i."""
+    context = data.read_role_texts(agent, style, role, texts)
+    states = agent.follow(context, [row[:-1] for row in tokens])                   # (B, n, d)
+    return [h[:len(row)] for h, row in zip(states, tokens)]
+
+
+def hidden_states(agent, style, role, texts, tokens, args):
+    """Hidden states along all texts, computed once: [(states (n, d), tokens (n,))].
 
     They lie in a file of --save_dir that is mapped into memory. The file has no name any more when
     this returns, so it goes away with the process, however that ends."""
-    lengths = [min(len(ids), args.max_length)
-               for ids in agent.tokenize([text for *_, text in examples])]
-    file = Path(args.save_dir) / f"hidden_states.rank{RANK}.bin"
+    lengths, file = list(map(len, tokens)), Path(args.save_dir) / f"hidden_states.rank{RANK}.bin"
     file.parent.mkdir(parents=True, exist_ok=True)
     size = sum(lengths) * agent.width * agent.embedding.weight.element_size()
     need(shutil.disk_usage(file.parent).free > 1.1 * size, f"there is no room for {file} "
          f"({size / 1e9:.1f} GB): lower --num_samples, or use another --save_dir")
     states = torch.from_file(str(file), shared=True, size=sum(lengths) * agent.width,
                              dtype=agent.dtype).view(-1, agent.width)              # (all n, d)
-    print(f"{len(examples)} texts, {len(states)} tokens: {size / 1e9:.2f} GB of hidden "
-          f"states in {file}", flush=True)
-    places, tokens = states.split(lengths), [None] * len(examples)
-    by_length = sorted(range(len(examples)), key=lengths.__getitem__)      # so little is padding
+    print(f"{len(texts)} texts, {len(states)} tokens: {size / 1e9:.2f} GB of hidden states in "
+          f"{file}", flush=True)
+    places = states.split(lengths)
+    by_length = sorted(range(len(texts)), key=lengths.__getitem__)         # so little is padding
     for chunk in flags.progress(chunks(by_length, args.batch_size), "hidden states"):
-        pairs = data.gold_states(agent, style, role, [examples[i] for i in chunk], args.max_length)
-        for i, (h, ids) in zip(chunk, pairs):
+        found = states_along(agent, style, role, [texts[i] for i in chunk],
+                             [tokens[i] for i in chunk])
+        for i, h in zip(chunk, found):
             places[i].copy_(h)
-            tokens[i] = ids
     file.unlink()
-    return list(zip(places, tokens))
+    return list(zip(places, (torch.tensor(row, device=agent.device) for row in tokens)))
 
 
 @torch.no_grad()
-def readability(agent, style, role, examples, args):
+def readability(agent, style, role, texts, args):
     """Do the latents, read through the vocabulary head, say what the text would say?
 
-    For each latent step, the share of examples whose thought reads as the token that greedy
-    decoding writes at that place. The first thought comes before any link, so it always does."""
-    agreed, counted = torch.zeros(args.latent_length), torch.zeros(args.latent_length)
-    for batch in chunks(examples, args.batch_size):
-        context = data.read_examples(agent, style, role, batch)
+    Returns, for each latent step, the share of prompts whose thought reads as the token that greedy
+    decoding writes at that place; and the first prompt's thoughts in words. The first thought comes
+    before any link, so it always agrees."""
+    agreed, counted, words = torch.zeros(args.latent_length), torch.zeros(args.latent_length), ""
+    for batch in flags.progress(chunks(texts, args.batch_size), "readability"):
+        context = data.read_role_texts(agent, style, role, batch)
         thoughts = agent.think(context, args.latent_length)                 # (b, m, d)
         read_out = agent.head(thoughts).argmax(-1).cpu()                    # (b, m)
+        words = words or agent.tokenizer.decode(read_out[0])
         for row, ids in zip(read_out, agent.write(context, args.latent_length)):
             agreed[:len(ids)] += row[:len(ids)] == torch.tensor(ids)
             counted[:len(ids)] += 1
-    return (agreed / counted.clamp(min=1)).tolist()
+    return (agreed / counted.clamp(min=1)).tolist(), words
 
 
 def new_link(agent, args):
@@ -133,31 +178,39 @@ def new_link(agent, args):
 def main():
     """Texts, agent, hidden states, the loop, and what the trained link is worth."""
     (args, style, role), started = parse(), time.time()
-    # 1. The texts. Some are held out for readability, if there are enough.
+    # 1. The prompts. Some are held out for readability, if there are enough.
     rows = data.load_rows(args.dataset_name, args.dataset_split, args.dataset_json_field,
                           args.num_samples, args.seed)
-    examples = data.role_examples(style, role, data.keep_usable(rows, [role]), args.mas_task)
-    held_out = examples[:HELD_OUT] if len(examples) >= 2 * HELD_OUT else examples
-    examples = examples[HELD_OUT:] if len(examples) >= 2 * HELD_OUT else examples
-    if held_out is examples:
+    rows = data.keep_usable(rows, [role] if args.text == "gold" else [])
+    texts = data.role_texts_of(style, role, rows, args.mas_task)
+    held_out = texts[:args.held_out] if len(texts) >= 2 * args.held_out else texts
+    texts = texts[args.held_out:] if len(texts) >= 2 * args.held_out else texts
+    if held_out is texts:
         print("too few texts to hold any out: readability is measured on the training texts")
 
-    # 2. The frozen agent, its link, and its hidden states.
+    # 2. The frozen agent, its link, and its hidden states along the texts.
     device, dtype = pick_device(args.device, args.dtype)
     base = local_folder(args.model_name_or_path or role.model, args.revision, f"role {role.name}")
     agent = load_agent(base, device, dtype, bool(args.trust_remote_code),
                        bool(args.enable_thinking))
     agent.inner = new_link(agent, args)
-    before = readability(agent, style, role, held_out, args)
-    pairs = hidden_states(agent, style, role, examples, args)
+    if args.text == "own":
+        print("texts: the agent's own, along which latents stay readable (--text gold: the rows')")
+        tokens = own_tokens(agent, style, role, texts, args)
+    else:
+        tokens = [row[:args.max_length] for row in agent.tokenize([one.text for one in texts])]
+    pairs = [pair for pair in zip(texts, tokens) if pair[1]]
+    need(pairs, "--text own: the agent writes nothing for these prompts, try --text gold")
+    before, words_before = readability(agent, style, role, held_out, args)
+    pairs = hidden_states(agent, style, role, *zip(*pairs), args)
 
     # 3. The loop.
-    training = Training(agent.inner, args, args.adapter_lr, args.save_dir, len(examples))
+    training = Training(agent.inner, args, args.adapter_lr, args.save_dir, len(pairs))
     for step in training.steps("inner link"):
         for batch in training.batches(pairs, step):
             states = torch.cat([h for h, _ in batch]).to(device)            # (n, d)
-            tokens = torch.cat([ids for _, ids in batch])                   # (n,)
-            loss, cosine, mse = inner_loss(agent.inner, agent.embedding, states, tokens, args)
+            targets = torch.cat([ids for _, ids in batch])                  # (n,)
+            loss, cosine, mse = inner_loss(agent.inner, agent.embedding, states, targets, args)
             training.backward(loss, len(states), cosine=cosine, mse=mse)
         training.step()
 
@@ -166,13 +219,14 @@ def main():
         return
     task = args.mas_task if style.links_by_task else None
     save_inner(agent.inner, args.save_dir, task, args.save_format)
-    after = readability(agent, style, role, held_out, args)
+    after, words_after = readability(agent, style, role, held_out, args)
     write_json(Path(args.save_dir) / "readability.json", {"before": before, "after": after})
     print(f"\n{style.name} {role.name}: 1-cos {training.logged['cosine']:.4f}, mse "
           f"{training.logged['mse']:.5f}, {training.summary()}, {time.time() - started:.0f} s")
-    print("share of latents that read as the greedy text, by latent step:")
+    print(f"share of {len(held_out)} prompts whose latents read as the greedy text, by step:")
     for name, shares in (("before", before), ("after", after)):
         print(f"  {name:7s}" + " ".join(f"{share:.2f}" for share in shares))
+    print(f"the first one's latents in words:\n  before {words_before!r}\n  after  {words_after!r}")
     print(f"the link is in {args.save_dir}")
 
 

@@ -24,6 +24,7 @@ earlier, which predict the gold text.
 """
 import random
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ from link import KINDS as LINK_KINDS
 from link import kind_name
 from recurse import MAS, recurse
 from styles import KINDS, get_style
-from support import flags
+from support import flags, report
 from support import rows as data
 from support.checkpoints import load_agents, save_outer
 from support.errors import need
@@ -76,6 +77,8 @@ def parse():
     add("--random_rounds", type=int, default=0, choices=[0, 1])
     add("--gradient_checkpointing", type=int, default=1, choices=[0, 1],
         help="run each turn again in the backward pass instead of keeping it: less memory")
+    add("--log_gradients", type=int, default=0, choices=[0, 1],
+        help="log |dL/d(message)| for every edge and round, and draw it")
     add("--eval_samples", type=flags.at_least(0), default=500,
         help="problems of the comparison afterwards, where the data set has test problems")
     add("--shuffle", action="store_true", help="no effect: rows are always shuffled")
@@ -86,8 +89,17 @@ def parse():
 
 # ---- the loss -----------------------------------------------------------------------------------
 
+@dataclass
+class Outcome:
+    """What a batch of rows gave."""
+    loss: torch.Tensor           # to be minimised
+    final: torch.Tensor          # cross-entropy of the final answer, nats a token
+    tokens: int                  # of the final answers
+    sent: dict                   # (round, edge key): message, with --log_gradients
+
+
 def outer_loss(mas, rows, rounds, args):
-    """(loss, cross-entropy of the final answer, number of its tokens) of a batch of rows.
+    """The Outcome of a batch of rows, unrolled over so many rounds.
 
     All cross-entropies are means over target tokens. With --supervise_final_only 0, the last role's
     answers in earlier rounds count too: + non_last_loss_weight x their mean."""
@@ -104,7 +116,8 @@ def outer_loss(mas, rows, rounds, args):
         return H                                                        # (B, m, d)
 
     run = recurse(mas, [data.question_of(row) for row in rows], rounds, args.latent_length,
-                  kind=[data.kind_of(row, args.mas_task) for row in rows], take_turn=take_turn)
+                  kind=[data.kind_of(row, args.mas_task) for row in rows], take_turn=take_turn,
+                  trace=bool(args.log_gradients), columns=rows)
     targets = gold_tokens(run.last_turn, last, rows, args.max_length)
     final = kept_or_rerun(args, last_loss, run.last_turn, targets)
     # loss = (CE_final + w sum_k CE_k) / (1 + w K)
@@ -112,7 +125,10 @@ def outer_loss(mas, rows, rounds, args):
     loss = (final + w * sum(role_losses)) / (1 + w * len(role_losses))
     if early_answers:
         loss = loss + args.non_last_loss_weight * sum(early_answers) / len(early_answers)
-    return loss, final, sum(map(len, targets))
+    for message in run.sent.values():
+        if message.requires_grad:
+            message.retain_grad()
+    return Outcome(loss, final, sum(map(len, targets)), run.sent)
 
 
 def think_and_loss(turn, role, rows, args, with_loss):
@@ -130,8 +146,7 @@ def last_loss(turn, targets):
 
 def mean_loss(agent, context, targets):
     """Cross-entropy of B target token lists behind a Context, as a mean over the tokens."""
-    total, count = agent.answer_loss(context, targets)
-    return total / max(count, 1)
+    return torch.cat(list(agent.answer_loss(context, targets))).mean()
 
 
 def kept_or_rerun(args, function, *inputs):
@@ -172,7 +187,7 @@ def main():
     # 1. The rows. If they are missing, say so before models are loaded.
     rows = data.load_rows(args.dataset_name, args.dataset_split, args.dataset_json_field,
                           args.num_samples, args.seed)
-    all_roles = args.role_loss_weight or args.warm_start_steps or args.latents != "rollout"
+    all_roles = args.role_loss_weight or args.latents != "rollout"
     rows = data.keep_usable(rows, style.roles if all_roles else style.roles[-1:])
 
     # 2. Frozen agents, new outer links.
@@ -182,11 +197,13 @@ def main():
     agents = load_agents(style, args.device, args.dtype, args.mas_task,
                          bool(args.trust_remote_code), inner, args.revision, models,
                          args.inner_adapter_type_fallback, bool(args.enable_thinking))
+    if task and task.fits:
+        task.fits(agents[style.roles[0].name], args.latent_length)
     kinds = {edge.key: kind_name(given[f"{edge.key}_type"] or args.outer_adapter_type)
              for edge in style.edges}
     mas = MAS(style, agents, None).with_fresh_outer(kinds, args.scale_match, args.seed)
     if args.warm_start_steps and not args.resume:
-        warm_start(mas, rows, args)
+        warm_start(mas, args, task.leave_out if task else ())
 
     # 3. The loop.
     training = Training(mas.outer, args, args.outer_lr, args.save_dir, len(rows),
@@ -196,8 +213,13 @@ def main():
         if args.random_rounds:                 # drawn by seed and step, so all ranks draw the same
             rounds = random.Random(f"rounds {args.seed} {step}").randint(1, rounds)
         for batch in training.batches(rows, step):
-            loss, final, tokens = outer_loss(mas, batch, rounds, args)
-            training.backward(loss, tokens, final=final, rounds=rounds)
+            outcome = outer_loss(mas, batch, rounds, args)
+            scale = training.backward(outcome.loss, outcome.tokens, final=outcome.final,
+                                      rounds=rounds)
+            # |dL/d(message)|, summed in float32: in half precision early rounds read as zero.
+            training.note(outcome.tokens, **{
+                f"gradient_{key}_{round}": message.grad.float().norm().item() / scale
+                for (round, key), message in outcome.sent.items() if message.grad is not None})
         training.step()
 
     # 4. The links, and what they are worth.
@@ -206,6 +228,8 @@ def main():
         save_outer(mas.outer, args.save_dir, style.name, args.save_format, link_task)
     print(f"{training.summary()}, {time.time() - started:.0f} s; the links are in {args.save_dir}",
           flush=True)
+    if args.log_gradients and RANK == 0:
+        report.plot_gradients(Path(args.save_dir))
     if args.eval_samples and task:
         evaluate.compare(mas, task, args, Path(args.save_dir))
     override = {**inner, "outer": args.save_dir}

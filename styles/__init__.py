@@ -4,8 +4,9 @@
     Edge(key, src, dst)                  src's thoughts reach dst through the outer link `key`
     Style(name, roles, edges)            roles speak in order, and the last one writes the answer
 
-In a prompt, {question}, {answer_format} and a slot {role name} for each role that is heard are
-filled in. Every other brace stays as it is. A role has up to three prompts, all written out:
+In a prompt, {question}, {answer_format}, a slot {role name} for each role that is heard, and any
+other {column} of the data are filled in. A column gives one role an input that the others have not.
+A role has up to three prompts, all written out:
 
     prompt    It has heard all the roles that it hears. This prompt holds all their slots.
     first     It has not heard them all yet: it is round 1, and some speak later. This prompt holds
@@ -36,6 +37,9 @@ PUBLISHED_ROLES = {
     "deliberation_toolcaller": "toolcaller"}
 PUBLISHED_DESIGNS = {"sequential": "sequential_light", "hie": "mixture",
                      "distill": "distillation", "deliberation": "deliberation"}
+
+# {name} in a prompt. Braces behind a backslash command or a word, like \\boxed{x}, are no name.
+COLUMN = re.compile(r"(?<![\w\\}]){([A-Za-z_]\w*)}")
 
 # The kinds of questions, and what {answer_format} stands for in the prompts of each.
 KINDS = ("math", "choice", "code", "search")
@@ -163,7 +167,8 @@ def check(style):
 
 
 def check_prompts(style, role, names, need):
-    """Each prompt needs {question}, and exactly the slots of the roles heard where it is used."""
+    """Each prompt asks something, and holds exactly the slots of the roles heard where it is used.
+    """
     who, heard, early = f"role {role.name}", style.heard_by(role.name), style.heard_first(role.name)
     need(isinstance(role.target, tuple), f"{who}: target is a tuple of columns, like ('plan',)")
     need(role.model, f"{who} has no model: name a hub id or a folder")
@@ -180,7 +185,9 @@ def check_prompts(style, role, names, need):
             where = f"{who}, {which}" + (f" for {kind}" if kind else "")
             need(kind in ("", *KINDS), f"{where}: unknown kind of question: use {', '.join(KINDS)}")
             slots = [name for name in names if f"{{{name}}}" in text]
-            need(not text or "{question}" in text, f"{where}: there is no {{question}}: add it")
+            asks = set(COLUMN.findall(text)) - {*names, "answer_format"}
+            need(not text or asks, f"{where}: there is no {{question}} and no other column "
+                 "of the data: add it")
             need(not text or slots in allowed, f"{where}: it holds the slots "
                  f"{{{', '.join(slots)}}}, but {{{', '.join(allowed[-1])}}} are heard where it is "
                  "used: change the prompt or the edges")

@@ -12,7 +12,8 @@ A line says what was asked and how, what came out, whether that is right, and wh
      "decoded_tokens": 12, "latent_steps": 48, "seconds": 0.004, "peak_memory_mb": 480.0}
 
 A line with an "error" is asked again by --resume. show() prints what the latents of a question say,
-in place of scoring it.
+in place of scoring it. With plan.measure "loss" a line has "nats" (a token of the gold answer) in
+place of what was read and scored.
 """
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ import torch
 from recurse import chunks, recurse, write_turn
 from support import report
 from support.errors import need
+from support.rows import role_text
 from tasks import Score
 from writing import Writing, go_on, insert, text_of
 
@@ -38,6 +40,7 @@ class Plan:
     batch_size: int              # questions at once
     writing: Writing             # how the answers are written
     answer_retry: int = 0        # 1: an answer that cannot be read is asked for once more
+    measure: str = "accuracy"    # or loss: nats a token of the gold answer, and nothing is decoded
 
 
 def possible_methods(style, task, batches, wanted=()):
@@ -66,14 +69,15 @@ def answer_batch(mas, task, batch, method, rounds, plan):
     A batch that breaks (out of memory) is halved. A question that breaks alone is recorded with its
     error, and the run goes on. For `untrained`, mas has the new links."""
     try:
-        values = answers_to(mas, task, batch, method, rounds, plan)
+        measured = losses_of if plan.measure == "loss" else answers_to
+        values = measured(mas, task, batch, method, rounds, plan)
     except RuntimeError as problem:
         if isinstance(problem, torch.AcceleratorError) and not isinstance(
                 problem, torch.OutOfMemoryError):
             raise                                # the card itself has failed: so would all the rest
         values = [{"error": f"{type(problem).__name__}: {problem}".split("\n")[0]} for _ in batch]
     # Only here, behind the except block, are the tensors freed that its traceback held.
-    if "outputs" not in values[0] and len(batch) > 1 and method != "shuffle":
+    if "seconds" not in values[0] and len(batch) > 1 and method != "shuffle":
         torch.cuda.empty_cache()
         return [line for half in (batch[:len(batch) // 2], batch[len(batch) // 2:])
                 for line in answer_batch(mas, task, half, method, rounds, plan)]
@@ -93,7 +97,8 @@ def answers_to(mas, task, batch, method, rounds, plan):
     started, K = time.perf_counter(), plan.writing.samples
     texts, run = mas.respond([example.question for example in batch], rounds, plan.latent_length,
                              [example.kind for example in batch],
-                             "latent" if method == "untrained" else method, writing=plan.writing)
+                             "latent" if method == "untrained" else method, writing=plan.writing,
+                             columns=[example.row for example in batch])
     report.wait_for_devices()
     seconds = time.perf_counter() - started
     scores, unread = score(task, batch, texts, range(len(texts))), []
@@ -117,6 +122,35 @@ def answers_to(mas, task, batch, method, rounds, plan):
             "latent_steps": run.latent_steps, "seconds": seconds / len(batch),
             "peak_memory_mb": report.peak_memory_mb(), **{"error": one for one in errors[:1]}})
     return answers
+
+
+@torch.no_grad()
+def losses_of(mas, task, batch, method, rounds, plan):
+    """Nats a token of the gold answer behind the last agent's last prompt: a dict a question.
+
+    This is far more sensitive than accuracy: every token of every question counts."""
+    started = time.perf_counter()
+    run = recurse(mas, [example.question for example in batch], rounds, plan.latent_length,
+                  [example.kind for example in batch],
+                  "latent" if method == "untrained" else method, writing=plan.writing,
+                  columns=[example.row for example in batch])
+    turn = run.last_turn
+    texts = [gold_text(mas.style.roles[-1], example, rounds) for example in batch]
+    losses = turn.agent.answer_loss(turn.read(), turn.agent.tokenize(texts))   # B tensors (n,)
+    report.wait_for_devices()
+    seconds = (time.perf_counter() - started) / len(batch)
+    return [{"outputs": [text], "nats": loss.mean().item(), "seconds": seconds,
+             "decoded_tokens": run.decoded[i], "latent_steps": run.latent_steps}
+            for i, (text, loss) in enumerate(zip(texts, losses))]
+
+
+def gold_text(role, example, round):
+    """The gold answer as the last role should write it: a solution from the row's columns, where
+    they say more than the answer, else the answer in a box."""
+    for text in (example.row.get("solution"), role_text(role, example.row, round)):
+        if isinstance(text, str) and len(text) > len(example.gold):
+            return text
+    return f"\\boxed{{{example.gold}}}"
 
 
 def score(task, batch, texts, places):

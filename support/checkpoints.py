@@ -33,7 +33,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from agents import Agent
-from link import KINDS, RELEASED, InnerLink, OuterLink, kind_name
+from link import KINDS, RELEASED, InnerLink, OuterLink
 from support.devices import pick_device
 from support.errors import blame, need
 
@@ -159,6 +159,18 @@ def save_outer(links, folder, style="", format="safetensors", task=None):
     write_json(Path(folder) / "outerlink_config.json", manifest)
 
 
+def outer_link(entry, path):
+    """A new OuterLink of a manifest's entry. Some manifests name only keys and files. There the
+    weights in the file say the rest: their names the kind, their shapes the widths."""
+    if entry.keys() >= {"in_dim", "out_dim", "adapter_type"}:
+        return OuterLink(int(entry["in_dim"]), int(entry["out_dim"]), entry["adapter_type"])
+    state = (torch.load(path, map_location="cpu", weights_only=True) if path.suffix == ".pt"
+             else safetensors.torch.load_file(path))
+    last, kind = ("proj2", "2layer") if "proj2.weight" in state else ("proj1", "1layer")
+    kind += "_ln" * ("ln_source.weight" in state) + "_res" * ("residual_proj.weight" in state)
+    return OuterLink(state["proj1.weight"].shape[1], len(state[f"{last}.weight"]), kind)
+
+
 def load_outer(folder, widths, task="math"):
     """Outer links {edge key: OuterLink} for widths {edge key: (src_width, dst_width)}.
 
@@ -174,8 +186,7 @@ def load_outer(folder, widths, task="math"):
         need(task in tasks, f"its links are for task {', '.join(tasks) or 'none'}, not '{task}': "
              "train them, or choose other questions")
         entries = manifest.get("adapters") or manifest["tasks"][task]["adapters"]
-        links = {entry["legacy_key"]: OuterLink(int(entry["in_dim"]), int(entry["out_dim"]),
-                                                kind_name(entry["adapter_type"]))
+        links = {entry["legacy_key"]: outer_link(entry, Path(folder) / entry["filename"])
                  for entry in entries}
         has, needs = (", ".join(f"{key} {source} -> {target}" for key, (source, target)
                                 in sorted(ways.items())) or "none"
@@ -226,6 +237,9 @@ def load_agent(folder, device, dtype, trust_remote_code=False, thinking=False, o
             tokenizer = PreTrainedTokenizerFast.from_pretrained(view)
         else:
             tokenizer = AutoTokenizer.from_pretrained(view, **settings)
+        # Said now, and not after the weights are loaded.
+        need(tokenizer.chat_template, "it has no chat template: take the instruct model, or write "
+             "a template into chat_template.jinja beside the model")
         model, report = AutoModelForCausalLM.from_pretrained(
             view, config=config, dtype=dtype, output_loading_info=True, **settings)
         missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
@@ -268,41 +282,54 @@ def base_model(folder):
 def trained_models(folder, style, override):
     """{role: base model} that the outer links in a folder were trained over, as far as it says. An
     override that brings a model of its own counts more."""
-    notes = read_json(folder / "train_args.json")
+    notes = read_json(folder / "train_args.json") if folder else {}
     return {role.name: notes.get(f"{role.name}_model") for role in style.roles
             if not (Path(override.get(role.name, "/")) / "config.json").is_file()}
 
 
 def load_agents(style, device="auto", dtype="auto", task="math", trust_remote_code=False,
                 override=None, revision=None, models=None, inner_kind=RELEASED, thinking=False,
-                offload=False):
+                offload=False, need_links=True):
     """{role name: Agent with its inner link, all frozen}.
 
     device: one, or several with commas. Each agent goes to the one with the least on it, and only
     thoughts (B, m, d) cross over. override: {role: folder or hub id} in place of the role's repo.
-    models: {role: base model}. inner_kind: of links that do not say their own."""
+    models: {role: base model}. inner_kind: of links that do not say their own. need_links: False
+    gives a role without an inner link a new one, and says so. So gets a role that nobody hears,
+    whose link is never used."""
     places = [pick_device(name.strip(), dtype) for name in str(device).split(",")]
     filled, loaded, agents = [0] * len(places), {}, {}
     for role in style.roles:
         who = f"style {style.name}, role {role.name}"
         repo = (override or {}).get(role.name) or role.repo
-        need(repo, f"{who}: no repo with an inner link: name one in the style or in ckpt_override")
-        folder = local_folder(repo, revision, who)
-        model = (models or {}).get(role.name) or base_model(folder) or role.model
+        speaks = any(edge.src == role.name for edge in style.edges)    # else it needs no inner link
+        need(repo or not (need_links and speaks), f"{who}: no repo with an inner link: name one in "
+             "the style or in ckpt_override")
+        folder = local_folder(repo, revision, who) if repo else None
+        model = (models or {}).get(role.name) or folder and base_model(folder) or role.model
         base = local_folder(model, who=who).resolve()
         if base not in loaded:                        # two roles may share one frozen model
             place = filled.index(min(filled))
             loaded[base] = load_agent(base, *places[place], trust_remote_code, thinking, offload)
             filled[place] += loaded[base].model.get_memory_footprint()
         agent = agents[role.name] = copy.copy(loaded[base])
-        agent.inner = load_inner(folder, agent.width, task, inner_kind).to(agent.device)
-        agent.inner.requires_grad_(False)
+        if folder is None:
+            if speaks:
+                print(f"{who}: no inner link, so it gets a new, untrained one", flush=True)
+            torch.manual_seed(42)
+            agent.inner = InnerLink(agent.width, inner_kind, agent.embedding_rms)
+        else:
+            agent.inner = load_inner(folder, agent.width, task, inner_kind)
+        agent.inner.to(agent.device).requires_grad_(False)
     return agents
 
 
-def outer_folder(style, override, revision=None):
-    """The folder of a style's outer links. Raises ValueError if none is named."""
+def outer_folder(style, override, revision=None, need_links=True):
+    """The folder of a style's outer links. Raises ValueError if none is named; or returns None, if
+    they are not needed."""
     name = override.get("outer", style.repo)
+    if not (name or need_links):
+        return None
     need(name, f"style {style.name} has no repo with outer links: name one in the style or as "
          "outer in ckpt_override")
     return local_folder(name, revision, f"style {style.name}, outer links")

@@ -11,16 +11,17 @@ import torch.nn.functional as F
 
 import reference
 from recurse import recurse
-from support.rows import gold_states
+from support.rows import RoleText
 from tasks import get_task
-from train_inner import inner_loss
+from train_inner import inner_loss, states_along
 from train_outer import outer_loss
 from writing import Writing
 
 EPOCHS = 21        # 20,000 steps of 2 rows are 21 epochs of the 1,904 rows of Sequential-Math
 # Flags of the trainers, as far as their losses look at them: the published values.
 TRAINING = dict(mas_task="math", latents="rollout", max_length=4096, role_loss_weight=0.0,
-                supervise_final_only=1, adapter_cos_weight=1.0, adapter_mse_weight=0.0)
+                supervise_final_only=1, log_gradients=0, adapter_cos_weight=1.0,
+                adapter_mse_weight=0.0)
 
 
 def read(agent, texts):
@@ -63,14 +64,15 @@ def inner_losses(agent, style, rows, again):
     The base model is frozen, so its hidden states never change. They are computed once, as in
     train_inner.py, or `again` in each epoch. How many rows an epoch has does not change the ratio.
     So a single batch is enough to tell what 20,000 steps on 1,904 rows would gain."""
-    examples = [(row["question"], "math", {}, row["answer"]) for row in rows]
+    texts = [RoleText(row["question"], "math", {}, row, row["answer"]) for row in rows]
+    tokens = agent.tokenize([one.text for one in texts])
+    targets = torch.tensor([token for row in tokens for token in row], device=agent.device)
     link, losses = copy.deepcopy(agent.inner).float().requires_grad_(True), []
     optimizer = torch.optim.AdamW(link.parameters(), lr=5e-4)
     for epoch in range(EPOCHS):
         if again or epoch == 0:
-            pairs = gold_states(agent, style, style.roles[0], examples, max_length=4096)
-        states, tokens = map(torch.cat, zip(*pairs))                # (B n, d), (B n,)
-        loss, *_ = inner_loss(link, agent.embedding, states, tokens, SimpleNamespace(**TRAINING))
+            states = torch.cat(states_along(agent, style, style.roles[0], texts, tokens))
+        loss, *_ = inner_loss(link, agent.embedding, states, targets, SimpleNamespace(**TRAINING))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -96,7 +98,7 @@ def our_losses(mas, batches, R, m, checkpointing=0):
     args = SimpleNamespace(**TRAINING, latent_length=m, gradient_checkpointing=checkpointing)
     for batch in batches:
         # It is a mean over all tokens, of which each row here has equally many.
-        yield outer_loss(mas, batch, R, args)[0] * len(batch)
+        yield outer_loss(mas, batch, R, args).loss * len(batch)
 
 
 def gradient(losses, mas, *what):

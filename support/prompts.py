@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from styles import ANSWER_FORMAT, KINDS
+from styles import ANSWER_FORMAT, COLUMN, KINDS
 from support.errors import need
 
 # The system itself, and two controls that send something else in place of its messages.
@@ -43,12 +43,14 @@ class Turn:
 class Prompts:
     """The prompts of one batch of questions, for all roles of a style.
 
-    kinds: the kind of each question. words: the agents exchange texts, and no latents. A text is
-    put into its slot before the prompt is split into tokens. It may then join with the last
-    characters before the slot into one token, so LOOSE tokens of the beginning are not kept."""
+    kinds: the kind of each question. columns: the row of each question, as {column: cell}. words:
+    the agents exchange texts, and no latents. A text is put into its slot before the prompt is
+    split into tokens. It may then join with the last characters before the slot into one token, so
+    LOOSE tokens of the beginning are not kept."""
 
-    def __init__(self, mas, style, questions, kinds, words=False):
+    def __init__(self, mas, style, questions, kinds, columns=None, words=False):
         self.mas, self.style, self.questions, self.kinds = mas, style, questions, kinds
+        self.columns = columns or [{}] * len(questions)
         self.loose = LOOSE if words else 0
         self.made = {}               # (role, slots): rows of prompts without texts of others
         self.prefixes = {}           # role: (B token lists, their Context), what was already read
@@ -64,10 +66,11 @@ class Prompts:
         rows = [None] * len(self.questions)
         for kind in set(self.kinds):
             places = [b for b, other in enumerate(self.kinds) if other == kind]
-            values = {name: [said[b] for b in places]
-                      for name, said in {**texts, "question": self.questions}.items()}
-            values["answer_format"] = [ANSWER_FORMAT[kind]] * len(places)
             words = self.style.prompt(role, kind, [*texts, *slots])
+            values = {**column_values(words, [self.columns[b] for b in places], [*texts, *slots]),
+                      **{name: [said[b] for b in places] for name, said in texts.items()},
+                      "question": [self.questions[b] for b in places],
+                      "answer_format": [ANSWER_FORMAT[kind]] * len(places)}
             made = self.mas.agents[role.name].prompt(role.system, words, values, slots)
             for b, row in zip(places, made):
                 rows[b] = row
@@ -110,6 +113,18 @@ class Prompts:
             return agent.read_prompt(longer, messages, begun)
 
         return Turn(agent, role.name, round, read)
+
+
+def column_values(words, rows, others=()):
+    """{column: B texts} of the {column}s that a prompt names. others: slots, which are none.
+
+    Raises ValueError if a row lacks a column."""
+    names = set(COLUMN.findall(words)) - {"question", "answer_format", *others}
+    for name in names:
+        need(all(isinstance(row.get(name), (str, int, float)) for row in rows), f"a prompt holds "
+             f"{{{name}}}, but the rows have no column '{name}': add it to the data, or change the "
+             "style")
+    return {name: [str(row[name]) for row in rows] for name in names}
 
 
 def check_request(questions, rounds, latent_length, kind, method):

@@ -16,6 +16,7 @@ not independent, so their interval is a bootstrap over questions. Over several r
 the lowest and the highest run in place of an interval.
 """
 import importlib.util
+import json
 import math
 import random
 import sys
@@ -61,33 +62,68 @@ def summarise(lines):
     groups = {}
     for line in lines:
         groups.setdefault((METHODS.index(line["method"]), line["rounds"]), []).append(line)
-    return [summary_row(groups[key]) for key in sorted(groups)]
+    latent = METHODS.index("latent")
+    deepest = max((rounds for method, rounds in groups if method == latent), default=0)
+    rows = []
+    for method, rounds in sorted(groups):
+        row, ours = summary_row(groups[method, rounds]), groups.get((latent, rounds), [])
+        if METHODS[method] == "single":            # it has one round: beside the deepest latents
+            ours = groups.get((latent, deepest), [])
+        if ours and method != latent:
+            row["latent_minus_this"] = paired(ours, groups[method, rounds])
+        rows.append(row)
+    return rows
+
+
+def value_of(line):
+    """What a line counts for: nats a token (--measure loss), else its share of right answers."""
+    return line.get("nats", sum(line["correct"]) / max(1, len(line["correct"])))
 
 
 def summary_row(lines):
     """The row of one method and number of rounds: shares, and means per question.
 
     A question that failed counts as wrong, and costs nothing. With several answers a question, the
-    row also has pass@k, where k is all of them."""
+    row also has pass@k, where k is all of them. With --measure loss, `nats` stands in place of
+    `accuracy`, and a question that failed is left out."""
+    answered = [line for line in lines if line["outputs"]]
+    row = {name: lines[0][name] for name in ("style", "dataset", "method", "rounds")}
+    row.update(n=len(lines), errors=sum("error" in line for line in lines),
+               peak_memory_mb=max(line["peak_memory_mb"] for line in lines))
+    for name in COSTS:
+        row[name] = sum(line[name] for line in answered) / max(1, len(answered))
+    if any("nats" in line for line in lines):
+        values = [line["nats"] for line in answered]
+        return {**row, "nats": sum(values) / len(values), "ci95": bootstrap(values)}
     n, samples = len(lines), max(1, *(len(line["correct"]) for line in lines))
     right = [sum(line["correct"]) for line in lines]
-    row = {name: lines[0][name] for name in ("style", "dataset", "method", "rounds")}
-    row.update(n=n, accuracy=sum(right) / n / samples, ci95=wilson(sum(right) / samples, n))
+    row.update(accuracy=sum(right) / n / samples, ci95=wilson(sum(right) / samples, n))
     if samples > 1:
         passed = [pass_at_k(samples, count, samples) for count in right]
         row.update(ci95=bootstrap([count / samples for count in right]), samples=samples,
                    pass_at_k=sum(passed) / n, pass_at_k_ci95=bootstrap(passed))
-    answered = [line for line in lines if line["outputs"]]
     parsed = [one for line in answered for one in line["parsed"]] or [None]
     notes = [one for line in answered for one in line["notes"]]
     row.update(unparsed=parsed.count(None) / len(parsed),
                retried=sum(line["retried"] for line in answered) / len(parsed),
-               judge_invalid=notes.count("judge: invalid") / len(parsed),
-               errors=sum("error" in line for line in lines),
-               peak_memory_mb=max(line["peak_memory_mb"] for line in lines))
-    for name in COSTS:
-        row[name] = sum(line[name] for line in answered) / max(1, len(answered))
+               judge_invalid=notes.count("judge: invalid") / len(parsed))
     return row
+
+
+def paired(ours, theirs):
+    """The mean difference between two methods over the same questions, with its 95 % interval.
+
+    Two methods are asked the same questions, and a hard question is hard for both. So the interval
+    of the difference (a bootstrap over questions) is narrower than the two intervals suggest.
+    ours_only and theirs_only count questions that one method alone gets right (McNemar's counts):
+    if the methods are equally good, a question of either kind is as likely as of the other."""
+    by_id = {line["id"]: value_of(line) for line in theirs if line["outputs"]}
+    pairs = [(value_of(line), by_id[line["id"]]) for line in ours
+             if line["outputs"] and line["id"] in by_id]
+    differences = [a - b for a, b in pairs] or [math.nan]
+    return {"difference": sum(differences) / len(differences), "ci95": bootstrap(differences),
+            "n": len(pairs), "ours_only": sum(a > b for a, b in pairs),
+            "theirs_only": sum(a < b for a, b in pairs)}
 
 
 def merge(summaries):
@@ -98,16 +134,22 @@ def merge(summaries):
     keys = [[[row[name] for name in names] for row in rows] for rows in summaries]
     need(keys[0] and keys == [keys[0]] * len(keys), "these folders hold no summary.json with the "
          "same rows (style, data set, methods, rounds, n): merge runs that differ in seed alone")
-    merged = []
+    merged, measure = [], measure_of(summaries[0])
     for rows in zip(*summaries):
-        accuracies = [row["accuracy"] for row in rows]
+        accuracies = [row[measure] for row in rows]
         means = {name: sum(row[name] for row in rows) / len(rows)
-                 for name in ("accuracy", "unparsed", *COSTS)}
+                 for name in (measure, "unparsed", *COSTS) if name in rows[0]}
         merged.append({**rows[0], **means, "runs": len(rows),
                        "ci95": [min(accuracies), max(accuracies)],
                        "errors": sum(row["errors"] for row in rows),
                        "peak_memory_mb": max(row["peak_memory_mb"] for row in rows)})
+        merged[-1].pop("latent_minus_this", None)      # it holds within a run
     return merged
+
+
+def measure_of(rows):
+    """What the rows measure: accuracy, or nats (a token of the gold answer)."""
+    return "nats" if "nats" in rows[0] else "accuracy"
 
 
 # ---- tables and pictures ------------------------------------------------------------------------
@@ -116,33 +158,41 @@ def write_report(rows, out, settings, task=None, examples=()):
     """Print the rows as a table, and write OUT/summary.json and OUT/summary.png."""
     write_json(out / "summary.json", {"settings": settings, "rows": rows})
     interval = "lowest - highest" if "runs" in rows[0] else "95 % interval"
-    print(f"\n{'method':12s} {'rounds':>6s} {'accuracy':>8s}  {interval:16s} "
+    measure = measure_of(rows)
+    print(f"\n{'method':12s} {'rounds':>6s} {measure:>8s}  {interval:16s} "
           f"{'unparsed':>8s} {'tokens':>7s} {'latent':>6s} {'ms':>7s}   (means per question)")
     for row in rows:
         low, high = row["ci95"]
         more = f"  pass@{row['samples']} {row['pass_at_k']:.3f}" if "samples" in row else ""
         more += f"  {row['errors']} failed" if row["errors"] else ""
-        print(f"{row['method']:12s} {row['rounds']:6d} {row['accuracy']:8.3f}  "
-              f"{low:.3f} - {high:.3f}    {row['unparsed']:8.3f} {row['decoded_tokens']:7.1f} "
+        print(f"{row['method']:12s} {row['rounds']:6d} {row[measure]:8.3f}  {low:.3f} - {high:.3f}"
+              f"    {row.get('unparsed', 0):8.3f} {row['decoded_tokens']:7.1f} "
               f"{row['latent_steps']:6.0f} {1000 * row['seconds']:7.2f}{more}")
     print_comparison(rows, task, examples)
     plot(rows, out / "summary.png")
 
 
 def print_comparison(rows, task, examples):
-    """Print what latents save against text, and the best accuracy that a method could reach."""
-    by = {(row["method"], row["rounds"]): row for row in rows}
+    """Print latents minus every other method at the deepest rounds, over the same questions, what
+    they save against text, and the best accuracy that a method could reach."""
     depths = sorted({row["rounds"] for row in rows})
-    ours = by.get(("latent", depths[-1]))
+    by = {row["method"]: row for row in rows if row["rounds"] == depths[-1]
+          or row["method"] == "single"}
+    for method, row in by.items():
+        if "latent_minus_this" in row:
+            pair = row["latent_minus_this"]
+            low, high = pair["ci95"]
+            print(f"latent minus {method:12s} {pair['difference']:+.3f}  {low:+.3f} to {high:+.3f}"
+                  f"  over the same {pair['n']} questions: higher in {pair['ours_only']}, lower in "
+                  f"{pair['theirs_only']}")
+    ours = by.get("latent")
     for other in ("text", "text_brief"):
-        theirs = by.get((other, depths[-1]))
-        if ours and theirs and not ours["errors"] and not theirs["errors"]:
-            points = 100 * (ours["accuracy"] - theirs["accuracy"])
+        theirs = by.get(other)
+        if ours and theirs and not ours["errors"] + theirs["errors"] and ours["decoded_tokens"]:
             fewer = 100 - 100 * ours["decoded_tokens"] / theirs["decoded_tokens"]
-            print(f"latent against {other} at {depths[-1]} rounds: {points:+.1f} points, "
-                  f"{fewer:.1f} % fewer decoded tokens, "
-                  f"{theirs['seconds'] / ours['seconds']:.2f} x as fast")
-    if task and task.ceiling:
+            print(f"latent against {other} at {depths[-1]} rounds: {fewer:.1f} % fewer decoded "
+                  f"tokens, {theirs['seconds'] / ours['seconds']:.2f} x as fast")
+    if task and task.ceiling and measure_of(rows) == "accuracy":
         print("expected of a perfect system by rounds (what does not fit is guessed): "
               + ", ".join(f"{depth}: {task.ceiling(examples, depth):.3f}" for depth in depths))
 
@@ -153,28 +203,55 @@ def plot(rows, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    methods = list(dict.fromkeys(row["method"] for row in rows))
+    methods, measure = list(dict.fromkeys(row["method"] for row in rows)), measure_of(rows)
     for place, method in enumerate(methods):
         mine = sorted((row for row in rows if row["method"] == method),
                       key=lambda row: row["rounds"])
         shift = 0.04 * (place - (len(methods) - 1) / 2)       # side by side where they coincide
-        rounds, accuracy = [row["rounds"] + shift for row in mine], [r["accuracy"] for r in mine]
-        errors = [[max(0.0, row["accuracy"] - row["ci95"][0]) for row in mine],
-                  [max(0.0, row["ci95"][1] - row["accuracy"]) for row in mine]]
+        rounds, values = [row["rounds"] + shift for row in mine], [row[measure] for row in mine]
+        errors = [[max(0.0, row[measure] - row["ci95"][0]) for row in mine],
+                  [max(0.0, row["ci95"][1] - row[measure]) for row in mine]]
         look = {"color": "black" if method == "latent" else f"C{METHODS.index(method)}",
                 "marker": "osD^vP*X"[place % 8], "markersize": 5, "label": method,
                 "linestyle": ":" if method in CONTROLS else "-"}
-        left.errorbar(rounds, accuracy, errors, capsize=2, **look)
+        left.errorbar(rounds, values, errors, capsize=2, **look)
         right.plot(rounds, [row["decoded_tokens"] for row in mine], **look)
-    left.set(xlabel="rounds", ylabel="accuracy", ylim=(0, 1.02),
-             title="accuracy (lowest to highest run)" if "runs" in rows[0] else
-             "accuracy (95 % intervals)")
+    left.set(xlabel="rounds", ylabel=measure, ylim=(0, 1.02 if measure == "accuracy" else None),
+             title=f"{measure} (" + ("lowest to highest run)" if "runs" in rows[0] else
+                                     "95 % intervals)"))
     right.set(xlabel="rounds", ylabel="tokens per question", title="decoded tokens")
     for axes in (left, right):
         axes.set_xticks(sorted({row["rounds"] for row in rows}))
         axes.grid(alpha=0.3)
     right.legend(fontsize=8, loc="upper left")
     write_whole(path, lambda part: figure.savefig(part, format="png", dpi=120))
+    pyplot.close(figure)
+
+
+def plot_gradients(folder):
+    """Draw FOLDER/gradients.png from the log: |dL/d(message)| of each edge by round.
+
+    Mean over the logged steps. A round that is far below the others teaches its links nothing."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    norms = {}                                              # {(edge key, round): [norm a step]}
+    for line in (folder / "log.jsonl").read_text().splitlines():
+        for name, value in json.loads(line).items():
+            if name.startswith("gradient_") and value:
+                key, round = name.removeprefix("gradient_").rsplit("_", 1)
+                norms.setdefault((key, int(round)), []).append(value)
+    figure, axes = pyplot.subplots(figsize=(5, 4), layout="constrained")
+    for key in dict.fromkeys(key for key, _ in norms):
+        rounds = sorted(round for other, round in norms if other == key)
+        means = [sum(norms[key, round]) / len(norms[key, round]) for round in rounds]
+        axes.plot(rounds, means, marker="o", label=key)
+        print(f"gradient of {key} by round: "
+              + "  ".join(f"{round}: {mean:.1e}" for round, mean in zip(rounds, means)))
+    axes.set(xlabel="round", ylabel="|dL/d(message)|", yscale="log", title="gradients by round",
+             xticks=sorted({round for _, round in norms}))
+    axes.legend(fontsize=8)
+    write_whole(folder / "gradients.png", lambda part: figure.savefig(part, format="png", dpi=120))
     pyplot.close(figure)
 
 

@@ -8,12 +8,14 @@ and the first one present counts. A cell is a text, which the role says in every
 with one text a round, of which the last one repeats.
 
 Two more columns are used where a row has them: task_family, the kind of its question
-(math, choice, code, search), and fn_name, for code that is tested by calling a function.
+(math, choice, code, search), and fn_name, for code that is tested by calling a function. A prompt
+may hold any column of the row as {column}.
 """
-import torch
+from dataclasses import dataclass
 
 from styles import ANSWER_FORMAT, KINDS
 from support.errors import need
+from support.prompts import column_values
 from tasks import generated_task, read_rows
 
 
@@ -77,46 +79,44 @@ def keep_usable(rows, roles):
     return usable
 
 
-# ---- a role's text along the model: what inner links and the warm start learn from ---------------
+# ---- what a role is asked and says ---------------------------------------------------------------
 
-def role_examples(style, role, rows, kind):
-    """What a role is asked and should say, round by round: [(question, kind, heard, gold text)].
+@dataclass
+class RoleText:
+    """One turn of a role in words: what it is asked, what it has heard, and what it says."""
+    question: str
+    kind: str
+    heard: dict                 # {role heard: its text}
+    row: dict                   # the row's columns, which a prompt may hold
+    text: str                   # its gold text, "" if the row has none
 
-    heard is {role heard: its gold text}. A role that speaks before this one is heard in the same
-    round, a role that speaks after it in the round before. If the row lacks one of these texts, the
-    role is asked as if it had heard nobody."""
-    names, examples = [other.name for other in style.roles], []
+
+def role_texts_of(style, role, rows, kind):
+    """The RoleTexts of a role, round by round for each row.
+
+    A role that speaks before this one is heard in the same round, a role that speaks after it in
+    the round before. If the row lacks one of these texts, the role is asked as if it had heard
+    nobody."""
+    names, found = [other.name for other in style.roles], []
     for row in rows:
-        for round, text in enumerate(role_texts(role, row), start=1):
+        for round, text in enumerate(role_texts(role, row) or [""], start=1):
             heard = {}
             for name in style.heard_by(role.name):
                 spoken = round if names.index(name) < names.index(role.name) else round - 1
                 if spoken:
                     heard[name] = role_text(style.role(name), row, spoken)
             heard = heard if all(heard.values()) else {}
-            examples.append((question_of(row), kind_of(row, kind), heard, text))
-    return examples
+            found.append(RoleText(question_of(row), kind_of(row, kind), heard, row, text))
+    return found
 
 
-def read_examples(agent, style, role, examples):
-    """The Context of the examples' prompts, each with the texts it has heard in its slots."""
+def read_role_texts(agent, style, role, role_texts):
+    """The Context of the prompts of RoleTexts, each with the texts it has heard in its slots."""
     rows = []
-    for question, kind, heard, _ in examples:
-        values = {"question": [question], "answer_format": [ANSWER_FORMAT[kind]],
-                  **{name: [text] for name, text in heard.items()}}
-        rows += agent.prompt(role.system, style.prompt(role, kind, list(heard)), values)
+    for one in role_texts:
+        words = style.prompt(role, one.kind, list(one.heard))
+        values = {**column_values(words, [one.row], one.heard),
+                  **{name: [text] for name, text in one.heard.items()},
+                  "question": [one.question], "answer_format": [ANSWER_FORMAT[one.kind]]}
+        rows += agent.prompt(role.system, words, values)
     return agent.read(*agent.embed(rows, {}))
-
-
-@torch.no_grad()
-def gold_states(agent, style, role, examples, max_length):
-    """Hidden states and tokens along each example's gold text: [(h (n, d), tokens (n,))].
-
-    h[i] has read the prompt and i tokens, so it predicts tokens[i]. The model is frozen, so these
-    states never change."""
-    context = read_examples(agent, style, role, examples)
-    tokens = [row[:max_length] for row in agent.tokenize([text for *_, text in examples])]
-    states = agent.follow(context, [row[:-1] for row in tokens])                   # (B, n, d)
-    # Copies, because a view would keep the whole padded batch in memory.
-    return [(h[:len(row)].clone(), torch.tensor(row, device=agent.device))
-            for row, h in zip(tokens, states)]

@@ -111,15 +111,22 @@ class Training:
             yield batch_of(items, step * accumulated + micro, size, self.args.seed)[RANK::RANKS]
 
     def backward(self, loss, tokens, **values):
-        """Add the gradient of one micro-batch's loss, a mean over so many tokens. `values` go into
-        the log, as means over all tokens."""
+        """Add the gradient of one micro-batch's loss, a mean over so many tokens.
+
+        `values` go into the log, as means over all tokens. Returns the factor by which gradients
+        are too large at this moment, before step() divides by it."""
         weight = tokens / 1000            # near 1, so that scaled fp16 gradients stay in range
         if loss.requires_grad:
             self.scaler.scale(loss * weight).backward()
         self.sums["tokens"] += weight
-        for name, value in {"loss": loss, **values}.items():
+        self.note(tokens, loss=loss, **values)
+        return weight * self.scaler.get_scale()
+
+    def note(self, tokens, **values):
+        """Add values of a micro-batch with so many tokens to the log's means."""
+        for name, value in values.items():
             value = value.item() if torch.is_tensor(value) else value
-            self.sums[name] = self.sums.get(name, 0.0) + weight * value
+            self.sums[name] = self.sums.get(name, 0.0) + tokens / 1000 * value
 
     def step(self):
         """Update the links, or skip the step if the loss or a gradient is not finite.

@@ -56,10 +56,12 @@ class Task:
     score: Callable              # score(example, text) -> Score
     train_rows: Callable | None = None    # train_rows(n, seed) -> [row]: generated training data
     brief: int | None = None     # tokens that hold all a message needs (method text_brief)
+    leave_out: tuple = ()        # words of the test that no training may see (relay)
     ceiling: Callable | None = None       # ceiling(examples, rounds) -> best accuracy possible
     samples: int = 1             # answers to draw per question, as the publishers did (pass@k)
     ready: Callable | None = None         # ready(allow_unsafe=False): can answers be scored here?
     retry: tuple | None = None   # (text put behind an answer that cannot be read, words more)
+    fits: Callable | None = None          # fits(agent, m): is m enough for what is told? (relay)
 
 
 def get_task(name, path=None):

@@ -137,7 +137,8 @@ def load(limit=None, split=None):
     if split not in (None, "test"):
         raise ValueError(f"the tiny task has no split '{split}': leave --dataset_split away")
     return [Example(id=f"tiny-{i}", question=problem.question, gold=str(problem.values[-1]),
-                    kind="math", row={"events": len(problem.operations)})
+                    kind="math", row={"events": len(problem.operations),
+                                      "answer": gold_texts(problem, "solver")})
             for i, problem in enumerate(test_problems()[:limit])]
 
 

@@ -282,10 +282,9 @@ def test_every_shipped_style_has_its_baselines(name):
         kinds = one.prompt if isinstance(one.prompt, dict) else KINDS
         for kind in kinds:
             for other in shipped.roles:
-                assert "{question}" in shipped.prompt(other, kind, shipped.heard_by(other.name))
-                assert "{question}" in shipped.prompt(other, kind, [])
-                early = shipped.heard_first(other.name)
-                assert "{question}" in shipped.prompt(other, kind, early)
+                asked = "{told}" if (name, other.name) == ("relay", "planner") else "{question}"
+                for heard in ([], shipped.heard_by(other.name), shipped.heard_first(other.name)):
+                    assert asked in shipped.prompt(other, kind, heard)
             for heard in ([], [last.name]):
                 assert "{question}" in alone.prompt(last, kind, heard)
 
@@ -363,7 +362,7 @@ ALIASES = {      # as published: (design, role) -> (style, role)
 
 
 def test_every_published_style_is_shipped():
-    assert set(all_styles()) == {*PUBLISHED, "tiny"}
+    assert set(all_styles()) == {*PUBLISHED, "tiny", "relay"}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -385,9 +384,10 @@ def test_published_names_of_designs_and_roles(design, alias):
     assert get_style(design).role(alias) is get_style(name).role(role_name)
 
 
-@pytest.mark.parametrize("path", sorted(STYLE_FOLDER.glob("[!_]*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for path in sorted(STYLE_FOLDER.glob("[!_]*.py"))
+                                  if path.stem != "published"], ids=lambda path: path.stem)
 def test_a_style_file_is_short(path):
-    """Under 60 lines (sequential, which holds two styles, 100)."""
+    """Under 60 lines (sequential, which holds two styles, 100). published.py is a script."""
     assert len(path.read_text().splitlines()) <= (100 if path.stem == "sequential" else 59)
 
 

@@ -26,7 +26,7 @@ ROWS = tiny.train_rows(4, 7)
 def outer_args(**changes):
     settings = dict(latents="rollout", latent_length=3, max_latent_tokens=4, role_loss_weight=0.0,
                     supervise_final_only=1, non_last_loss_weight=0.1, gradient_checkpointing=0,
-                    mas_task="math", max_length=4096)
+                    mas_task="math", max_length=4096, log_gradients=0)
     return argparse.Namespace(**{**settings, **changes})
 
 
@@ -34,7 +34,7 @@ def outer_gradients(mas, rows, rounds, args):
     """(loss, {parameter: gradient}) of one outer loss."""
     mas.outer.requires_grad_(True)
     mas.outer.zero_grad()
-    loss, *_ = train_outer.outer_loss(mas, rows, rounds, args)
+    loss = train_outer.outer_loss(mas, rows, rounds, args).loss
     loss.backward()
     mas.outer.requires_grad_(False)
     return loss.item(), {name: p.grad.clone() for name, p in mas.outer.named_parameters()
@@ -113,14 +113,14 @@ def test_a_batch_is_the_mean_of_its_rows(double, latents):
 def test_the_losses_are_weighed_as_documented(shipped):
     mas = shipped.with_fresh_outer(seed=1)
     with torch.no_grad():
-        final = train_outer.outer_loss(mas, ROWS, 1, outer_args())
-    assert final[0] == final[1]
-    weighed, final = outer_gradients(mas, ROWS, 2, outer_args(supervise_final_only=0)), None
+        outcome = train_outer.outer_loss(mas, ROWS, 1, outer_args())
+    assert outcome.loss == outcome.final and outcome.tokens == 6 * len(ROWS)
+    weighed = outer_gradients(mas, ROWS, 2, outer_args(supervise_final_only=0))
     final = outer_gradients(mas, ROWS, 2, outer_args())
     early = (weighed[0] - final[0]) / 0.1          # the answer of round 1, at weight 0.1
     args = outer_args()
     first_round = train_outer.outer_loss(mas, [{**row, "answer": row["answer"][:1]}
-                                               for row in ROWS], 1, args)[0]
+                                               for row in ROWS], 1, args).loss
     assert early == pytest.approx(first_round.item(), abs=1e-3)
 
 
@@ -147,9 +147,9 @@ def test_shared_tokens_match_strings_not_ids():
             self.tokenizer = argparse.Namespace(get_vocab=lambda: ids)
 
     found = warm_start.shared_tokens(Vocabulary("a", "b", "c"), Vocabulary("c", "x", "a"))
-    assert found == {0: 2, 2: 0}
+    assert found == [(0, 2), (2, 0)]
     found = warm_start.shared_tokens(Vocabulary("Ġthe", "the"), Vocabulary("x", "the", "▁the"))
-    assert found == {0: 2, 1: 1}
+    assert found == [(0, 2), (1, 1)]        # both our words: with a blank in front, and without
 
 
 def test_inner_loss_is_the_equation(shipped):
@@ -164,17 +164,19 @@ def test_inner_loss_is_the_equation(shipped):
     assert loss.item() == pytest.approx(0.7 * cosine.item() + 0.2 * mse.item(), rel=1e-5)
 
 
-def test_gold_states_equal_a_plain_run(shipped):
+def test_hidden_states_along_a_text_equal_a_plain_run(shipped):
     agent, role = shipped.agents["critic"], shipped.style.role("critic")
-    examples = data.role_examples(shipped.style, role, ROWS, "math")[:3]
-    found = data.gold_states(agent, shipped.style, role, examples, 100)
-    for (question, kind, heard, text), (states, tokens) in zip(examples, found):
-        assert kind == "math"
-        words = f"<bos> <|user|> {question} <|notes|> {heard['planner']} <|assistant|> {text}"
+    texts = data.role_texts_of(shipped.style, role, ROWS, "math")[:3]
+    tokens = agent.tokenize([one.text for one in texts])
+    found = train_inner.states_along(agent, shipped.style, role, texts, tokens)
+    for one, row, states in zip(texts, tokens, found):
+        assert one.kind == "math"
+        words = (f"<bos> <|user|> {one.question} <|notes|> {one.heard['planner']} <|assistant|> "
+                 f"{one.text}")
         ids = torch.tensor([agent.tokenizer.convert_tokens_to_ids(words.split())])
         plain = agent.body(ids).last_hidden_state[0]
-        torch.testing.assert_close(states, plain[-len(tokens) - 1:-1], atol=1e-4, rtol=1e-4)
-        assert tokens.tolist() == ids[0, -len(tokens):].tolist()
+        torch.testing.assert_close(states, plain[-len(row) - 1:-1], atol=1e-4, rtol=1e-4)
+        assert row == ids[0, -len(row):].tolist()
 
 
 def run_script(script, monkeypatch, *argv):
@@ -239,22 +241,23 @@ def test_a_resumed_inner_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
 
 def test_inner_training_is_the_plain_loop(tmp_path, monkeypatch):
     """Oracle: AdamW over the equation, hidden states from a plain run of the model each time."""
-    flags = ["--max_steps", 3, "--num_samples", 20, "--batch_size", 4, "--latent_length", 2,
-             "--warmup_steps", 0, "--lr_scheduler_type", "constant", "--max_grad_norm", 0]
+    flags = ["--max_steps", 3, "--num_samples", 30, "--batch_size", 4, "--latent_length", 2,
+             "--warmup_steps", 0, "--lr_scheduler_type", "constant", "--max_grad_norm", 0,
+             "--held_out", 40]
     run_script(train_inner, monkeypatch, *flags, "--save_dir", tmp_path)
     agent = load_mas_system("tiny", device="cpu").agents["planner"]
-    role, rows = tiny_style.role("planner"), tiny.train_rows(20, 42)
+    role, rows = tiny_style.role("planner"), tiny.train_rows(30, 42)
     torch.manual_seed(42)
     link = InnerLink(96, gain=agent.embedding_rms)
     optimizer = torch.optim.AdamW(link.parameters(), lr=4e-3, betas=(0.9, 0.95), weight_decay=0)
-    examples = data.role_examples(tiny_style, role, rows, "math")
+    texts = data.role_texts_of(tiny_style, role, rows, "math")[40:]         # 40 are held out
     for step in range(3):
         losses = []
-        for question, _, heard, text in batch_of(examples, step, 4, 42):
-            notes = heard.get("solver", "none")
-            prompt = reference.embed(agent, [f"<bos> <|user|> {question} <|notes|> {notes} "
+        for one in batch_of(texts, step, 4, 42):
+            notes = one.heard.get("solver", "none")
+            prompt = reference.embed(agent, [f"<bos> <|user|> {one.question} <|notes|> {notes} "
                                              "<|assistant|>"])
-            gold = reference.embed(agent, [text])                                  # (n, d)
+            gold = reference.embed(agent, [one.text])                              # (n, d)
             with torch.no_grad():
                 states = reference.hidden_states(agent, torch.cat([prompt, gold]))
             got = link(states[len(prompt) - 1:-1])

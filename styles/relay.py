@@ -1,0 +1,30 @@
+"""Two small models and one link between them: the channel test of tasks/relay.py.
+
+The planner is told a fact, and the solver is asked for it. Nobody is heard by the planner, so there
+is one round and no more. Nobody hears the solver, so it needs no inner link.
+"""
+from styles import Edge, Role, Style
+
+TRAINING = {"dataset_name": "relay", "latent_length": 6, "mas_task": "search"}
+
+relay = Style(
+    name="relay",
+    roles=(
+        Role("planner", "HuggingFaceTB/SmolLM2-135M-Instruct", "", target=("plan",),
+             prompt="{told}\n\nRepeat it, and nothing else."),
+        Role("solver", "Qwen/Qwen2.5-Coder-0.5B-Instruct", "", target=("answer",),
+             first="{question}", prompt="{question}\n\nYour partner says: {planner}",
+             own="{question}\n\nYour own last answer: {solver}"),
+    ),
+    edges=(Edge("outer_12", "planner", "solver"),),
+    settings={
+        "train_inner": {**TRAINING, "num_samples": 1000, "own_length": 9, "batch_size": 32,
+                        "adapter_lr": 4e-3, "max_steps": 400},
+        "train_outer": {**TRAINING, "num_samples": 8000, "num_recursive_rounds": 1,
+                        "batch_size": 12, "outer_lr": 3e-4, "warm_start_steps": 3000,
+                        "max_steps": 240, "gradient_checkpointing": 0},
+        "evaluate": {"dataset": "relay", "num_recursive_rounds": [1], "latent_length": 6,
+                     "temperature": 0.0, "batch_size": 32},
+        **dict.fromkeys(("relay", "relay_number", "relay_sentence"), {"max_new_tokens": 16}),
+    },
+)

@@ -96,10 +96,10 @@ def own_tokens(agent, style, role, texts, args):
     keys = [text_seed(agent.name, role, one.question, one.kind, one.heard, one.row,
                       args.own_length, args.own_temperature, args.seed) for one in texts]
     lines = file.read_text().split("\n") if file.is_file() else []
-    written = {line["key"]: line["tokens"] for line in map(json.loads, filter(
-        lambda line: line.endswith("}"), lines))}             # the last line may be torn
-    todo = sorted((i for i, key in enumerate(keys) if key not in written),
-                  key=lambda i: len(texts[i].question))       # so little is padding
+    whole = [json.loads(line) for line in lines if line.endswith("}")]     # one may be torn
+    written = {line["key"]: line["tokens"] for line in whole}
+    todo = {key: i for i, key in enumerate(keys) if key not in written}    # equal prompts once
+    todo = sorted(todo.values(), key=lambda i: len(texts[i].question))     # so little is padding
     for chunk in flags.progress(chunks(todo, args.batch_size), "own texts"):
         context = data.read_role_texts(agent, style, role, [texts[i] for i in chunk])
         tokens = agent.write(context, args.own_length, Sampling(args.own_temperature),
@@ -107,7 +107,7 @@ def own_tokens(agent, style, role, texts, args):
         with open(file, "a") as out:
             for i, row in zip(chunk, tokens):
                 written[keys[i]] = row
-                out.write(json.dumps({"key": keys[i], "tokens": row}) + "\n")
+                out.write("\n" + json.dumps({"key": keys[i], "tokens": row}))
     return [[token for token in written[key] if token not in agent.end_tokens] for key in keys]
 
 

@@ -38,9 +38,6 @@ PUBLISHED_ROLES = {
 PUBLISHED_DESIGNS = {"sequential": "sequential_light", "hie": "mixture",
                      "distill": "distillation", "deliberation": "deliberation"}
 
-# {name} in a prompt. Braces behind a backslash command or a word, like \\boxed{x}, are no name.
-COLUMN = re.compile(r"(?<![\w\\}]){([A-Za-z_]\w*)}")
-
 # The kinds of questions, and what {answer_format} stands for in the prompts of each.
 KINDS = ("math", "choice", "code", "search")
 ANSWER_FORMAT = {
@@ -185,12 +182,18 @@ def check_prompts(style, role, names, need):
             where = f"{who}, {which}" + (f" for {kind}" if kind else "")
             need(kind in ("", *KINDS), f"{where}: unknown kind of question: use {', '.join(KINDS)}")
             slots = [name for name in names if f"{{{name}}}" in text]
-            asks = set(COLUMN.findall(text)) - {*names, "answer_format"}
+            asks = names_in(text) - {*names, "answer_format"}
             need(not text or asks, f"{where}: there is no {{question}} and no other column "
                  "of the data: add it")
             need(not text or slots in allowed, f"{where}: it holds the slots "
                  f"{{{', '.join(slots)}}}, but {{{', '.join(allowed[-1])}}} are heard where it is "
                  "used: change the prompt or the edges")
+
+
+def names_in(prompt):
+    """The {names} in a prompt. Braces behind a backslash command, like \\boxed{x}, are none."""
+    return {found[2] for found in re.finditer(r"(\\\w+)?{([A-Za-z_]\w*)}", prompt)
+            if not found[1]}
 
 
 # ---- finding a style ----------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from styles import ANSWER_FORMAT, COLUMN, KINDS
+from styles import ANSWER_FORMAT, KINDS, names_in
 from support.errors import need
 
 # The system itself, and two controls that send something else in place of its messages.
@@ -119,7 +119,7 @@ def column_values(words, rows, others=()):
     """{column: B texts} of the {column}s that a prompt names. others: slots, which are none.
 
     Raises ValueError if a row lacks a column."""
-    names = set(COLUMN.findall(words)) - {"question", "answer_format", *others}
+    names = names_in(words) - {"question", "answer_format", *others}
     for name in names:
         need(all(isinstance(row.get(name), (str, int, float)) for row in rows), f"a prompt holds "
              f"{{{name}}}, but the rows have no column '{name}': add it to the data, or change the "

@@ -1,12 +1,15 @@
 """Styles: what is refused and how it is said, what a role is asked, and the published styles."""
 import dataclasses
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import styles
-from styles import ANSWER_FORMAT, KINDS, Edge, Role, Style, all_styles, check, get_style
+from styles import (ANSWER_FORMAT, KINDS, Edge, Role, Style, all_styles, check, get_style,
+                    published)
 
 STYLE_FOLDER = Path(styles.__file__).parent
 PROJECT = STYLE_FOLDER.parent
@@ -465,3 +468,154 @@ def test_published_settings():
         assert settings["livecodebench"]["temperature"] == 0.2
         assert settings["evaluate"]["batch_size"] == (32 if name == "sequential_light" else 16)
         assert not {"train_inner", "train_outer"} & set(settings)       # the published defaults
+
+
+# ---- the words that the released links were trained under ---------------------------------------
+
+# A stand-in for prompts.py of the published repository: the same function names and arguments, and
+# other words. It imports a neighbour, as the original does.
+CLONE = '''
+from inference_utils.notes import NOTE
+PLANNER_SLOT, REFINED_SLOT, FEEDBACK_SLOT = "<<P>>", "<<R>>", "<<F>>"
+HIE_MATH_EXPERT_SLOT, HIE_CODE_EXPERT_SLOT, HIE_SCIENCE_EXPERT_SLOT = "<<m>>", "<<c>>", "<<s>>"
+HIE_FEEDBACK_SLOT = "<<hf>>"
+DISTILL_EXPERT_SLOT, DISTILL_FEEDBACK_SLOT = "<<de>>", "<<df>>"
+DELIBERATION_REFLECTOR_SLOT, DELIBERATION_FEEDBACK_SLOT = "<<dr>>", "<<dc>>"
+
+def get_system_prompt(mas_design, mas_role):
+    return f"I am {mas_role} of {mas_design}."
+
+def build_math_planner_prompt(question):
+    return f"Plan: {question}"
+def build_math_planner_prompt_with_feedback_slot(question):
+    return f"Plan anew: {question} {FEEDBACK_SLOT}"
+def build_math_refiner_prompt_with_slot(question):
+    return f"Refine: {question} {PLANNER_SLOT}"
+def build_math_solver_prompt_with_slots(question, args=None, mas_shape="chain"):
+    end = "with a letter" if "\\nB. " in question else r"in \\boxed{}"
+    parts = [REFINED_SLOT, question]
+    if getattr(args, "solver_pre_question", 0) == 1:
+        parts.reverse()
+    return " ".join([*parts, end, mas_shape])
+
+def build_code_planner_prompt(question, task_type, fn_name):
+    return f"Plan a {task_type}: {question}"
+def build_code_planner_prompt_with_feedback_slot(question, task_type, fn_name):
+    return f"Plan a {task_type} anew: {question} {FEEDBACK_SLOT}"
+def build_code_refiner_prompt_with_slot(question, task_type, fn_name):
+    return f"Refine a {task_type}: {question} {PLANNER_SLOT}"
+def build_code_solver_prompt_with_slots(question, task_type, args, mas_shape, fn_name):
+    return f"Write a {task_type}: {REFINED_SLOT} {question}"
+
+def build_hie_expert_prompt(question, hie_role, mas_task, task_type, fn_name):
+    return f"{hie_role} on {mas_task}: {question}"
+def build_hie_expert_prompt_with_feedback_slot(question, hie_role, mas_task, task_type, fn_name):
+    return f"{hie_role} on {mas_task}: {question} {HIE_FEEDBACK_SLOT}"
+def build_hie_summarizer_prompt_with_slots(question, mas_task, task_type=None, fn_name=None):
+    slots = [HIE_MATH_EXPERT_SLOT, HIE_CODE_EXPERT_SLOT, HIE_SCIENCE_EXPERT_SLOT]
+    return f"Sum up {mas_task}: {question} {' '.join(slots)}"
+
+def build_distill_expert_prompt(question, mas_task):
+    return f"Teach {mas_task}: {question}"
+def build_distill_expert_prompt_with_feedback_slot(question, mas_task):
+    return f"Teach {mas_task}: {question} {DISTILL_FEEDBACK_SLOT}"
+def build_distill_learner_prompt_with_slot(question, mas_task):
+    return f"Learn {mas_task}: {question} {DISTILL_EXPERT_SLOT}"
+
+def build_deliberation_reflector_prompt(question, mas_task):
+    return f"Reflect on {mas_task}: {question}"
+def build_deliberation_reflector_prompt_with_feedback_slot(question, mas_task):
+    return f"Reflect on {mas_task}: {question} {DELIBERATION_FEEDBACK_SLOT}"
+def build_deliberation_toolcaller_prompt_with_slot(question, mas_task):
+    return f"Act on {mas_task}: {NOTE} {question} {DELIBERATION_REFLECTOR_SLOT}"
+'''
+
+
+@pytest.fixture
+def clone(tmp_path):
+    (tmp_path / "clone/inference/inference_utils").mkdir(parents=True)
+    (tmp_path / "clone/inference/prompts.py").write_text(CLONE)
+    (tmp_path / "clone/inference/inference_utils/notes.py").write_text("NOTE = 'with tools'")
+    return tmp_path / "clone"
+
+
+@pytest.fixture
+def ask_clone(clone, monkeypatch, capsys):
+    """The style that styles/published.py makes of the clone with these flags."""
+    def ask(*flags, folder=clone):
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        monkeypatch.setattr(sys, "argv", ["published.py", str(folder), *flags])
+        published.main()
+        (clone / "mine.py").write_text(capsys.readouterr().out)
+        return get_style(str(clone / "mine.py"))
+    return ask
+
+
+def test_the_command_of_published_words(clone):
+    """It runs from any folder, and an error is one line."""
+    done = subprocess.run([sys.executable, PROJECT / "styles/published.py", clone, "--style",
+                           "deliberation"], capture_output=True, text=True, cwd=clone)
+    assert done.returncode == 0 and done.stdout.startswith('"""deliberation in the words of ')
+    done = subprocess.run([sys.executable, PROJECT / "styles/published.py", clone, "--style",
+                           "tiny"], capture_output=True, text=True, cwd=clone)
+    assert (done.returncode, done.stdout, done.stderr) == (
+        2, "", "error: style tiny was not published: choose one that was\n")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_words_are_read_slot_for_slot(name, ask_clone):
+    mine, shipped = ask_clone("--style", name), get_style(name)
+    assert (mine.name, mine.edges, mine.repo) == (shipped.name, shipped.edges, shipped.repo)
+    for role in mine.roles:
+        heard, early = mine.heard_by(role.name), mine.heard_first(role.name)
+        for kind in ("math", "choice", "code"):
+            for told in (heard, early):              # the style's own check holds for the slots
+                prompt = mine.prompt(role, kind, told)
+                assert "{question}" in prompt and "<<" not in prompt and "A. one" not in prompt
+        with pytest.raises(ValueError, match="no `prompt` prompt for kind 'search'"):
+            mine.prompt(role, "search", heard)
+        assert role.system.startswith("I am ") and role.own == shipped.role(role.name).own
+
+
+def test_published_words_of_the_sequential_style(ask_clone):
+    mine = ask_clone()
+    planner, critic, solver = mine.roles
+    assert critic.system == "I am refiner of sequential."
+    assert planner.first == {"math": "Plan: {question}", "choice": "Plan: {question}",
+                             "code": "Plan a function: {question}"}
+    assert planner.prompt["math"] == "Plan anew: {question} {solver}"
+    assert critic.prompt["code"] == "Refine a function: {question} {planner}"
+    assert solver.prompt == {"math": r"{critic} {question} in \boxed{} chain",
+                             "choice": "{critic} {question} with a letter chain",
+                             "code": "Write a function: {critic} {question}"}
+    before = ask_clone("--solver_pre_question", "1").roles[2].prompt
+    assert before["math"] == r"{question} {critic} in \boxed{} chain"
+    mixed = ask_clone("--style", "mixture")
+    assert mixed.role("science").first["choice"] == "hie_science_expert on choice: {question}"
+
+
+@pytest.mark.parametrize("change, named", [
+    (("def build_math_refiner_prompt_with_slot", "def build_refiner"),
+     ["no function build_math_refiner_prompt_with_slot", "another layout"]),
+    (("def get_system_prompt", "def get_prompt"), ["get_system_prompt"]),
+    (("build_math_planner_prompt(question)", "build_math_planner_prompt(question, shots)"),
+     ["build_math_planner_prompt", "shots"]),
+    ((' "<<F>>"', ' "<<G>>"'), None),
+    (("from inference_utils", "from inference_utilities"), ["does not run", "inference_utilities"]),
+    (("{PLANNER_SLOT}", ""), ["role critic, prompt for math", "{planner} are heard"])])
+def test_a_clone_of_another_layout_is_one_line(change, named, clone, ask_clone):
+    file = clone / "inference/prompts.py"
+    assert change[0] in file.read_text()
+    file.write_text(file.read_text().replace(*change))
+    if named is None:               # what a mark looks like does not matter
+        assert ask_clone().roles[0].prompt["math"].endswith("{solver}")
+        return
+    with pytest.raises(ValueError) as caught:
+        ask_clone()
+    assert all(one in str(caught.value) for one in named) and "\n" not in str(caught.value)
+
+
+def test_a_folder_that_is_no_clone(ask_clone, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="there is no prompts.py in"):
+        ask_clone(folder=tmp_path / "empty")

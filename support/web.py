@@ -31,6 +31,9 @@ from urllib3.util import Retry
 TAVILY, MAX_RESULTS, LONGEST_QUERY = "https://api.tavily.com", 4, 400
 KEY_REFUSED = (401, 403, 432, 433)     # a wrong key, or one that is used up
 LONGEST_WAIT = 30                      # seconds, whatever a service asks for
+MARKED = "utf-8-sig"                   # with or without a byte order mark, as some editors write it
+# Some models know only max_completion_tokens, or no temperature. Their error names it.
+REFUSABLE = ("max_tokens", "max_completion_tokens", "temperature")
 
 
 class ServiceError(RuntimeError):
@@ -62,9 +65,13 @@ class Patience(Retry):
 def setting(name):
     """An environment variable, else its line in the file .env of the current folder, else ""."""
     file = Path(".env")
-    lines = file.read_text(encoding="utf-8") if file.is_file() else ""
-    found = re.search(rf"(?m)^[ \t]*(?:export[ \t]+)?{name}[ \t]*=(.*)$", lines)
-    return os.environ.get(name) or (found[1].strip().strip("\"'") if found else "")
+    lines = file.read_text(encoding=MARKED) if file.is_file() else ""
+    found = re.search(rf"(?m)^[ \t]*(?:export[ \t]+)?{name}[ \t]*=[ \t]*(.*)$", lines)
+    value = found[1] if found else ""
+    quoted = re.match(r"([\"'])(.*?)\1", value)
+    # Outside of quotes, a # behind a blank begins a comment.
+    value = quoted[2] if quoted else re.sub(r"(?:^|\s+)#.*", "", value).strip().strip("\"'")
+    return os.environ.get(name) or value
 
 
 def usable_key(text, where):
@@ -105,7 +112,7 @@ def read_keys(file=None):
     Raises ValueError if there is none."""
     where = file or "TAVILY_API_KEY"
     try:
-        text = Path(file).read_text(encoding="utf-8") if file else setting(where)
+        text = Path(file).read_text(encoding=MARKED) if file else setting(where)
     except (OSError, UnicodeDecodeError) as problem:
         raise ValueError(f"keys file {file} cannot be read ({type(problem).__name__})") from None
     lines = [line.split("#")[0].strip() for line in text.splitlines()]
@@ -219,6 +226,11 @@ def judge(question, gold, answer, settings=None, cache="out/judge", timeout_s=12
     messages = [{"role": "system", "content": JUDGE_PROMPT}, {"role": "user", "content": user}]
     body = {"model": settings.model, "messages": messages, "temperature": 0, "max_tokens": 2048}
     status, reply = post(settings.url, settings.key, body, timeout_s)
+    while status == 400 and (refused := {name for name in REFUSABLE if name in body} & set(
+            re.findall(r"\w+", reply))):
+        more = {"max_completion_tokens": 2048} if "max_tokens" in refused else {}
+        body = {name: body[name] for name in body if name not in refused} | more
+        status, reply = post(settings.url, settings.key, body, timeout_s)
     if status != 200:
         raise ServiceError(f"{urlsplit(settings.url).netloc}: HTTP {status} {reply}")
     try:
@@ -235,10 +247,14 @@ def judge(question, gold, answer, settings=None, cache="out/judge", timeout_s=12
 
 
 def read_verdict(reply):
-    """The verdict in a judge's reply: its last line, which must be one word. Anything else is
-    "invalid"."""
+    """The verdict in a judge's reply: its last line, which must be one word, whatever signs are
+    around it. Anything else is "invalid". reply: a text, or a list of parts {type, text}."""
+    if isinstance(reply, list):                # some of the parts may be thoughts
+        reply = "".join(str(part.get("text")) for part in reply
+                        if isinstance(part, dict) and part.get("type") == "text")
     reply = str(reply).rpartition("</think>")[2]
     if "<think>" in reply:
         return "invalid"                       # cut off while it was still thinking
-    word = reply.strip().rpartition("\n")[2].strip(" \t*_`'\".").lower()
+    signs = " \t\n*_`'\".,!"
+    word = reply.removesuffix("</s>").strip(signs).rpartition("\n")[2].strip(signs).lower()
     return word if word in ("incorrect", "correct") else "invalid"

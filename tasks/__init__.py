@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 from support.errors import blame, need
+from tasks.boxes import last_box, without_fonts    # noqa: F401: what scorers are made of
 
 NO_HUB = ("could not be read from the hub: check the network (HF_HUB_OFFLINE); if it is gated, "
           "accept its terms there and run `hf auth login`; or give a local file of its rows")
-LONGEST_ANSWER = 2000    # characters in a box; longer ones answer nothing and cost a scorer minutes
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,10 @@ def get_task(name, path=None):
 
 
 def task_modules():
-    """The files of this folder."""
-    return [importlib.import_module(f"{__name__}.{info.name}")
-            for info in pkgutil.iter_modules(__path__)]
+    """The files of this folder that are kinds of tasks."""
+    files = [importlib.import_module(f"{__name__}.{info.name}")
+             for info in pkgutil.iter_modules(__path__)]
+    return [file for file in files if hasattr(file, "NAMES")]
 
 
 def task_names():
@@ -216,32 +217,3 @@ def row_id(row, *names):
 
 BOXED_RETRY = ("\nFinal Answer: \\boxed{", 16)         # as the publishers did
 CODE_RETRY = ("\nFinal Answer:\n```python\n", 256)
-
-
-# ---- answers ------------------------------------------------------------------------------------
-
-def last_box(text):
-    r"""What stands in the last \boxed{..} whose braces balance, or None if there is none.
-
-    Of boxes within boxes the outermost counts, and the inner ones are unwrapped: `\boxed{x =
-    \boxed{5}}` gives `x = {5}`. One pass, so 200 kB of braces take no longer than 200 kB of text.
-    """
-    opened, found = [], None
-    for mark in re.finditer(r"\\boxed\s*\{|\\[{}]|[{}]", text):
-        if mark[0] == "}" and opened:
-            start = opened.pop()
-            found = (start, mark.start()) if start is not None else found
-        elif mark[0] == "{":
-            opened.append(None)
-        elif mark[0].startswith("\\boxed"):
-            opened.append(mark.end())
-    if found is None or found[1] - found[0] > LONGEST_ANSWER:
-        return None
-    return text[slice(*found)].replace("\\boxed", "").replace("\0", "").strip() or None
-
-
-def without_fonts(answer):
-    r"""The words of a short LaTeX answer: `\text{(C)}` -> `(C)`, `\mathbf{Paris}` -> `Paris`."""
-    answer = re.sub(r"\\(text\w*|math\w+|operatorname|displaystyle|mbox|left|right)\b"
-                    r"|\\[,;! ]|\$", "", answer)
-    return " ".join(answer.replace("{", "").replace("}", "").split())

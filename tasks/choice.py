@@ -10,10 +10,12 @@ r"""Multiple choice: GPQA (diamond) and MedQA. Which letter was chosen?
     answer     A good guess is vitamin A, but the sun makes D: \boxed{C}
     score      Score(correct=True, parsed='C', note='')
 
-The last box decides: a letter (`C`, `(C)`, `C. Vitamin D`), or the exact text of one option. Only
-without a box does the last statement like `the answer is (C)`, and its letter must stand alone:
-`the answer is A vitamin` or `C. difficile` names no option. All else is unparsed and wrong (nobody
-who said nothing said A). A row without a right option, or with it twice, is left out and printed.
+The last box decides: a letter (`C`, `(C)`, `C - Vitamin D`), or the text of one option. If it is
+neither (a value, on the way), or if there is none, then the last statement behind it decides, like
+`the answer is (C)` or `option C is correct`. A letter must stand alone, or before its own option:
+`A vitamin` and `C. difficile` name no option, and `A or B` names two. All else is unparsed and
+wrong (nobody who said nothing said A). A row without a right option, or with it twice, is left out
+and printed.
 """
 import functools
 import random
@@ -21,6 +23,7 @@ import re
 
 from tasks import (BOXED_RETRY, Example, Score, Task, Unusable, column, examples_from, last_box,
                    row_id, source_rows, without_fonts)
+from tasks.boxes import STEPS, replaced
 
 SOURCES = {                     # name: hub id, config, split
     "gpqa": ("Idavidrein/gpqa", "gpqa_diamond", "train"),
@@ -29,14 +32,15 @@ SOURCES = {                     # name: hub id, config, split
 NAMES = tuple(SOURCES)
 LETTERS = "ABCDEFGHIJ"
 MARK = re.compile(r"\(?([A-J])[.):] ?(?=.)")                   # the `A. ` before an option's text
-BOXED = re.compile(r"(?:(?:the )?answer(?: is|:) |option |choice )?\(?([A-J])"
-                   r"(?:[).:]*$|[).:]+ (?!and\b|or\b|\(?[A-J][).:]*$))", re.IGNORECASE)
-STATED = re.compile(
-    r"(?i:(?<!wrong )(?<!incorrect )\b(?:answer|(?:correct|right|best) (?:option|choice))"
-    r"(?: is:?|:)\s*(?:option |choice )?)"
-    r"(?:\(([A-Ja-j])\)|([A-J])\b"                             # (C), or C before the end of a
-    r"(?=[,;:!?)]|\.(?! ?[a-z])|\s*$| because\b))"             # clause: not A vitamin, C. difficile
-    r"(?! *(?:,|/|or\b|and\b) *\(?[A-J]\b)", re.MULTILINE)     # not A or B
+SAYS = r"(?:answer(?: is| (?:must|should|would|will|seems to) be|\s*:)|(?:option|choice) is)"
+STATED = re.compile(rf"(?<!wrong )(?<!incorrect )\b{SAYS}[\s:]*(?:therefore|thus|clearly)?", re.I)
+IS_RIGHT = re.compile(r"(?<![Ii]f )(?:\b(?i:option|choice|answer) \(?|\()([A-J])\)? is (?:the )?"
+                      r"(?:correct|right|best)")
+# A letter, the signs that set it apart, and what follows.
+LETTER = re.compile(r"[(\[\"'“‘]*([A-Ja-j])(?![\w-])([)\]\"'”’.:]*)\s*(.*)", re.DOTALL)
+# What follows, if it names a second letter; if it leaves the letter alone.
+SECOND = re.compile(r"(?:and|or|/|,|&)\s*[(\[]?[A-J]\b|[(\[]?[A-J][).:\]]*$|\([A-J]\)")
+ASIDE = re.compile(r"[,;:!?(–—-]|(?:because|since|as|is|and not)\b|$")
 
 
 def load(name, path, limit=None, split=None, seed=42):
@@ -60,13 +64,20 @@ def make_example(place, row, seed=42):
     if options.count(right) != 1:
         raise Unusable(f"{place} has its right answer {options.count(right)} times")
     lines = [f"{letter}. {text}" for letter, text in zip(LETTERS, options)]
+    # The publishers' own files list the options in the question, too, some of them twice.
+    listed = r"\s*".join(rf"\(?{line[0]}[.):] *{re.escape(line[3:])}" for line in lines)
+    question = re.sub(rf"(?:\s*{listed})+\s*$", "", question)
     return Example(id=row_id(row, "id", "Record ID"), gold=LETTERS[options.index(right)],
                    question="\n".join([question.strip(), *lines]), kind="choice",
                    row={**row, "options": options})
 
 
 def option_texts(place, options):
-    """The texts in the order A, B, ..; options: {letter: text}, or texts that may begin `A. `."""
+    """The texts in the order A, B, ..
+
+    options: {letter: text}, [{key: letter, value: text}, ..], or texts that may begin `A. `."""
+    if isinstance(options, list) and all(isinstance(one, dict) for one in options):
+        options = {str(one.get("key")): one.get("value") for one in options}
     if isinstance(options, dict):
         options = [f"{letter}. {options[letter]}" for letter in sorted(options) if options[letter]]
     if not isinstance(options, list) or not 2 <= len(options) <= len(LETTERS):
@@ -92,20 +103,41 @@ def right_text(place, row, options):
 
 def score(example, text):
     """The letter chosen in `text` against example.gold."""
-    options, letter, boxed = example.row["options"], None, last_box(text)
-    if boxed is not None:
-        boxed = without_fonts(boxed)
-        same = [i for i, option in enumerate(options) if without_fonts(option) == boxed]
-        match = BOXED.match(boxed)
-        if len(same) == 1 and len(boxed) > 1:                  # an option may begin `C. ` itself
-            letter = LETTERS[same[0]]
-        elif match:
-            letter = match[1].upper()
-    else:
-        for match in STATED.finditer(re.sub(r"\\(text|math)\w*|[*_`$\\{}]", "", text)):
-            letter = (match[1] or match[2]).upper()
-    letter = letter if letter in set(LETTERS[:len(options)]) else None
+    options, box = [without_fonts(option) for option in example.row["options"]], last_box(text)
+    words = without_fonts(box or "")
+    letter = letter_in(words.upper() if len(words) == 1 else words, options)
+    if not letter:
+        behind = box + text.rpartition("{" + box)[2] if box else text
+        behind = IS_RIGHT.sub(r"answer: \1;", replaced(behind, STEPS))
+        for found in STATED.finditer(behind):
+            said = behind[found.end():found.end() + 200].partition("\n")[0]
+            letter = letter_in(said, options) or letter
     return Score(letter == example.gold, letter)
+
+
+def letter_in(said, options):
+    """The letter that some words name, alone or with the text of its option, or None."""
+    letters, said = list(LETTERS[:len(options)]), said.strip()
+    said = re.sub("^(?:option|choice) +", "", said, flags=re.IGNORECASE)
+    for fold in (str, folded):                         # capitals may tell two options apart
+        same = [letter for letter, text in zip(letters, options) if fold(text) == fold(said)]
+        if len(same) == 1 and said not in letters:
+            return same[0]
+    found = LETTER.match(said)
+    letter, signs, rest = (found[1].upper(), found[2], found[3]) if found else ("", "", "")
+    if letter not in letters or SECOND.match(rest) or said == "a":
+        return None
+    text, follows = folded(options[letters.index(letter)]), folded(rest).strip("()[] ")
+    if follows in map(folded, options):
+        return letter if follows == text else None     # the text of another option
+    begins = follows.split()[:1] == text.split()[:1] or text in follows
+    alone = ASIDE.match(rest) or signs.strip(".") or signs and (begins or not rest[0].islower())
+    return letter if alone and (found[1].isupper() or signs or not rest) else None
+
+
+def folded(text):
+    """A text without capitals, and without the signs around it."""
+    return text.casefold().strip(" .,;!\"'“”‘’")
 
 
 def task(name, path=None):

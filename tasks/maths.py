@@ -18,20 +18,23 @@ import functools
 import logging
 import multiprocessing
 import os
+import re
 import signal
 
 import pebble
 
-from tasks import (BOXED_RETRY, Example, Score, Task, column, examples_from, last_box, row_id,
-                   source_rows)
+from tasks import (BOXED_RETRY, Example, Score, Task, Unusable, column, examples_from, last_box,
+                   row_id, source_rows)
+from tasks.formulas import plain
 
 SOURCES = {                     # name: hub id, config, split
     "math500": ("HuggingFaceH4/MATH-500", None, "test"),
     "aime25": ("math-ai/aime25", None, "test"),
     "aime26": ("MathArena/aime_2026", None, "train"),
+    "gsm8k": ("openai/gsm8k", "main", "test"),
 }
 NAMES = tuple(SOURCES)
-SECONDS, MEMORY_MB = 5, 4096    # what one comparison may take
+SECONDS, MEMORY_MB = 4, 4096    # what one comparison may take
 
 
 def load(name, path, limit=None, split=None):
@@ -41,10 +44,13 @@ def load(name, path, limit=None, split=None):
 
 
 def make_example(place, row):
-    """The Example of one row: columns problem (or question) and answer."""
-    return Example(id=row_id(row, "unique_id", "id", "problem_idx"),
-                   question=column(place, row, "problem", "question"),
-                   gold=column(place, row, "answer").strip(), kind="math", row=row)
+    """The Example of one row: columns problem (or question) and answer. GSM8K's answers are whole
+    solutions, whose last line is `#### 18`."""
+    question = column(place, row, "problem", "question")
+    gold = column(place, row, "answer").rpartition("####")[2].strip()
+    if not gold:
+        raise Unusable(f"{place} has no answer behind its ####")
+    return Example(row_id(row, "unique_id", "id", "problem_idx"), question, gold, "math", row)
 
 
 def score(example, text):
@@ -82,9 +88,34 @@ def compare(gold, answer):
     """In the other process: (can the answer be read, is it equal to gold)."""
     from math_verify import parse, verify
     confine()
+    gold, answer = plain(gold), plain(answer)
+    their_base, our_base = in_base(gold), in_base(answer)
+    if our_base:                           # math-verify does not see a base: 204_5, 204_6, 204
+        return True, our_base == (their_base or (gold, "10"))
+    gold = their_base[0] if their_base else gold         # the question asked for this base
     # Boxed, an answer is taken as a whole. Bare, math-verify would look for a formula within it.
-    expected, found = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (gold, answer))
-    return bool(found), bool(verify(expected, found, timeout_seconds=None))
+    theirs, ours = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (gold, answer))
+    same = verify(theirs, ours, timeout_seconds=None) and not differ(theirs[0], ours[0])
+    return bool(ours), bool(same)
+
+
+def in_base(formula):
+    """(digits, base) of a number like 204_5 or (204)_{5}, else None."""
+    found = re.fullmatch(r"\(?(\d[\dA-F]*)\)?_\{?(\d+)\}?", formula)
+    return found and found.groups()
+
+
+def differ(gold, answer):
+    """Are both numbers, and not the same one? Where there is a decimal, to six significant digits.
+    (math-verify rounds to six places: .0000673 is .0000672 to it, and 1/1996! is 1/1998!.)"""
+    from sympy import Float, N, UnevaluatedExpr
+    values = [getattr(value, "is_number", False) and value.is_finite for value in (gold, answer)]
+    if not all(values) or gold.has(UnevaluatedExpr) or answer.has(UnevaluatedExpr):   # a percentage
+        return False
+    gold, answer = gold.doit(), answer.doit()
+    if gold.has(Float) or answer.has(Float):
+        return str(N(gold, 6)) != str(N(answer, 6))
+    return not abs(N(gold - answer, 20)) <= abs(N(gold, 20)) / 10**50     # exact, or one is wrong
 
 
 def confine():

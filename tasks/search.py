@@ -8,10 +8,11 @@ r"""Questions to look up: Bamboogle and HotpotQA. Does the answer match, to the 
     score      Score(correct=True, parsed='the rikard nordraak.', note='exact match')
 
 Exact match as usual for such questions: lower case, no punctuation, no a/an/the, single blanks; any
-one gold answer will do. (Not as usual: 1.5 is not 15.) Where that fails a judge decides, if one is
-configured (API_KEY, API_MODEL and API_BASE_URL, see support/web.py): `Score.note` says which of the
-two it was. HotpotQA brings ten paragraphs with each question; they are left out, for the agents are
-to search.
+one gold answer will do. (Not as usual: 1.5 is not 15.) LaTeX and unicode have several ways to write
+a letter: `Beyonc\'{e}` is Beyoncé, but Zurich is not Zürich. Where that fails a judge decides, if
+one is configured (API_KEY, API_MODEL and API_BASE_URL, see support/web.py): `Score.note` says which
+of the two it was. HotpotQA brings ten paragraphs with each question; they are left out, for the
+agents are to search.
 """
 import functools
 import re
@@ -50,7 +51,7 @@ def make_example(place, row):
 
 def normalise(text):
     """What exact match compares. What is nothing but an article (the grade A) stays as it is."""
-    text = re.sub(r"(?<=\d)\.(?=\d)", "point", text.lower())
+    text = re.sub(r"(?<=\d)\.(?=\d)", "point", unicodedata.normalize("NFC", text).lower())
     text = "".join(letter for letter in text if letter not in string.punctuation
                    and not unicodedata.category(letter).startswith("P"))
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split()) or text.strip()

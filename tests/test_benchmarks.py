@@ -1,4 +1,4 @@
-"""evaluate.py on all nine data sets, from small local files in the published columns.
+"""evaluate.py on all eleven data sets, from small local files in the published columns.
 
 Samples, second tries, failures, resuming, the judge and the search tool are tested end to end, on
 small systems.
@@ -37,9 +37,12 @@ def rows_of(name, count=5):
             "math500": {"problem": f"{TALK} {i}+{i}?", "answer": str(2 * i), "unique_id": f"t/{i}"},
             "aime25": {"problem": f"{TALK} {i}?", "answer": str(i), "id": str(i)},
             "aime26": {"problem": f"{TALK} {i}?", "answer": i, "problem_idx": i},
+            "gsm8k": {"question": f"{TALK} {i}?", "answer": f"It is {i}.\n#### {i}"},
             "gpqa": {"Question": f"{TALK} {i}?", "Record ID": f"rec{i}"},
             "medqa": {"question": f"{TALK} {i}?"},
             "mbppplus": {"prompt": f"{TALK} {i}", "task_id": i},
+            "humaneval": {"prompt": f"# {TALK} {i}\n" + ROWS["humaneval"]["prompt"],
+                          "task_id": i},
             "livecodebench": {"question_content": f"{TALK} {i}", "question_id": f"q{i}"},
             "bamboogle": {"Question": f"{TALK} {i}?", "Answer": f"Oslo {i}"},
             "hotpotqa": {"question": f"{TALK} {i}?", "id": f"h{i}", "answer": f"Oslo {i}"}}[name]
@@ -57,16 +60,17 @@ def no_keys(monkeypatch, tmp_path):
     no_keys_from_outside(monkeypatch, tmp_path)
 
 
-# ---- nine data sets -----------------------------------------------------------------------------
+# ---- eleven data sets ---------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def tiny_keys(tmp_path_factory):
-    """(keys of a result line, of a summary row) of a run on the tiny task."""
+    """(keys of a result line, {method: keys of its summary row}) of a run on the tiny task."""
     out = tmp_path_factory.mktemp("tiny")
     with pytest.MonkeyPatch.context() as patch:
         run_evaluate(patch, "--num_samples", 4, "--method", "latent", "text", "single", *QUICK,
                      "--out", out)
-    return set(untimed(out / "results.jsonl")[0]), set(summary_of(out)["rows"][0])
+    return set(untimed(out / "results.jsonl")[0]), {
+        row["method"]: set(row) for row in summary_of(out)["rows"]}
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -94,12 +98,12 @@ def test_every_set_is_evaluated_from_a_local_file(name, tiny_keys, no_keys, tmp_
             assert len(line[key]) == samples
         assert line["parsed"] == [None] * samples and line["retried"] == samples
         # One role writes, and in words three roles in two rounds. The second try adds 16 or 256.
-        more = 256 if name in ("mbppplus", "livecodebench") else 16
+        more = 256 if name in ("mbppplus", "humaneval", "livecodebench") else 16
         assert line["decoded_tokens"] <= samples * ((24 if line["method"] == "text" else 4) + more)
         assert line["latent_steps"] == (10 if line["method"] == "latent" else 0)
     for row in summary["rows"]:
         extra = {"samples", "pass_at_k", "pass_at_k_ci95"} if samples > 1 else set()
-        assert set(row) == row_keys | extra
+        assert set(row) == row_keys[row["method"]] | extra
         assert (row["n"], row["accuracy"], row["unparsed"], row["retried"], row["errors"]) == (
             4, 0, 1, 1, 0)
     assert summary["settings"]["num_rollouts"] == samples
@@ -188,7 +192,7 @@ def scripted(monkeypatch, no_keys):
     mas = scripted_system("qwen3", monkeypatch)
     mas.script = [[]]
     monkeypatch.setattr(evaluate, "get_style", lambda _: mas.style)
-    monkeypatch.setattr(evaluate, "load_mas_system", lambda *_: mas)
+    monkeypatch.setattr(evaluate, "load_mas_system", lambda *_, **__: mas)
     return mas
 
 

@@ -11,6 +11,7 @@ import threading
 import time
 import types
 import zlib
+from pathlib import Path
 
 import pytest
 
@@ -18,12 +19,15 @@ from conftest import PROJECT
 
 from support import web
 from support.web import JudgeSettings, Key
-from tasks import (Example, Score, choice, coding, get_task, last_box, maths, read_rows, search,
-                   task_names)
+from tasks import (Example, Place, Score, choice, coding, get_task, last_box, maths, read_rows,
+                   search, task_names)
+from tasks.boxes import without_fonts
 
 HUGE = "so we go on. " * 15_000                         # 200 kB of talk
-NAMES = ("math500", "aime25", "aime26", "gpqa", "medqa", "mbppplus", "livecodebench", "bamboogle",
-         "hotpotqa")
+NAMES = ("math500", "aime25", "aime26", "gsm8k", "gpqa", "medqa", "mbppplus", "humaneval",
+         "livecodebench", "bamboogle", "hotpotqa")
+# What a careful person reads, by kinds: what the answers mean, and what they do not.
+CASES = [json.loads(line) for line in (Path(__file__).parent / "cases.jsonl").open("rb")]
 
 
 def box(answer):
@@ -109,7 +113,21 @@ def judging(monkeypatch):
     (r"\boxed{5", None),
     (r"\boxed{}", None),
     (r"\boxed{  }", None),
-    (r"\boxed 5", None),
+    (r"\boxed 5", "5"), (r"$\boxed 12$.", "12"), (r"\boxed{4} or \boxed C.", "C"),
+    (r"in \boxed notation", None), (r"\boxed A vitamin", "A"),
+    (r"\fbox{12}", "12"), (r"\boxed{x = \fbox{5}}", "x = {5}"), (r"\fbox{4} \boxed{5}", "5"),
+    # a box that says nothing is passed over
+    (r"\boxed{4} as \boxed{}", "4"), (r"\boxed{4} as \boxed{...}", "4"),
+    (r"\boxed{4} as \boxed{\text{your answer}}", "4"), (r"\boxed{???}", None),
+    (r"\boxed{\ldots}", None), (r"\boxed{\dots}", None), (r"\boxed{\text{...}}", None),
+    (r"\boxed{\_\_}", None), (r"\boxed{\{\}}", r"\{\}"), (r"\boxed{\emptyset}", r"\emptyset"),
+    (r"\boxed{-}", None), (r"\boxed{+}", "+"),
+    # a row break is no part of an escaped brace
+    (r"\boxed{1\\{2}}", r"1\\{2}"), (r"\boxed{1\\\{2\}}", r"1\\\{2\}"),
+    # a box that the cut left open, and the one we asked for
+    ("\\boxed{\nFinal Answer: \\boxed{6}}", "6"), ("\\boxed{\nFinal Answer: \\boxed{6}", "6"),
+    ("\\boxed{\\frac{1}{\nFinal Answer: \\boxed{\\frac{1}{2}}}}", "\\frac{1}{2}"),
+    ("\\boxed{4} {\nFinal Answer: \\boxed{6", "4"),
     (r"boxed{5}", None),
     ("the answer is 5", None),
     ("", None),
@@ -195,6 +213,25 @@ def test_maths_finds_the_answer(text, score):
     assert maths.score(Example("1", "", "5", "math"), text) == score
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case["task"] == "maths"],
+                         ids=lambda case: case["kind"])
+def test_maths_by_kinds(case):
+    """The kinds of forms that models write, and beside each what looks alike and means something
+    else."""
+    for right in (True, False):
+        for gold, answer in case["right" if right else "wrong"]:
+            score = maths.score(Example("1", "", gold, "math"),
+                                box(answer) if case["boxed"] else answer)
+            assert score.correct is right, (gold, answer, score)
+
+
+@pytest.mark.parametrize("gold, answer", [
+    ("", "5"), (" ", "5"), ("", ""), (".", "."), ("?", "?"), ("...", "..."), ("\\ldots", "\\ldots"),
+    ("5", ""), ("5", "."), ("{}", "{}"), ("", "\\text{}"), ("", "{}")])
+def test_an_empty_gold_or_answer_is_never_right(gold, answer):
+    assert not maths.score(Example("1", "", gold, "math"), box(answer)).correct
+
+
 def compared(gold, answer):
     """The Score of a boxed answer."""
     return maths.score(Example("1", "", gold, "math"), box(answer))
@@ -202,7 +239,7 @@ def compared(gold, answer):
 
 def test_a_poisonous_answer_costs_seconds_and_the_next_is_scored():
     started = time.perf_counter()
-    assert compared("5", "9^{9^{9^9}}") == Score(False, "9^{9^{9^9}}", "no verdict in 5 s")
+    assert compared("5", "9^{9^{9^9}}") == Score(False, "9^{9^{9^9}}", "no verdict in 4 s")
     assert time.perf_counter() - started < 3 * maths.SECONDS
     assert compared("5", "5").correct
 
@@ -244,7 +281,7 @@ needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /
 
 @needs_proc
 def test_an_answer_that_takes_all_memory_does_no_harm():
-    """It may take 100 MB here. Without a limit it takes more than 400 MB in its five seconds."""
+    """It may take 100 MB here. Without a limit it takes more than 400 MB in its four seconds."""
     peak, verdicts = script("""
 maths.MEMORY_MB = 100
 maths.ready()
@@ -360,7 +397,7 @@ except ValueError as problem:
 # ---- multiple choice ----------------------------------------------------------------------------
 
 OPTIONS = ["Vitamin A", "C. difficile", "Vitamin  C", "B cells"]          # the last one is right
-CASES = [
+CHOSEN = [
     # letters in a box
     (box("D"), "D"), (box("(D)"), "D"), (box("D."), "D"), (box("D)"), "D"), (box("d"), "D"),
     (box(r"\text{D}"), "D"), (box(r"\textbf{(D)}"), "D"), (box(r"\mathrm{D}"), "D"),
@@ -371,7 +408,7 @@ CASES = [
     (box("A") + box("D"), "D"), (box("D") + box("A"), "A"), (box("B"), "B"),
     # an option's text in a box
     (box("B cells"), "D"), (box(r"\text{B cells}"), "D"), (box("C. difficile"), "B"),
-    (box("Vitamin C"), "C"), (box("vitamin c"), None), (box("Vitamin"), None), (box("cells"), None),
+    (box("Vitamin C"), "C"), (box("vitamin c"), "C"), (box("Vitamin"), None), (box("cells"), None),
     # nothing chosen
     (box("E"), None), (box("A or D"), None), (box("A, D"), None), (box("A and D"), None),
     (box("A) and D)"), None), (box("AD"), None), (box("A vitamin"), None), (box("?"), None),
@@ -389,32 +426,45 @@ CASES = [
     ("Answer: D) B cells", "D"),
     (HUGE + "The answer is (D). " + HUGE, "D"), ("The answer is D\x00", None),
     ("The answer is A vitamin.", None), ("The answer is a vitamin.", None),
-    ("The answer is d", None),
-    ("The answer is C. difficile.", None), ("The answer is (A) or (D).", None),
+    ("The answer is d", "D"), ("The answer is a", None),
+    ("The answer is C. difficile.", "B"), ("The answer is A. difficile.", None),
+    ("The answer is (A) or (D).", None),
     ("The answer is A or D.", None), ("The answer is A, D.", None),
     ("The answer is not (D).", None),
     ("The answer is Different.", None), ("The answer is E.", None), ("answer is D-dimer", None),
     ("The wrong option is D.", None), ("An incorrect answer is D.", None), ("Option: D", None),
     ("The answer is B. The wrong choice is D.", "B"), ("The best choice is (D).", "D"),
     ("The answers: D", None), ("My answerD is D", None),
-    # a box decides, even one that says nothing
-    ("The answer is (D). \\boxed{?}", None), ("The answer is (D). \\boxed{A}", "A"),
-    ("The answer is (D). \\boxed{}", "D"),
+    # a box decides, and what stands behind a box without a letter
+    ("The answer is (D). \\boxed{A}", "A"), ("The answer is (D). \\boxed{4}", None),
+    ("\\boxed{4}. The answer is (D).", "D"), ("\\boxed{A}. The answer is (D).", "A"),
+    ("The answer is (D). \\boxed{}", "D"), ("The answer is (D). \\boxed{?}", "D"),
 ]
 
 
-@pytest.mark.parametrize("text, letter", CASES, ids=range(len(CASES)))
+@pytest.mark.parametrize("text, letter", CHOSEN, ids=range(len(CHOSEN)))
 def test_choice_verdicts(text, letter):
     example = Example("1", "", "D", "choice", {"options": OPTIONS})
     assert choice.score(example, text) == Score(letter == "D", letter)
 
 
 def test_letters_that_are_options_texts():
-    """A single letter in a box is a letter, whatever the options say."""
+    """A capital that is an option's letter is that letter, whatever the options say. All else of
+    one character is an option's text."""
     example = Example("1", "", "B", "choice", {"options": ["B", "A", "AB", "0"]})
     assert choice.score(example, box("B")) == Score(True, "B")
     assert choice.score(example, box("AB")) == Score(False, "C")
-    assert choice.score(example, box("0")) == Score(False, None)
+    assert choice.score(example, box("0")) == Score(False, "D")
+    assert choice.score(example, box("1")) == Score(False, None)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case["task"] == "choice"],
+                         ids=lambda case: case["options"][1])
+def test_choice_by_options(case):
+    """case["read"]: texts, and the letter that a careful person reads in each (None: no letter)."""
+    example = Example("1", "", "C", "choice", {"options": case["options"]})
+    for text, letter in case["read"]:
+        assert choice.score(example, text) == Score(letter == "C", letter), text
 
 
 GPQA = {"Question": "What is left?", "Correct Answer": "port\n", "Incorrect Answer 1": "starboard",
@@ -458,12 +508,28 @@ LOCAL = {"query": "Which?", "answer": "iron",
     {"options": ["A) zinc", "B) iron", "C) zinc", "D) tin"]},      # two wrong ones may be the same
     {"options": {"D": "tin", "A": "zinc", "C": "lead", "B": "iron"}},
     {"answer_idx": "B", "answer": "whatever"},
+    {"options": [{"key": letter, "value": text} for letter, text in MEDQA["options"].items()]},
+    {"options": [{"key": letter, "value": MEDQA["options"][letter]} for letter in "DBCA"]},
+    # the question lists the options itself: once, twice, on a line, marked in another way
+    {"query": "Which?\nA. zinc\nB. iron\nC. lead\nD. tin"},
+    {"query": "Which?\nA. zinc\nB. iron\nC. lead\nD. tin\n\nA. zinc\nB. iron\nC. lead\nD. tin\n"},
+    {"query": "Which? A. zinc B. iron C. lead D. tin"},
+    {"query": "Which?\n(A) zinc\n(B) iron\n(C) lead\n(D) tin"},
 ])
 def test_medqa_layouts(tmp_path, change):
     example, = get_task("medqa", write_rows(tmp_path / "rows.json", [{**LOCAL, **change}])).load()
     assert example.gold == "B"
     assert example.question.split("\n")[:3] == ["Which?", "A. zinc", "B. iron"]
+    assert example.question.count("iron") == 1
     assert example.question == choice.make_example("here", {**LOCAL, **change}).question
+
+
+@pytest.mark.parametrize("question", [
+    "Which?\nA. zinc\nB. iron", "Which is no metal?\nA. zinc\nB. iron\nC. lead\nD. gold",
+    "A. zinc\nB. iron\nC. lead\nD. tin\nWhich?", "Is it B. iron"])
+def test_a_question_that_lists_something_else_is_left_as_it_is(question):
+    example = choice.make_example("here", {**LOCAL, "query": question})
+    assert example.question == question + "\nA. zinc\nB. iron\nC. lead\nD. tin"
 
 
 @pytest.mark.parametrize("row", [
@@ -483,6 +549,18 @@ def test_rows_that_cannot_be_scored_are_left_out_aloud(tmp_path, capsys, row):
     assert len(get_task("choice", path).load(limit=2)) == 2        # not one of two
     with pytest.raises(ValueError, match="no question that can be scored"):
         get_task("choice", write_rows(tmp_path / "bad.json", [row])).load()
+
+
+@pytest.mark.parametrize("latex, words", [
+    (r"\text{(C)}", "(C)"), (r"\mathrm{Love\ and\ Theft}", "Love and Theft"),
+    (r"10\,\text{km}", "10 km"), (r"\'Etienne", "Étienne"),
+    (r"Z\"urich", "Zürich"), (r"\c{C}a va", "Ça va"), (r"na\"{\i}ve", "naïve"),
+    (r"Stra\ss e", "Straße"), (r"\AA rhus", "Århus"), (r"d'\oe uvre", "d'œuvre"),
+    (r"\alpha", r"\alpha"),
+    (r"O\'Neil, St. John\'s", "O'Neil, St. John's"), (r"\"Emma\"", '"Emma"'), (r"AT\&T", "AT&T"),
+    (r"**C**", "C"), (r"C\ ", "C"), (r"\quad C", "C"), (r"1\,000 a\,b", "1000 a b"), ("", "")])
+def test_without_fonts(latex, words):
+    assert without_fonts(latex) == words
 
 
 # ---- questions to look up -----------------------------------------------------------------------
@@ -506,6 +584,15 @@ def test_exact_match(no_judge, golds, answer, right):
     score = search.score(example, box(answer))
     assert score.correct is right
     assert score.note == ("exact match" if right else "" if answer == "?" else "no exact match")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case["task"] == "search"],
+                         ids=lambda case: case["answers"][0])
+def test_exact_match_through_latex_and_unicode(no_judge, case):
+    example = Example("1", "?", "", "search", {"answers": case["answers"]})
+    for right in (True, False):
+        for answer in case["right" if right else "wrong"]:
+            assert search.score(example, f"\\boxed{{{answer}}}").correct is right, answer
 
 
 @pytest.mark.parametrize("text", [
@@ -551,7 +638,43 @@ def test_ready_says_that_there_is_a_judge(judging, capsys):
     ("```\nx = 1\n```", "x = 1"),
     ("```python\nx = 1\n```\nIt prints:\n```\n1\n```", "x = 1"),
     ("```python\nx = 1\n```\n```json\n{}\n```", "x = 1"),
-    ("  ```python\n  x = 1\n  ```", "  x = 1"),
+    # in a list, behind a mark of one
+    ("  ```python\n  x = 1\n  ```", "x = 1"),
+    ("1. So:\n\n   ```python\n   def f():\n       return 1\n   ```\n2. Done.",
+     "def f():\n    return 1"),
+    ("- ```python\n  x = 1\n  ```", "x = 1"), ("2. ```python\n   x = 1\n   ```\n", "x = 1"),
+    ("\t```python\n\tif x:\n\t\ty = 1\n\t```", "if x:\n\ty = 1"),
+    # a fence behind the last line, or in a string
+    ("```python\ndef f():\n    return 1```", "def f():\n    return 1"),
+    ("```python\nx = 1 ```\nIt prints:\n```\n1\n```", "x = 1"), ("```\nx = 1```", "x = 1"),
+    ("```python\nx = '```'\ny = 2\n```", "x = '```'\ny = 2"),
+    # other fences
+    ("~~~python\nx = 1\n~~~", "x = 1"), ("~~~\nx = 1\n~~~\n", "x = 1"),
+    ("````python\nx = 1\n````", "x = 1"), ("~~~~py\nx = '''\n~~~\n'''\n~~~~", "x = '''\n~~~\n'''"),
+    ("````python\nx = '''\n```\n'''\n````", "x = '''\n```\n'''"),
+    ("~~python\nx = 1\n~~", None),
+    # a fence within a docstring ends nothing
+    ('```python\ndef f():\n    """\n    ```\n    f()\n    ```\n    """\n    return 1\n```\nSo.',
+     'def f():\n    """\n    ```\n    f()\n    ```\n    """\n    return 1'),
+    ('```python\n"""\n```\nf()\n```\n"""\nx = 1\n```', '"""\n```\nf()\n```\n"""\nx = 1'),
+    ('```python\n"""\n```python\nf()\n```\n"""\nx = 1\n```\n```\n1\n```',
+     '"""\n```python\nf()\n```\n"""\nx = 1'),
+    # what is no Python ends at its first fence
+    ("```python\nx = (\n```\nor\n```\n1\n```", "x = ("),
+    ("```python\nprint x\n```\n```json\n{}\n```", "print x"),
+    # cut off: a program only if it is Python
+    ("```python\ndef f(a):\n    return a +", None),
+    ("```python\nx = 1\n```\n```python\nx = (", None),
+    ("```python\nx = 'a", None), ("~~~python\nfor x in", None), ("```\ndef f(", None),
+    ("```python\ndef f(a):\n    return a +\nFinal Answer:\n```python\nx = 1\n```", "x = 1"),
+    ("```cpp\nint x;\nFinal Answer:\n```python\nx = 1", "x = 1"),
+    ("~~~python\nx = (\nFinal Answer:\n```python\nx = 1\n", "x = 1"),
+    ("```python\nx = '''\nFinal Answer:\n```python\nx = 1\n", "x = 1"),
+    # without a block
+    ("# adds\ndef f():\n    return 1", "# adds\ndef f():\n    return 1"),
+    ("def f():\n    return 1\n```", "def f():\n    return 1"),
+    ("def f():\n    return 1\n```\nThis is right.", "def f():\n    return 1"),
+    ("# Answer\nThis needs import sys.", None), ("import sys is what I need.", None),
     ("```python\nx = '''a```b'''\n```", "x = '''a```b'''"),
     ("```python\nx = 1", "x = 1"),
     ("```python\nx = 1\n```\n```python\nx = 2", "x = 2"),
@@ -582,6 +705,18 @@ def test_program_in(text, program):
     assert time.perf_counter() - started < 20            # quadratic time would be minutes
 
 
+@pytest.mark.parametrize("usage", ["print(f(1))", "assert f(1) == 1", "x = f(2)\nx", ">>> f(1)"])
+def test_usage_behind_a_function_is_not_the_program(usage):
+    """Where a function is asked for. A program that reads its input may need no function."""
+    function = "def f(a):\n    return a"
+    text = f"```python\n{function}\n```\nFor example:\n```python\n{usage}\n```"
+    assert coding.program_in(text, defines=True) == function
+    assert coding.program_in(text) == usage
+    assert coding.program_in(f"```python\n{usage}\n```", defines=True) == usage
+    row = {"prompt": "p", "test": "assert f(7) == 7"}
+    assert coding.score(coding.make_example(Place("rows", 1), row), text).correct
+
+
 @pytest.mark.parametrize("printed, expected, same", [
     ("1\n2\n", "1\n2", True), ("1 \n 2", "1\n2", True), ("1.50", "1.5", True),
     ("1.0 2", "1 2.00", True),
@@ -590,11 +725,33 @@ def test_program_in(text, program):
     ("1\n2\n3", "1\n2", False), ("1", "1\n2", False), ("1.5000001", "1.5", False),
     ("0.3333", "0.33", False),
     ("yes", "Yes", False), ("1 2", "2 1", False), ("12", "1 2", False), ("-1", "1", False),
+    ("1_0", "10", False), ("10", "1_0", False), ("1_0", "1_0", True), ("\u0661", "1", False),
+    ("1e", "1", False), (".5", "0.5", True), ("5.", "5", True), ("+5", "5", True),
+    ("1 x", "1.0 x", False),
+    ("1\n2\n", "1.0\n2", True), ("0x10", "16", False), ("1e9999999999", "1", False),
     ("", "1", False), ("1\n\n2", "1\n2", False), ("a b", "a  b", False), ("[1, 2]", "1 2", False),
     ("9" * 5000, "9" * 5001, False), ("9" * 5000, "9" * 5000, True), ("1", "one", False),
 ])
 def test_same_output(printed, expected, same):
     assert coding.same_output(printed, expected) is same
+
+
+def test_comparing_millions_of_numbers_takes_little_memory():
+    """8 MB of them, as a list of numbers, would take 500 MB."""
+    peak, same = script("""
+from tasks import coding
+import resource
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+ones, lines = "1 " * 4_000_000, "1\\n" * 4_000_000
+before = peak()
+same = [coding.same_output(ones, ones[:-2] + "2"), coding.same_output(ones, "1"),
+        coding.same_output(ones, ones), coding.same_output(lines, lines[:-2] + "2"),
+        coding.same_output(lines, lines)]
+print(peak() - before)
+print(same)
+""").splitlines()
+    assert int(peak) < 150 and same == "[False, False, True, False, True]"
 
 
 @pytest.mark.parametrize("value, expected, same", [
@@ -700,6 +857,76 @@ MBPP = {"task_id": 2, "prompt": "Write a function to add two numbers.", "code": 
         "test": "import numpy as np\nassert add(np.int64(2), math.floor(1.5)) == 3"}
 
 
+HUMAN = {"task_id": "HumanEval/0", "entry_point": "double", "canonical_solution": "",
+         "prompt": "from typing import List\n\n\ndef half(x):\n    return x / 2\n\n\n"
+                   "def double(values: List[int]) -> List[int]:\n    \"\"\"Each value, doubled."
+                   "\n    >>> double([1])\n    [2]\n    \"\"\"\n",
+         "test": "\n\nMETADATA = {'author': 'x'}\n\n\ndef check(candidate):\n"
+                 "    assert candidate([1, 2]) == [2, 4]\n"
+                 "    assert half(candidate([3])[0]) == 3\n"}
+WHOLE = "def double(values: List[int]) -> List[int]:\n    return [{} for x in values]"
+
+
+@needs_sandbox
+@pytest.mark.parametrize("code, right, note", [
+    (WHOLE.format("2 * x"), True, ""), (WHOLE.format("3 * x"), False, "error: AssertionError"),
+    ("from __future__ import annotations\n" + WHOLE.format("x + x"), True, ""),
+    ("def double(values):\n    return values", False, "error: AssertionError"),
+    ("def twice(values):\n    return values", False, "error: NameError: name 'double' is not"),
+    ("double = lambda values: [2 * x for x in values]", True, ""),
+    ("def check(candidate):\n    pass", False, "error: NameError: name 'double' is not"),
+    ("raise SystemExit", False, "error")])
+def test_humaneval_calls_its_check(tmp_path, code, right, note):
+    """Imports and helpers of the prompt are there, and a test that is only defined is called."""
+    task = get_task("humaneval", write_rows(tmp_path / "rows.json", [HUMAN]))
+    example, = task.load()
+    assert example.question.endswith(HUMAN["prompt"].strip())
+    assert "tests like these" not in example.question
+    score = task.score(example, f"```python\n{code}\n```")
+    assert score.correct is right and score.note.startswith(note)
+    again = coding.make_example("here", {**HUMAN, "task_id": 7})
+    assert again.row == example.row                    # also with --task coding
+
+
+NOTHING = ["x = 1", "import math", "def test():\n    assert add(1, 1) == 2", "# add(1, 1)", "\n\n1",
+           "def check(candidate):\n    assert candidate(1, 1) == 2",
+           "'''assert add(1, 1)'''", "pass",
+           "class Test:\n    def test(self):\n        assert add(1, 1) == 2", "add(1, 1)",
+           "import math\nvalues = [(1, 1)]\n\ndef check(f):\n    assert f(*values[0]) == 2"]
+
+
+@pytest.mark.parametrize("test", NOTHING)
+def test_a_test_that_tests_nothing_is_refused(tmp_path, capsys, test):
+    rows = [{"prompt": "Add.", "test": test}, {**HUMAN, "test": "def check(candidate):\n    pass"},
+            {"prompt": "Add.", "test": "for i in 1, 2:\n    assert add(i, i) == 2 * i"}]
+    task = get_task("coding", write_rows(tmp_path / "rows.json", rows))
+    assert [example.id for example in task.load()] == ["coding-3"]
+    assert "left out 2 of the rows: " in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no question that can be scored"):
+        get_task("coding", write_rows(tmp_path / "one.json", rows[:1])).load()
+
+
+@pytest.mark.parametrize("test", [
+    "assert add(1, 1) == 2", "def check(f):\n    assert f(1, 1) == 2\n\ncheck(add)", MBPP["test"],
+    "def check(f):\n    assert f(1, 1) == 2\n\nresult = check(add)",
+    "def assertion(a, b):\n    assert a == b\nfor a, b in [(1, 2)]:\n    assertion(add(a, a), b)",
+    "import numpy as np\nnp.testing.assert_allclose(add(1, 1), 2)",
+    "try:\n    add(1)\nexcept TypeError:\n    pass\nelse:\n    raise ValueError"])
+def test_a_test_that_tests_something_is_not_refused(test):
+    assert coding.make_example("here", {"prompt": "Add.", "test": test}).row["test"] == test
+
+
+@needs_sandbox
+@pytest.mark.parametrize("right", [True, False])
+def test_a_test_that_waits_for_main_is_run(right):
+    """It would pass any program else."""
+    test = (f"def check():\n    assert add(1, 1) == {2 if right else 3}\n"
+            "if __name__ == '__main__':\n    check()")
+    example = coding.make_example("here", {"prompt": "Add.", "test": test})
+    program = "```python\ndef add(a, b):\n    return a + b\n```"
+    assert coding.score(example, program).correct is right
+
+
 @needs_sandbox
 @pytest.mark.parametrize("body, right", [
     ("return a + b", True), ("return a - b", False), ("return", False),
@@ -721,7 +948,18 @@ READS = "a, b = map(int, input().split())\nprint(a {} b)"
 @needs_sandbox
 @pytest.mark.parametrize("code, right, note", [
     (READS.format("+"), True, ""), (READS.format("-"), False, "test 1 of 3: wrong answer"),
-    ("print(3)", False, "test 2 of 3: wrong answer"), ("1 / 0", False, "test 1 of 3: error"),
+    ("print(3)", False, "test 2 of 3: wrong answer"),
+    ("1 / 0", False, "test 1 of 3: error: ZeroDivisionError: division by zero"),
+    ("exit(3)", False, "test 1 of 3: error"),
+    ("x", False, "test 1 of 3: error: NameError: name 'x' is not defined"),
+    ("print(sum(map(int, open('/dev/stdin').read().split())))", True, ""),
+    ("import sys\nsys.stdin = open('/dev/fd/0')\n" + READS.format("+"), True, ""),
+    ("print(sum(map(int, next(open(file='/proc/self/fd/0', mode='rb')).split())))", True, ""),
+    ("import sys\nx = open('/dev/stdin').readline()\n" + READS.format("+"), True, ""),
+    ("from __future__ import (\n    annotations,\n)\n" + READS.format("+"), True, ""),
+    ("from __future__ import (annotations, division)  # first\n" + READS.format("+"), True, ""),
+    ("\"\"\"Adds.\"\"\"\nfrom __future__ import annotations\n" + READS.format("+"), True, ""),
+    ("print('1_0')", False, "test 1 of 3: wrong answer"),
     ("import sys\nprint(sum(map(int, sys.stdin.read().split())))", True, ""),
     ("if __name__ == '__main__':\n    " + READS.format("+").replace("\n", "\n    "), True, ""),
     ("from __future__ import annotations\n" + READS.format("+"), True, ""),
@@ -749,16 +987,45 @@ def test_live_function_verdicts(tmp_path, code, right):
     assert coding.score(example, f"```python\n{code}\n```").correct is right
 
 
+@needs_sandbox
+@pytest.mark.parametrize("expected", ["", "ab", "[1, 2", "None", "'a'"])
+def test_a_value_that_is_no_json_is_never_right(tmp_path, expected):
+    row = live_row(json.dumps([call_test('"ab"', expected)]), metadata='{"func_name": "f"}',
+                   public_test_cases="[]")
+    for value in ("''", "s", "None", "[1, 2]"):
+        program = f"```python\ndef f(s):\n    return {value}\n```"
+        score = coding.score(live_example(tmp_path, row), program)
+        assert (score.correct, score.note) == (False, "test 1 of 1: the test expects no JSON value")
+
+
+@pytest.mark.parametrize("metadata", ['{"func_name": "f"}', {"func_name": "f"},
+                                      '{"x": 1, "func_name": "f"}', {"func_name": "f", "x": None}])
+def test_metadata_as_a_text_and_as_an_object(tmp_path, metadata):
+    example = live_example(tmp_path, live_row("[]", metadata=metadata), ".json")
+    assert example.row["function"] == "f" and "must define f" in example.question
+
+
+@pytest.mark.parametrize("metadata", ["{", "[1]", '"f"', 7, ["f"]])
+def test_metadata_that_is_no_object_is_one_line(tmp_path, metadata):
+    path = write_rows(tmp_path / "rows.json", [live_row("[]", metadata=metadata)])
+    with pytest.raises(ValueError, match="rows.json row 1 ") as caught:
+        get_task("coding", path).load()
+    assert "\n" not in str(caught.value)
+
+
 def test_mbpp_rows_need_no_more_than_prompt_and_test(tmp_path):
     row = {"prompt": "Add.", "test": "assert add(1, 1) == 2", "test_list": None}
     example, = get_task("coding", write_rows(tmp_path / "rows.json", [row])).load()
-    assert (example.id, example.row) == ("coding-1", {"test": row["test"]})
+    assert (example.id, example.row) == ("coding-1", {"head": "", "test": row["test"]})
+    assert example.question == "Add."                  # and no "tests like these:" with none behind
 
 
 def test_live_without_tests_is_never_right(tmp_path):
-    example = live_example(tmp_path, live_row("[]", public_test_cases="[]"))
+    example = live_example(tmp_path, live_row(packed("[]"), public_test_cases="[]"))
     score = coding.score(example, "```python\nx = 1\n```")
     assert score == Score(False, "x = 1", "there are no tests")
+    with pytest.raises(ValueError, match="no question that can be scored"):      # seen at once
+        live_example(tmp_path, live_row("[]", public_test_cases="[]", metadata={"func_name": "f"}))
 
 
 # ---- loading ------------------------------------------------------------------------------------
@@ -768,9 +1035,11 @@ ROWS = {
                 "unique_id": "test/1.json"},
     "aime25": {"problem": "1+1?", "answer": "2", "id": "0"},
     "aime26": {"problem_idx": 1, "problem": "1+1?", "answer": 2},
+    "gsm8k": {"question": "1+1?", "answer": "It is 1+1=<<1+1=2>>2.\n#### 2"},
     "gpqa": GPQA,
     "medqa": MEDQA,
     "mbppplus": MBPP,
+    "humaneval": HUMAN,
     "livecodebench": live_row("[]"),
     "bamboogle": {"Question": "Where?", "Answer": "Here"},
     "hotpotqa": {"id": "h1", "question": "Where?", "answer": "Here", "type": "bridge",
@@ -778,9 +1047,11 @@ ROWS = {
 }
 EXPECTED = {       # id, kind, gold, how the question begins
     "math500": ("test/1.json", "math", "2", "1+1?"), "aime25": ("0", "math", "2", "1+1?"),
-    "aime26": ("1", "math", "2", "1+1?"), "gpqa": ("rec1", "choice", None, "What is left?\nA. "),
+    "aime26": ("1", "math", "2", "1+1?"), "gsm8k": ("gsm8k-1", "math", "2", "1+1?"),
+    "gpqa": ("rec1", "choice", None, "What is left?\nA. "),
     "medqa": ("medqa-1", "choice", "B", "Which?\nA. zinc\nB. iron"),
     "mbppplus": ("2", "code", "tests pass", "Write a function"),
+    "humaneval": ("HumanEval/0", "code", "tests pass", "Write all of this function:\n\nfrom"),
     "livecodebench": ("q1", "code", "tests pass", "Add two numbers."),
     "bamboogle": ("bamboogle-1", "search", "Here", "Where?"),
     "hotpotqa": ("h1", "search", "Here", "Where?"),
@@ -805,7 +1076,7 @@ def test_every_set_loads_from_a_local_file(tmp_path, name, suffix):
 
 
 def test_all_names_are_known_and_families_need_a_file():
-    assert set(NAMES) | {"tiny"} == set(task_names())
+    assert {*NAMES, "tiny"} <= set(task_names())
     with pytest.raises(ValueError, match="'choice' is a kind of task.* gpqa, medqa"):
         get_task("choice")
     with pytest.raises(ValueError, match="unknown data set 'nonsense': choose one of aime25"):
@@ -867,6 +1138,28 @@ def test_missing_columns_are_named(tmp_path, name, row, complaint):
         get_task(name, path).load()
 
 
+@pytest.mark.parametrize("answer, gold", [
+    ("2 + 2 = <<2+2=4>>4\n#### 4", "4"), ("#### 1,234", "1,234"), ("5 #### 6 #### -7 ", "-7"),
+    ("18", "18"), ("x = 3", "x = 3"), ("a\n####18", "18")])
+def test_gsm8k_golds_stand_behind_the_last_mark(tmp_path, answer, gold):
+    """Also with --task maths. A solution without an answer behind its mark is left out."""
+    rows = [{"question": "?", "answer": answer}, {"question": "!", "answer": "2 #### "}]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    for name in ("gsm8k", "maths"):
+        example, = get_task(name, path).load()
+        assert (example.gold, example.question) == (gold, "?")
+        assert maths.score(example, f"2 and 3 are \\boxed{{{gold}}}.").correct
+
+
+@pytest.mark.parametrize("name, content", [
+    ("rows.json", json.dumps([MATHS])), ("rows.json", json.dumps({"data": [MATHS]})),
+    ("rows.jsonl", json.dumps(MATHS) + "\n")])
+def test_a_byte_order_mark_is_no_content(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8-sig")
+    assert [example.gold for example in get_task("maths", str(path)).load()] == ["2"]
+
+
 def test_rows_stand_where_the_field_says(tmp_path):
     """The rows of a .json stand under `data`, unless another name is given."""
     path = tmp_path / "rows.json"
@@ -911,9 +1204,11 @@ HUB = {            # the published ids
     "math500": ("HuggingFaceH4/MATH-500", None, "test"),
     "aime25": ("math-ai/aime25", None, "test"),
     "aime26": ("MathArena/aime_2026", None, "train"),
+    "gsm8k": ("openai/gsm8k", "main", "test"),
     "gpqa": ("Idavidrein/gpqa", "gpqa_diamond", "train"),
     "medqa": ("GBaker/MedQA-USMLE-4-options", None, "test"),
     "mbppplus": ("evalplus/mbppplus", None, "test"),
+    "humaneval": ("openai/openai_humaneval", None, "test"),
     "bamboogle": ("chiayewken/bamboogle", None, "test"),
     "hotpotqa": ("hotpotqa/hotpot_qa", "distractor", "validation"),
 }

@@ -18,7 +18,7 @@ import pytest
 import urllib3
 
 from support.web import (JudgeSettings, Key, ServiceError, judge, judge_settings, read_keys,
-                         read_verdict, search_web)
+                         read_verdict, search_web, setting)
 
 SECRET = "tvly-secret-0123456789"
 
@@ -299,6 +299,26 @@ def test_where_keys_come_from(service, tmp_path, monkeypatch):
         read_keys(tmp_path / "missing")
 
 
+@pytest.mark.parametrize("line, value", [
+    ("API_KEY=sk-abc", "sk-abc"), ("API_KEY = sk-abc   # mine", "sk-abc"),
+    ("API_KEY='sk-abc'", "sk-abc"),
+    ('API_KEY="sk-abc" # mine', "sk-abc"), ("export API_KEY=sk-abc\t# a 'quoted' word", "sk-abc"),
+    ("API_KEY=sk#abc", "sk#abc"), ('API_KEY="sk-a #bc"', "sk-a #bc"), ("API_KEY=", ""),
+    ("API_KEY= # none yet", ""), ("API_KEY=# none yet", ""), ("# API_KEY=sk-abc", ""),
+    ("API_KEY=sk-abc\r", "sk-abc"), ("MY_API_KEY=sk-abc", ""), ('API_KEY="sk-abc', "sk-abc")])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_settings_in_an_env_file(service, line, value, encoding):
+    """With and without a byte order mark; a comment is no part of a value."""
+    Path(".env").write_text(line + "\nAPI_MODEL=m\n", encoding=encoding)
+    assert setting("API_KEY") == value and setting("API_MODEL") == "m"
+
+
+def test_a_keys_file_with_a_byte_order_mark(service, tmp_path):
+    for text in (SECRET, f"{SECRET}  # mine", f"# keys\n{SECRET}\n", f"\n{SECRET}\r\n"):
+        (tmp_path / "keys").write_text(text, encoding="utf-8-sig")
+        assert read_keys(tmp_path / "keys") == [SECRET]
+
+
 def test_a_key_does_not_show():
     key = Key(SECRET)
     shown = [str(key), repr(key), f"{key}", f"{key:>40}", "%s" % key, "{}".format(key), str([key]),
@@ -330,6 +350,16 @@ def ask(service, given="Jane Austen", gold="Austen", path="/v1"):
     ("correct or incorrect", "invalid"), ("incorrectly", "invalid"), ("yes", "invalid"),
     ("correct\nbecause it says so", "invalid"), ("", "invalid"), (" \n ", "invalid"),
     (None, "invalid"), (["correct"], "invalid"), ("in correct", "invalid"),
+    # signs around the word
+    ("Correct!", "correct"), ("correct,", "correct"), ("```\ncorrect\n```", "correct"),
+    ("correct</s>", "correct"), ("Incorrect!\n", "incorrect"), ("Verdict: correct", "invalid"),
+    ("correct?", "invalid"), ("correct (not incorrect)", "invalid"), ("!", "invalid"),
+    # parts
+    ([{"type": "text", "text": "correct"}], "correct"),
+    ([{"type": "text", "text": "in"}, {"type": "text", "text": "correct"}], "incorrect"),
+    ([{"type": "thinking", "text": "correct"}, {"type": "text", "text": "incorrect"}], "incorrect"),
+    ([{"type": "reasoning", "text": "correct"}], "invalid"), ([], "invalid"), ([{}], "invalid"),
+    ([{"type": "text", "text": None}], "invalid"), ([[{"type": "text"}]], "invalid"),
     ("corr\nect", "invalid")])
 def test_verdicts(reply, verdict, service):
     """A reply is read strictly. A verdict is kept, and not asked for again. A reply without one is
@@ -357,6 +387,42 @@ def test_what_the_judge_is_asked(service):
     assert rest == f"{mark}]\n{trick}\n[/{mark}]"
     ask(service, given="x" * 300_000)
     assert len(json.dumps(service.asked[-1][2])) < 10_000
+
+
+def refusing(service, *names):
+    """A reply of a server that knows none of these parameters. It names the first that it meets."""
+    def reply(handler):
+        bad = [name for name in names if name in service.asked[-1][2]]
+        refusal = {"error": {"code": "unsupported_parameter", "param": "".join(bad[:1])}}
+        (answer(400, refusal) if bad else said("correct"))(handler)
+    return reply
+
+
+@pytest.mark.parametrize("names, left", [
+    (["max_tokens"], {"max_completion_tokens": 2048, "temperature": 0}),
+    (["max_tokens", "max_completion_tokens"], {"temperature": 0}),
+    (["max_tokens", "temperature"], {"max_completion_tokens": 2048}),
+    (["temperature"], {"max_tokens": 2048}),
+    (["max_tokens", "max_completion_tokens", "temperature"], {})])
+def test_a_judge_that_refuses_a_parameter_is_asked_without_it(names, left, service):
+    service.replies = [refusing(service, *names)]
+    assert ask(service) == "correct"
+    bodies = [body for *_, body in service.asked]
+    last = dict(bodies[-1])
+    assert last.pop("model") == "m" and last.pop("messages") and last == left
+    assert len(set(map(json.dumps, bodies))) == len(names) + 1
+    assert all(body["messages"] == bodies[0]["messages"] for body in bodies)
+
+
+@pytest.mark.parametrize("bad", [
+    answer(400, {"error": "messages"}), answer(400, {"error": "max_tokens_of_all is wrong"}),
+    answer(400, {"error": "no model of this name"}), answer(401, {"error": "max_tokens"}),
+    answer(404, {"error": "temperature"})])
+def test_other_refusals_of_a_judge_are_errors_at_once(bad, service):
+    service.replies = [bad]
+    with pytest.raises(ServiceError, match="HTTP 40"):
+        ask(service)
+    assert len(set(json.dumps(body) for *_, body in service.asked)) == 1
 
 
 def test_judge_cache_is_by_content_and_whole(service, monkeypatch):

@@ -42,6 +42,7 @@ from support.sampling import Sampling
 from support.training import Training
 from writing import text_seed
 
+
 def parse():
     """(flags, style, role). The flags have the published names where there are any."""
     parser = flags.Parser(__doc__)
@@ -175,6 +176,17 @@ def new_link(agent, args):
     return InnerLink(agent.width, args.adapter_type, gain).to(agent.device)
 
 
+def tell(count, before, after, folder):
+    """Print and save what readability() returned before and after training."""
+    (shares_before, words_before), (shares_after, words_after) = before, after
+    write_json(Path(folder) / "readability.json", {"before": shares_before, "after": shares_after})
+    print(f"share of {count} prompts whose latents read as the greedy text, by step:")
+    for name, shares in (("before", shares_before), ("after", shares_after)):
+        print(f"  {name:7s}" + " ".join(f"{share:.2f}" for share in shares))
+    print(f"the first one's latents in words:\n  before {words_before!r}\n  after  {words_after!r}")
+    print(f"the link is in {folder}")
+
+
 def main():
     """Texts, agent, hidden states, the loop, and what the trained link is worth."""
     (args, style, role), started = parse(), time.time()
@@ -201,7 +213,7 @@ def main():
         tokens = [row[:args.max_length] for row in agent.tokenize([one.text for one in texts])]
     pairs = [pair for pair in zip(texts, tokens) if pair[1]]
     need(pairs, "--text own: the agent writes nothing for these prompts, try --text gold")
-    before, words_before = readability(agent, style, role, held_out, args)
+    before = readability(agent, style, role, held_out, args)
     pairs = hidden_states(agent, style, role, *zip(*pairs), args)
 
     # 3. The loop.
@@ -215,19 +227,12 @@ def main():
         training.step()
 
     # 4. The link, and what it is worth.
-    if RANK > 0:
-        return
-    task = args.mas_task if style.links_by_task else None
-    save_inner(agent.inner, args.save_dir, task, args.save_format)
-    after, words_after = readability(agent, style, role, held_out, args)
-    write_json(Path(args.save_dir) / "readability.json", {"before": before, "after": after})
-    print(f"\n{style.name} {role.name}: 1-cos {training.logged['cosine']:.4f}, mse "
-          f"{training.logged['mse']:.5f}, {training.summary()}, {time.time() - started:.0f} s")
-    print(f"share of {len(held_out)} prompts whose latents read as the greedy text, by step:")
-    for name, shares in (("before", before), ("after", after)):
-        print(f"  {name:7s}" + " ".join(f"{share:.2f}" for share in shares))
-    print(f"the first one's latents in words:\n  before {words_before!r}\n  after  {words_after!r}")
-    print(f"the link is in {args.save_dir}")
+    if RANK == 0:
+        task = args.mas_task if style.links_by_task else None
+        save_inner(agent.inner, args.save_dir, task, args.save_format)
+        print(f"\n{style.name} {role.name}: 1-cos {training.logged['cosine']:.4f}, mse "
+              f"{training.logged['mse']:.5f}, {training.summary()}, {time.time() - started:.0f} s")
+        tell(len(held_out), before, readability(agent, style, role, held_out, args), args.save_dir)
 
 
 if __name__ == "__main__":

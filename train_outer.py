@@ -180,6 +180,19 @@ def thoughts(turn, context, role, rows, args):
 
 # ---- one run ------------------------------------------------------------------------------------
 
+def new_system(args, style):
+    """(the system with new outer links, {role: folder of its inner link} that flags named)."""
+    given = vars(args)
+    inner, models = ({role.name: given[f"{role.name}_{what}"] for role in style.roles
+                      if given[f"{role.name}_{what}"]} for what in ("inner", "model"))
+    agents = load_agents(style, args.device, args.dtype, args.mas_task,
+                         bool(args.trust_remote_code), inner, args.revision, models,
+                         args.inner_adapter_type_fallback, bool(args.enable_thinking))
+    kinds = {edge.key: kind_name(given[f"{edge.key}_type"] or args.outer_adapter_type)
+             for edge in style.edges}
+    return MAS(style, agents, None).with_fresh_outer(kinds, args.scale_match, args.seed), inner
+
+
 def main():
     """Rows, agents, links, the loop, and the comparison."""
     (args, style), started = parse(), time.time()
@@ -191,23 +204,15 @@ def main():
     rows = data.keep_usable(rows, style.roles if all_roles else style.roles[-1:])
 
     # 2. Frozen agents, new outer links.
-    given = vars(args)
-    inner, models = ({role.name: given[f"{role.name}_{what}"] for role in style.roles
-                      if given[f"{role.name}_{what}"]} for what in ("inner", "model"))
-    agents = load_agents(style, args.device, args.dtype, args.mas_task,
-                         bool(args.trust_remote_code), inner, args.revision, models,
-                         args.inner_adapter_type_fallback, bool(args.enable_thinking))
+    mas, overrides = new_system(args, style)
     if task and task.fits:
-        task.fits(agents[style.roles[0].name], args.latent_length)
-    kinds = {edge.key: kind_name(given[f"{edge.key}_type"] or args.outer_adapter_type)
-             for edge in style.edges}
-    mas = MAS(style, agents, None).with_fresh_outer(kinds, args.scale_match, args.seed)
+        task.fits(mas.agents[style.roles[0].name], args.latent_length)
     if args.warm_start_steps and not args.resume:
         warm_start(mas, args, task.leave_out if task else ())
 
     # 3. The loop.
     training = Training(mas.outer, args, args.outer_lr, args.save_dir, len(rows),
-                        agents[style.roles[-1].name].dtype)
+                        mas.agents[style.roles[-1].name].dtype)
     for step in training.steps("outer links"):
         rounds = args.num_recursive_rounds
         if args.random_rounds:                 # drawn by seed and step, so all ranks draw the same
@@ -232,10 +237,10 @@ def main():
         report.plot_gradients(Path(args.save_dir))
     if args.eval_samples and task:
         evaluate.compare(mas, task, args, Path(args.save_dir))
-    override = {**inner, "outer": args.save_dir}
+    overrides["outer"] = args.save_dir
     print(f"{time.time() - started:.0f} s in all; links and log.jsonl are in {args.save_dir}. Ask "
           f"them:\npython evaluate.py --style {args.style} --ckpt_override "
-          + " ".join(f"{name}={folder}" for name, folder in override.items())
+          + " ".join(f"{name}={folder}" for name, folder in overrides.items())
           + (" --show 2" if task else " --dataset math500"))
 
 

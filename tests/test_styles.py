@@ -365,7 +365,7 @@ ALIASES = {      # as published: (design, role) -> (style, role)
 
 
 def test_every_published_style_is_shipped():
-    assert set(all_styles()) == {*PUBLISHED, "tiny", "relay"}
+    assert set(all_styles()) == {*PUBLISHED, "tiny", "relay", "duo"}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

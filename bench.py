@@ -1,6 +1,6 @@
 """What a system costs, beside the plain reference of the same method.
 
-    python bench.py                                    # all sections, some 8 minutes on a CPU
+    python bench.py                                    # all sections, some 6 minutes on a CPU
     python bench.py --sections step rollout --dims qwen3-1.7b --layers 4
     python bench.py --dims light                       # the three models of sequential_light
 
@@ -18,7 +18,7 @@ The sections. Each prints a table, and the figures of all of them come last, as 
     step        a latent step against its floor
     rollout     m thoughts behind a prompt
     answer      the whole recursion; and text between the agents against latents
-    training    steps of both trainers
+    training    a step of outer training
     decoding    our way of writing words against the library's
     memory      what the real styles take, worked out from their dimensions
 
@@ -34,67 +34,41 @@ printed. Times are medians (fastest .. slowest). The ratio is the reference's ti
 
 Shapes: B questions, T tokens of a prompt, m latent thoughts, R rounds, n tokens of a text, d width.
 """
-import ctypes
 import json
-import sys
 import time
-from collections import namedtuple
 from functools import partial
-from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 
 import torch
 
 import reference
-from agents import Sampling
 from recurse import MAS, load_mas_system
 from styles import get_style
 from support import flags, report
-from support.compared import (EPOCHS, apart, ask_tiny, gradient, inner_losses, our_losses,
-                              our_messages, plain_losses, plain_messages, read)
+from support.compared import (apart, ask_tiny, gradient, our_loss, our_messages, plain_loss,
+                              plain_messages, read)
 from support.devices import pick_device
-from support.dimensions import (DIMS, memory_table, new_agent, size_of, some_rows,
-                                some_texts)
+from support.dimensions import DIMS, memory_table, new_agent, size_of, some_texts
+from support.sampling import Sampling
 from tasks import get_task
 from writing import Writing
 
 # The sizes of what is measured, on a CPU, on a GPU and in the tests. T, m, B, R and n are as above.
 #     long_T       tokens of a prompt where it matters that prompts are long
-#     step_wanted  the share of the memory's speed that we want a step to reach
+#     rollouts     (T, m, B) of each
 #     questions    of the shipped tiny system, by text and by latents
 #     divisor      what the published numbers of tokens are divided by, to save time
-#     layers       of the models, 0 for all of them; a rollout may have its own
-#     wanted       the least ratio that we want, stated for the default --dims and these layers
-Rollout = namedtuple("Rollout", "T m B layers wanted", defaults=(0, 0))
-CPU = SimpleNamespace(
-    T=32, long_T=128, m=4, B=2, R=2, n=16, step_wanted=0.7, questions=500, divisor=32, layers=8,
-    rollouts=[Rollout(T=64, m=16, B=1), Rollout(T=64, m=8, B=4),
-              Rollout(T=256, m=48, B=1, wanted=11), Rollout(T=512, m=32, B=1, layers=4, wanted=14)])
-GPU = SimpleNamespace(
-    T=128, long_T=1024, m=16, B=4, R=2, n=64, step_wanted=0.4, questions=500, divisor=1, layers=0,
-    rollouts=[Rollout(T=256, m=48, B=1), Rollout(T=512, m=32, B=1), Rollout(T=256, m=48, B=32)])
-TINY = SimpleNamespace(
-    T=8, long_T=12, m=3, B=2, R=2, n=4, step_wanted=0, questions=4, divisor=256, layers=0,
-    rollouts=[Rollout(T=12, m=4, B=1), Rollout(T=12, m=4, B=3, layers=1)])
+#     layers       of the models, 0 for all of them
+CPU = SimpleNamespace(T=32, long_T=128, m=4, B=2, R=2, n=16, questions=500, divisor=32, layers=8,
+                      rollouts=[(64, 16, 1), (64, 8, 4), (256, 48, 1)])
+GPU = SimpleNamespace(T=128, long_T=1024, m=16, B=4, R=2, n=64, questions=500, divisor=1, layers=0,
+                      rollouts=[(256, 48, 1), (512, 32, 1), (256, 48, 32)])
+TINY = SimpleNamespace(T=8, long_T=12, m=3, B=2, R=2, n=4, questions=4, divisor=256, layers=0,
+                       rollouts=[(12, 4, 1), (12, 4, 3)])
 SECTIONS = ("step", "rollout", "answer", "training", "decoding", "memory")
 STEPS = 32         # latent steps in a row, from which the time of one follows
 PATIENCE = 15      # seconds after which a comparison that was repeated once is not again
-
-
-def peak_mb(run):
-    """MB that run() takes at its peak, beside what was held before it.
-
-    It is the memory of all cards, or without a card that of this process. Only Linux can begin a
-    process's peak anew. Elsewhere a run that stays below an earlier peak shows as 0."""
-    report.reset_peak_memory()
-    if sys.platform == "linux":
-        # What was freed goes back to the system. Else it would be used again, and not show.
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-    before = report.peak_memory_mb()
-    run()
-    return report.peak_memory_mb() - before
 
 
 # ---- the sections -------------------------------------------------------------------------------
@@ -111,26 +85,22 @@ class Bench:
         torch.set_num_threads(args.threads or (1 if on_cpu else torch.get_num_threads()))
         torch.manual_seed(0)                               # the weights are the same in every run
         self.size = TINY if args.dims == "tiny" else CPU if on_cpu else GPU
-        agents = {role.name: self.new_agent(base, self.size.layers)
+        agents = {role.name: new_agent(base, args.layers or self.size.layers, self.device,
+                                       self.dtype)
                   for role, base in zip(style.roles, DIMS[args.dims])}
         self.agent, self.mas = agents["planner"], MAS(style, agents, None).with_fresh_outer()
         self.mas.outer.to(self.dtype).requires_grad_(True)
-
-    def new_agent(self, base, layers):
-        """A random agent with so many layers, or with --layers."""
-        return new_agent(base, self.args.layers or layers, self.device, self.dtype)
 
     def keep(self, text, **row):
         """Print a line, and keep its figures."""
         print(f"  {text}", flush=True)
         self.rows.append(row)
 
-    def compare(self, case, plain, ours, per=1, wanted=0, agree=True):
+    def compare(self, case, plain, ours, per=1, agree=True):
         """Time plain() and ours() in turns, keep the row, and return what both returned.
 
-        per: the times are divided by it, to give those of one step, token or row. wanted: the least
-        ratio that we want. It is reported at the sizes for which it is stated. agree: whether both
-        have to compute the same. Raises RuntimeError if they do not."""
+        per: the times are divided by it, to give those of one step, token or row. agree: whether
+        both have to compute the same. Raises RuntimeError if they do not."""
         # 1. Turns, so that whatever else the machine does meets both alike. A GPU works on while
         #    Python goes ahead, so the clock waits for it.
         times, results, began = ([], []), [None, None], time.perf_counter()
@@ -148,14 +118,11 @@ class Bench:
             raise RuntimeError(f"{case}: ours and the reference are {error:.2g} apart, so no time "
                                "is worth anything")
         # 3. The row. The table has the median and both ends, and the JSON line every single time.
-        ratio, verdict = median(times[0]) / median(times[1]), ""
-        row = dict(case=case, reference_s=times[0], ours_s=times[1], ratio=ratio, apart=error)
-        if wanted and self.args.dims == "qwen3-0.6b" and not self.args.layers:
-            row.update(wanted=wanted, reached=ratio >= wanted)
-            verdict = f"  wanted {wanted}: {'yes' if ratio >= wanted else 'NO'}"
+        ratio = median(times[0]) / median(times[1])
         columns = ["{:.1f} ({:.1f} .. {:.1f})".format(
             1000 * median(side), 1000 * min(side), 1000 * max(side)) for side in times]
-        self.keep(f"{case:48s}{columns[0]:>30s}{columns[1]:>30s}{ratio:8.2f}x{verdict}", **row)
+        self.keep(f"{case:48s}{columns[0]:>30s}{columns[1]:>30s}{ratio:8.2f}x", case=case,
+                  reference_s=times[0], ours_s=times[1], ratio=ratio, apart=error)
         return results
 
     @torch.no_grad()
@@ -171,7 +138,7 @@ class Bench:
         matrix = torch.randn(weights // 4096 + 1, 1024, device=self.device)    # as many bytes
         self.compare(f"T={T}, {weights / 1e9:.3f} GB of weights",
                      lambda: [torch.mv(matrix, matrix[0]) for _ in range(STEPS)],
-                     lambda: agent.think(context, 1 + STEPS), STEPS, self.size.step_wanted, False)
+                     lambda: agent.think(context, 1 + STEPS), STEPS, agree=False)
         bandwidth = weights / median(self.rows[-1]["reference_s"])
         self.keep(f"the memory gives {bandwidth / 1e9:.1f} GB/s: no step can be faster than that",
                   case="bandwidth", weights=weights, bandwidth=bandwidth)
@@ -182,13 +149,13 @@ class Bench:
 
         The reference runs m passes of T, T + 1, .. T + m - 1 positions. Ours is one pass of T
         positions and m - 1 steps of one. reference.think takes the B prompts as one batch too."""
-        for T, m, B, layers, wanted in self.size.rollouts:
-            agent = self.new_agent(DIMS[self.args.dims][0], layers or self.size.layers)
+        agent = self.agent
+        for T, m, B in self.size.rollouts:
             texts = some_texts(T, B)
             embeds = torch.stack([reference.embed(agent, [text]) for text in texts])  # (B, T, d)
             self.compare(f"T={T} m={m} B={B}, {len(agent.body.layers)} layers",
                          lambda: reference.think(agent, embeds, m),
-                         lambda: agent.think(read(agent, texts), m), wanted=wanted)
+                         lambda: agent.think(read(agent, texts), m))
 
     @torch.no_grad()
     def answer(self):
@@ -204,7 +171,7 @@ class Bench:
         tiny = load_mas_system("tiny", str(self.device))
         ask = partial(ask_tiny, tiny, get_task("tiny").load(size.questions))
         results = self.compare("text; latents: the tiny system, R=3, a question",
-                               partial(ask, "text"), partial(ask, "latent"), size.questions, 1.8,
+                               partial(ask, "text"), partial(ask, "latent"), size.questions,
                                agree=False)
         for method, figures in zip(("text", "latent"), results):
             words, right = (sum(figure) / size.questions for figure in figures)
@@ -216,26 +183,24 @@ class Bench:
         ask = partial(self.mas.respond, questions[:1], 3, m)
         self.compare(f"9 texts of {words}; 8 x {m} thoughts, {last} (published / {size.divisor})",
                      partial(ask, method="text", writing=Writing(words)),
-                     partial(ask, writing=Writing(last)), wanted=2.4, agree=False)
+                     partial(ask, writing=Writing(last)), agree=False)
 
     def training(self):
-        """Inner links; and outer links, forward and backward.
+        """A step of outer training, forward and backward.
 
-        Inner links: our own code computes the frozen model's states again in each epoch, or once.
-        Outer links: the reference unrolls one row after the other. Then our own code in two more
-        ways: one row after the other against all at once; and with all turns kept for the backward
-        pass against each turn run again there (checkpointed)."""
-        mas, size, rows = self.mas, self.size, some_rows(self.size.T, self.size.n, self.size.B)
-        inner = partial(inner_losses, self.agent, mas.style, rows[:2])
-        self.compare(f"inner, {EPOCHS} epochs of 2 rows: states again; once",
-                     partial(inner, True), partial(inner, False), wanted=10)
-        plain = partial(gradient, plain_losses, mas, rows, size.R, size.m)
-        by_row = partial(gradient, our_losses, mas, [[row] for row in rows], size.R, size.m)
-        at_once = partial(gradient, our_losses, mas, [rows], size.R, size.m)
-        self.compare(f"outer, R={size.R} T={size.T} m={size.m} n={size.n}, a row of {size.B}",
-                     plain, at_once, size.B)
-        self.compare("our own code, row by row; at once", by_row, at_once, size.B)
-        self.compare("turns kept; checkpointed", at_once, partial(at_once, 1), size.B)
+        The reference unrolls one row after the other, and ours takes all at once. The second row is
+        our own code in two ways: all turns kept for the backward pass, or each turn run again there
+        (checkpointed), which takes less memory."""
+        mas, size = self.mas, self.size
+        rows = [{"question": question, "answer": answer} for question, answer in zip(
+            some_texts(size.T, size.B), some_texts(size.n, size.B, seed=1))]
+        plain, kept, checkpointed = (
+            lambda: gradient(plain_loss(mas, rows, size.R, size.m), mas),
+            lambda: gradient(our_loss(mas, rows, size.R, size.m), mas),
+            lambda: gradient(our_loss(mas, rows, size.R, size.m, checkpointing=1), mas))
+        self.compare(f"R={size.R} T={size.T} m={size.m} n={size.n}, a row of {size.B}",
+                     plain, kept, size.B)
+        self.compare("turns kept; checkpointed", kept, checkpointed, size.B)
 
     @torch.no_grad()
     def decoding(self):
@@ -258,17 +223,8 @@ class Bench:
                      agree=exact)
 
     def memory(self):
-        """What the real styles take; and what a training step takes beside the models.
-
-        The step's prompts are long, because after short ones the logits are the largest part."""
+        """What the real styles take, in GB."""
         self.rows += memory_table()
-        size = self.size
-        rows = some_rows(size.long_T, size.n, size.B)
-        for turns, checkpointing in (("kept", 0), ("checkpointed", 1)):
-            mb = peak_mb(partial(gradient, our_losses, self.mas, [rows], size.R, size.m,
-                                 checkpointing))
-            self.keep(f"a training step at T={size.long_T}, turns {turns}: {mb:.0f} MB",
-                      case=f"turns {turns}", mb=mb)
 
 
 def main():

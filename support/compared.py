@@ -2,7 +2,6 @@
 
 plain_..: by reference.py. our_..: by the fast code. Both return lists of tensors, in one order.
 """
-import copy
 from functools import partial
 from types import SimpleNamespace
 
@@ -11,17 +10,13 @@ import torch.nn.functional as F
 
 import reference
 from recurse import recurse
-from support.rows import RoleText
 from tasks import get_task
-from train_inner import inner_loss, states_along
 from train_outer import outer_loss
 from writing import Writing
 
-EPOCHS = 21        # 20,000 steps of 2 rows are 21 epochs of the 1,904 rows of Sequential-Math
-# Flags of the trainers, as far as their losses look at them: the published values.
+# Flags of train_outer.py, as far as its loss looks at them: the published values.
 TRAINING = dict(mas_task="math", latents="rollout", max_length=4096, role_loss_weight=0.0,
-                supervise_final_only=1, log_gradients=0, adapter_cos_weight=1.0,
-                adapter_mse_weight=0.0)
+                supervise_final_only=1, log_gradients=0)
 
 
 def read(agent, texts):
@@ -58,60 +53,34 @@ def ask_tiny(mas, examples, method):
     return run.decoded, [task.score(*pair).correct for pair in zip(examples, texts)]
 
 
-def inner_losses(agent, style, rows, again):
-    """Train an inner link on one batch for EPOCHS epochs, and return the losses.
-
-    The base model is frozen, so its hidden states never change. They are computed once, as in
-    train_inner.py, or `again` in each epoch. How many rows an epoch has does not change the ratio.
-    So a single batch is enough to tell what 20,000 steps on 1,904 rows would gain."""
-    texts = [RoleText(row["question"], "math", {}, row, row["answer"]) for row in rows]
-    tokens = agent.tokenize([one.text for one in texts])
-    targets = torch.tensor([token for row in tokens for token in row], device=agent.device)
-    link, losses = copy.deepcopy(agent.inner).float().requires_grad_(True), []
-    optimizer = torch.optim.AdamW(link.parameters(), lr=5e-4)
-    for epoch in range(EPOCHS):
-        if again or epoch == 0:
-            states = torch.cat(states_along(agent, style, style.roles[0], texts, tokens))
-        loss, *_ = inner_loss(link, agent.embedding, states, targets, SimpleNamespace(**TRAINING))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    return losses
-
-
-def plain_losses(mas, rows, R, m):
-    """The outer loss of one row after the other, by reference.py.
+def plain_loss(mas, rows, R, m):
+    """The outer loss, summed over one row after the other, by reference.py.
 
         loss = CE(head(states before each word of the gold answer), the gold answer)"""
+    total = 0.0
     for row in rows:
         agent, embeds, _ = reference.recurse(mas, partial(plain_prompt, row["question"]), R, m)
         gold = reference.embed(agent, [row["answer"]])                         # (n, d)
         states = reference.hidden_states(agent, torch.cat([embeds, gold]))     # (T + n, d)
         logits = agent.head(states[-len(gold) - 1:-1]).float()                 # (n, V)
         tokens = torch.tensor(agent.tokenize([row["answer"]])[0], device=agent.device)
-        yield F.cross_entropy(logits, tokens)
+        total += F.cross_entropy(logits, tokens)
+    return total
 
 
-def our_losses(mas, batches, R, m, checkpointing=0):
-    """The same by train_outer.py: of one batch after the other, as a sum over its rows."""
+def our_loss(mas, rows, R, m, checkpointing=0):
+    """The same by train_outer.py, of all rows at once. Its loss is a mean over all tokens, of which
+    each row here has equally many."""
     args = SimpleNamespace(**TRAINING, latent_length=m, gradient_checkpointing=checkpointing)
-    for batch in batches:
-        # It is a mean over all tokens, of which each row here has equally many.
-        yield outer_loss(mas, batch, R, args).loss * len(batch)
+    return outer_loss(mas, rows, R, args).loss * len(rows)
 
 
-def gradient(losses, mas, *what):
-    """[sum of losses(mas, *what), its gradient in all outer links].
-
-    Each loss goes backward before the next one is computed, so one graph is kept at a time."""
-    total = 0.0
-    for loss in losses(mas, *what):
-        loss.backward()
-        total += loss.item()
+def gradient(loss, mas):
+    """[the loss, its gradient in all outer links]."""
+    loss.backward()
     flat = torch.cat([weight.grad.flatten() for weight in mas.outer.parameters()])
     mas.outer.zero_grad()
-    return [torch.tensor(total), flat]
+    return [loss.detach(), flat]
 
 
 def apart(ours, theirs):

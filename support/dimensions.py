@@ -96,12 +96,6 @@ def some_texts(tokens, count, seed=0):
     return [" ".join(f"w{number}" for number in row) for row in numbers.tolist()]
 
 
-def some_rows(T, n, count):
-    """Random training rows: questions of T tokens, answers of n tokens."""
-    pairs = zip(some_texts(T, count), some_texts(n, count, seed=1))
-    return [{"question": question, "answer": answer} for question, answer in pairs]
-
-
 # ---- memory -------------------------------------------------------------------------------------
 
 def size_of(tensors):

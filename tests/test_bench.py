@@ -57,8 +57,8 @@ def test_every_section_runs(ask):
                 assert row["apart"] is None or 0 <= row["apart"] <= 1e-3
                 assert (row["apart"] is None) == (name == "step" or row["case"].startswith(DIFFERS))
     counts = {name: len(rows) for name, rows in figures["sections"].items()}
-    assert counts == {"step": 2, "rollout": 2, "answer": 5, "training": 4, "decoding": 2,
-                      "memory": 12}
+    assert counts == {"step": 2, "rollout": 2, "answer": 5, "training": 2, "decoding": 2,
+                      "memory": 10}
 
 
 def test_the_physics(ask):
@@ -95,7 +95,7 @@ def test_each_agent_may_have_other_dimensions(ask, monkeypatch):
     monkeypatch.setattr(dimensions, "real_dims", lambda: configs)
     monkeypatch.setitem(bench.DIMS, "tiny", list(configs))
     _, figures, code = ask("--sections", "answer", "training")
-    assert code == 0 and len(figures["sections"]["training"]) == 4
+    assert code == 0 and len(figures["sections"]["training"]) == 2
 
 
 def test_light_is_the_models_of_sequential_light():
@@ -126,23 +126,6 @@ def test_wrong_flags_are_one_line(options, complaint, monkeypatch, capsys):
 
 
 # ---- one comparison -----------------------------------------------------------------------------
-
-def ones():
-    return [torch.ones(2)]
-
-
-def test_what_is_wanted_is_judged(small, capsys):
-    """yes or NO, at the dimensions for which it is stated; elsewhere the ratio stands alone."""
-    small.compare("elsewhere", ones, ones, wanted=1e9)
-    small.args.dims = "qwen3-0.6b"
-    small.compare("low", ones, ones, wanted=1e-9)
-    small.compare("high", ones, ones, wanted=1e9)
-    small.compare("none", ones, ones)
-    elsewhere, low, high, none = capsys.readouterr().out.splitlines()[-4:]
-    assert "wanted" not in elsewhere + none
-    assert low.endswith("wanted 1e-09: yes") and high.endswith("wanted 1000000000.0: NO")
-    assert [row.get("reached") for row in small.rows] == [None, True, False, None]
-
 
 def test_repeats_and_patience(small, monkeypatch):
     """Both take turns `repeats` times, but only twice where that takes long."""
@@ -208,8 +191,7 @@ def test_a_wrong_result_is_an_error(section, name, wrong, ask, monkeypatch):
     assert code == 1 and f"section {section} FAILED: RuntimeError: " in printed
     *before, last = figures["sections"][section]
     assert "no time is worth anything" in last["why"] and "ours_s" not in last
-    # Only inner training comes before, and it needs neither thoughts nor the answer's loss.
-    assert [row["case"][:5] for row in before] == ["inner"] * (section == "training")
+    assert not before
     assert len(figures["sections"]["step"]) == 2
 
 
@@ -225,15 +207,6 @@ def test_a_failing_section_loses_no_other_one(ask, monkeypatch):
 
 
 # ---- memory -------------------------------------------------------------------------------------
-
-@pytest.mark.skipif(sys.platform != "linux" or torch.cuda.is_available(),
-                    reason="measures this process, which only Linux can do, and only without a GPU")
-def test_peak_memory():
-    """What a run takes at its peak, although it is freed at once, and more was held before."""
-    torch.ones(2**25).sum()                                                  # 128 MB, freed
-    assert bench.peak_mb(lambda: torch.ones(2**24).sum()) == pytest.approx(64, abs=8)
-    assert bench.peak_mb(lambda: None) < 8
-
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "qwen3_5_conditional"])
 def test_model_memory_is_the_real_one(family):

@@ -19,16 +19,15 @@ bfloat16), so that either project reads the links of the other. Our own default 
 float32. Links that were trained here have a train_args.json beside them, which names the base
 models they were trained on.
 """
-import contextlib
 import copy
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
 import safetensors.torch
 import torch
-import transformers
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -64,8 +63,7 @@ def read_json(path):
     if not Path(path).is_file():
         return {}
     with blame(f"{path} is not a JSON object: write it again"):
-        content = json.loads(Path(path).read_text())
-        return {**content}                       # a list or a number raises TypeError here
+        return {**json.loads(Path(path).read_text())}   # a list or a number is an error here
 
 
 # ---- links --------------------------------------------------------------------------------------
@@ -76,52 +74,46 @@ def link_task(kind):
 
 
 def save_weights(link, folder, stem, format="safetensors"):
-    """Write one link as folder/stem.FORMAT and return the file's name. pt is the released layout, a
-    state dict in bfloat16."""
+    """Write one link as folder/stem.FORMAT and return the file's name. safetensors: in float32. pt:
+    the released layout, a state dict in bfloat16."""
     name = f"{stem}.{format}"
     state = {key: value.detach().cpu().contiguous() for key, value in link.state_dict().items()}
-    if format == "safetensors":
-        write_whole(Path(folder) / name, lambda part: safetensors.torch.save_file(state, part))
-    elif format == "pt":
+    if format == "pt":
         state = {key: value.bfloat16() for key, value in state.items()}
-        write_whole(Path(folder) / name, lambda part: torch.save(state, part))
-    else:
-        raise ValueError(f"unknown format '{format}': choose safetensors or pt")
+    save = torch.save if format == "pt" else safetensors.torch.save_file
+    write_whole(Path(folder) / name, lambda part: save(state, part))
     return name
 
 
-def load_weights(link, path):
-    """Fill a link from a file. Every name and shape has to fit. The link stays in float32.
+def read_weights(path):
+    """A link file's state dict {name: tensor}, in float32."""
+    if path.suffix == ".pt":
+        state = torch.load(path, map_location="cpu", weights_only=True)   # a pickle could run code
+    else:
+        state = safetensors.torch.load_file(path)
+    return {name: value.float() for name, value in state.items()}
 
-    Raises FileNotFoundError if the file is missing, ValueError if it is damaged or holds a link of
-    another kind or for other models."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"link file {path} is missing: train it or copy it there")
+
+def load_weights(link, path):
+    """Fill a link from a file. Every name and shape has to fit. Raises FileNotFoundError, or
+    ValueError if the file is damaged or holds a link of another kind or for other models."""
     with blame(f"link file {path} is damaged, or it holds no {link.kind} link for these models"):
-        if path.suffix == ".pt":                 # weights_only: a pickle could run code
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        else:
-            state = safetensors.torch.load_file(path)
-        link.load_state_dict({name: value.float() for name, value in state.items()})
+        link.load_state_dict(read_weights(path))
 
 
 def save_inner(link, folder, task="math", format="safetensors"):
-    """Write an agent's inner link with its manifests. task None: one link serves all tasks."""
-    folder = Path(folder)
+    """Write an agent's inner link with its manifests. task None: one link serves all tasks.
+
+    The manifest names the new file for its tasks. So the links of an earlier training in the same
+    folder are not found any more."""
     stem = "adapter" if task is None else f"adapter({link_task(task)})"
     name = save_weights(link, folder, stem, format)
-    write_json(folder / "adapter_config.json", {"adapter_type": KINDS[link.kind]})
-    for old in folder.glob("adapter*"):  # links of an earlier training, which would be found first
-        if old.suffix in (".pt", ".safetensors") and old.name != name and (
-                task is None or old.stem == stem):
-            old.unlink()
-    if task is None:
-        (folder / "innerlink_config.json").unlink(missing_ok=True)
-    else:
-        tasks = read_json(folder / "innerlink_config.json").get("tasks", {})
-        tasks[link_task(task)] = {"adapter.pt": name}
-        write_json(folder / "innerlink_config.json", {"tasks": tasks})
+    manifest = Path(folder) / "innerlink_config.json"
+    tasks = read_json(manifest).get("tasks", {})
+    for served in ("math", "code") if task is None else (link_task(task),):
+        tasks[served] = {"adapter.pt": name}
+    write_json(manifest, {"tasks": tasks})
+    write_json(Path(folder) / "adapter_config.json", {"adapter_type": KINDS[link.kind]})
 
 
 def load_inner(folder, width, task="math", kind=RELEASED):
@@ -130,17 +122,16 @@ def load_inner(folder, width, task="math", kind=RELEASED):
     say its own."""
     folder, task = Path(folder), link_task(task)
     with blame(f"{folder}/innerlink_config.json is not {{tasks: {{TASK: {{name: file}}}}}}"):
-        tasks = read_json(folder / "innerlink_config.json").get("tasks", {})
-        names = list(map(str, tasks.get(task, {}).values()))
-    names = names or [f"{stem}.{format}" for stem in (f"adapter({task})", "adapter")
-                      for format in ("pt", "safetensors")]
-    found = [folder / name for name in names if (folder / name).is_file()]
+        named = read_json(folder / "innerlink_config.json").get("tasks", {}).get(task, {})
+        names = list(named.values()) or [f"{stem}.{format}" for stem in (f"adapter({task})",
+                                         "adapter") for format in ("pt", "safetensors")]
+        found = [folder / name for name in names if (folder / name).is_file()]
     if not found:
         raise FileNotFoundError(f"no inner link for task '{task}' in {folder} (looked for "
                                 f"{', '.join(names)}): run train_inner.py --save_dir {folder}")
-    with blame(folder / "adapter_config.json"):
-        config = read_json(folder / "adapter_config.json")
-        link = InnerLink(width, str(config.get("adapter_type", kind)))
+    config = folder / "adapter_config.json"
+    with blame(config):
+        link = InnerLink(width, read_json(config).get("adapter_type", kind))
     load_weights(link, found[0])
     return link
 
@@ -159,16 +150,17 @@ def save_outer(links, folder, style="", format="safetensors", task=None):
     write_json(Path(folder) / "outerlink_config.json", manifest)
 
 
-def outer_link(entry, path):
-    """A new OuterLink of a manifest's entry. Some manifests name only keys and files. There the
-    weights in the file say the rest: their names the kind, their shapes the widths."""
-    if entry.keys() >= {"in_dim", "out_dim", "adapter_type"}:
-        return OuterLink(int(entry["in_dim"]), int(entry["out_dim"]), entry["adapter_type"])
-    state = (torch.load(path, map_location="cpu", weights_only=True) if path.suffix == ".pt"
-             else safetensors.torch.load_file(path))
-    last, kind = ("proj2", "2layer") if "proj2.weight" in state else ("proj1", "1layer")
-    kind += "_ln" * ("ln_source.weight" in state) + "_res" * ("residual_proj.weight" in state)
-    return OuterLink(state["proj1.weight"].shape[1], len(state[f"{last}.weight"]), kind)
+def read_outer(path):
+    """The outer link in a file. Some manifests name only keys and files, so the weights themselves
+    say the rest: their names the kind of link, their shapes the widths."""
+    with blame(f"link file {path} is damaged, or it holds no outer link"):
+        state = read_weights(path)
+        last, kind = ("proj2", "2layer") if "proj2.weight" in state else ("proj1", "1layer")
+        kind += "_ln" * ("ln_source.weight" in state) + "_res" * ("residual_proj.weight" in state)
+        source, target = state["proj1.weight"].shape[1], len(state[f"{last}.weight"])
+        link = OuterLink(source, target, kind)
+        link.load_state_dict(state)
+    return link
 
 
 def load_outer(folder, widths, task="math"):
@@ -176,27 +168,26 @@ def load_outer(folder, widths, task="math"):
 
     The manifest lists them flat, or by task. Raises FileNotFoundError if there is none, ValueError
     if its links are for another task, another style or other models."""
-    path, task = Path(folder) / "outerlink_config.json", link_task(task)
+    folder, task = Path(folder), link_task(task)
+    path = folder / "outerlink_config.json"
     if not path.is_file():
         raise FileNotFoundError(f"no outer links in {folder} ({path.name} is missing): run "
                                 f"train_outer.py --save_dir {folder}")
+
+    def told(ways):
+        return ", ".join(f"{key} {source} -> {target}"
+                         for key, (source, target) in sorted(ways.items())) or "none"
+
     with blame(path):
         manifest = read_json(path)
         tasks = [manifest["task"]] if manifest.get("task") else list(manifest.get("tasks", [task]))
         need(task in tasks, f"its links are for task {', '.join(tasks) or 'none'}, not '{task}': "
              "train them, or choose other questions")
         entries = manifest.get("adapters") or manifest["tasks"][task]["adapters"]
-        links = {entry["legacy_key"]: outer_link(entry, Path(folder) / entry["filename"])
-                 for entry in entries}
-        has, needs = (", ".join(f"{key} {source} -> {target}" for key, (source, target)
-                                in sorted(ways.items())) or "none"
-                      for ways in ({key: link.widths for key, link in links.items()}, widths))
-        if has != needs:
-            raise ValueError(f"it holds the links {has}, but this system needs {needs}: they "
-                             "belong to another style or to other models")
-        files = {entry["legacy_key"]: Path(folder) / entry["filename"] for entry in entries}
-    for key, link in links.items():
-        load_weights(link, files[key])
+        links = {entry["legacy_key"]: read_outer(folder / entry["filename"]) for entry in entries}
+        found = {key: link.widths for key, link in links.items()}
+        need(found == widths, f"it holds the links {told(found)}, but this system needs "
+             f"{told(widths)}: they belong to another style or to other models")
     return links
 
 
@@ -206,7 +197,7 @@ def local_folder(name, revision=None, who=""):
     """A folder as given, or within the project, or fetched from the hub. `who` needs it, for the
     message. Raises FileNotFoundError."""
     for folder in (Path(name).expanduser(), PROJECT / name):
-        if name and folder.is_dir():
+        if folder.is_dir():
             return folder
     at = f" (revision {revision})" if revision else ""
     # Gated, private, misspelt, offline: the hub's own words say what is wrong.
@@ -222,24 +213,19 @@ def load_agent(folder, device, dtype, trust_remote_code=False, thinking=False, o
     An adapter_config.json beside a model makes transformers take the folder for a PEFT adapter and
     fail. So the model is loaded through a view: a folder of links to all other files. With offload
     the weights stay in main memory for now (MAS.agent moves them)."""
-    with tempfile.TemporaryDirectory() as view, quiet_library(), blame(
+    with tempfile.TemporaryDirectory() as view, blame(
             f"{folder} does not load as a causal language model with tokenizer", hide=view):
-        for file in Path(folder).resolve().iterdir():
-            if file.name != "adapter_config.json":
-                (Path(view) / file.name).symlink_to(file)
+        shutil.copytree(Path(folder).resolve(), view, copy_function=os.symlink, dirs_exist_ok=True,
+                        ignore=shutil.ignore_patterns("adapter_config.json"))
         settings = {"trust_remote_code": trust_remote_code}
         config = AutoConfig.from_pretrained(view, **settings)
         need(any(list(Path(view).glob(name)) for name in TOKENIZER_FILES),
              "there is no tokenizer file")               # the library would make an empty one
         # AutoTokenizer may put its family's way of splitting words in place of the folder's own.
         # Where there is a tokenizer.json, that file is the truth.
-        if (Path(view) / "tokenizer.json").is_file():
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(view)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(view, **settings)
-        # Said now, and not after the weights are loaded.
-        need(tokenizer.chat_template, "it has no chat template: take the instruct model, or write "
-             "a template into chat_template.jinja beside the model")
+        has_json = (Path(view) / "tokenizer.json").is_file()
+        tokenizer = (PreTrainedTokenizerFast.from_pretrained(view) if has_json
+                     else AutoTokenizer.from_pretrained(view, **settings))
         model, report = AutoModelForCausalLM.from_pretrained(
             view, config=config, dtype=dtype, output_loading_info=True, **settings)
         missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
@@ -255,17 +241,6 @@ def load_agent(folder, device, dtype, trust_remote_code=False, thinking=False, o
     agent = Agent(model if offload else model.to(device), tokenizer, thinking=thinking)
     agent.device = device
     return agent
-
-
-@contextlib.contextmanager
-def quiet_library():
-    """transformers says nothing in here: we say ourselves what is missing."""
-    loudness = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.utils.logging.set_verbosity(loudness)
 
 
 # ---- whole systems ------------------------------------------------------------------------------
@@ -328,11 +303,9 @@ def outer_folder(style, override, revision=None, need_links=True):
     """The folder of a style's outer links. Raises ValueError if none is named; or returns None, if
     they are not needed."""
     name = override.get("outer", style.repo)
-    if not (name or need_links):
-        return None
-    need(name, f"style {style.name} has no repo with outer links: name one in the style or as "
-         "outer in ckpt_override")
-    return local_folder(name, revision, f"style {style.name}, outer links")
+    need(name or not need_links, f"style {style.name} has no repo with outer links: name one in "
+         "the style or as outer in ckpt_override")
+    return local_folder(name, revision, f"style {style.name}, outer links") if name else None
 
 
 def load_outer_links(folder, style, agents, task="math"):

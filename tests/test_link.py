@@ -266,11 +266,6 @@ def test_a_second_task_keeps_the_first(tmp_path):
                  {key: value.bfloat16() for key, value in code.state_dict().items()})
 
 
-def test_unknown_format(tmp_path):
-    with pytest.raises(ValueError, match="safetensors or pt"):
-        save_weights(random_inner(), tmp_path, "adapter", "onnx")
-
-
 # ---- errors -------------------------------------------------------------------------------------
 
 def test_missing_files(tmp_path):

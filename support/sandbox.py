@@ -114,7 +114,8 @@ def confined_run(code, stdin, timeout_s, memory_mb, test=None, layers=None):
         stack.callback(remove, folder)
         Path(folder, "program.py").write_bytes(code.encode("utf-8", "replace"))
         # Files and not pipes, because nobody has to read or write them while the program runs.
-        given, check, out, err, log = [stack.enter_context(TemporaryFile()) for _ in range(5)]
+        given = stack.enter_context(TemporaryFile(dir=folder))      # else landlock bars /dev/stdin
+        check, out, err, log = [stack.enter_context(TemporaryFile()) for _ in range(4)]
         for file, text in (given, stdin), (check, json.dumps([nonce, test])):
             file.write(text.encode("utf-8", "replace"))
             file.seek(0)

@@ -16,7 +16,6 @@ import importlib
 import json
 import math
 import pkgutil
-import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -26,6 +25,10 @@ from tasks.boxes import last_box, without_fonts    # noqa: F401: what scorers ar
 
 NO_HUB = ("could not be read from the hub: check the network (HF_HUB_OFFLINE); if it is gated, "
           "accept its terms there and run `hf auth login`; or give a local file of its rows")
+ID_COLUMNS = ("unique_id", "id", "_id", "problem_idx", "Record ID", "task_id", "question_id")
+# What is put behind an answer that cannot be read, and how many words more, as the publishers did.
+BOXED_RETRY = ("\nFinal Answer: \\boxed{", 16)
+CODE_RETRY = ("\nFinal Answer:\n```python\n", 256)
 
 
 @dataclass(frozen=True)
@@ -69,27 +72,24 @@ def get_task(name, path=None):
     may also be a file of this folder (`maths`): rows in any layout that file can read.
 
     Raises ValueError for an unknown name, listing the known ones."""
-    name = {"math": "maths", "code": "coding"}.get(name, name)
-    families = {module.__name__.rpartition(".")[2]: module for module in task_modules()}
-    for module in families.values():
-        if name in module.NAMES:
-            return module.task(name, path)
-    need(name in families, f"unknown data set '{name}': choose one of {', '.join(task_names())}")
-    need(path, f"'{name}' is a kind of task, not a data set: give it a .json or .jsonl file, or "
-         f"choose one of {', '.join(families[name].NAMES)}")
-    return families[name].task(name, path)
+    files = task_files()
+    file = next((file for file in files.values() if name in file.NAMES), files.get(name))
+    need(file, f"unknown data set '{name}': choose one of {', '.join(task_names())}")
+    need(path or name in file.NAMES, f"'{name}' is a kind of task, not a data set: give it a .json "
+         f"or .jsonl file, or choose one of {', '.join(file.NAMES)}")
+    return file.task(name, path)
 
 
-def task_modules():
-    """The files of this folder that are kinds of tasks."""
-    files = [importlib.import_module(f"{__name__}.{info.name}")
-             for info in pkgutil.iter_modules(__path__)]
-    return [file for file in files if hasattr(file, "NAMES")]
+def task_files():
+    """{name: module} of the files of this folder that know data sets."""
+    files = {info.name: importlib.import_module(f"{__name__}.{info.name}")
+             for info in pkgutil.iter_modules(__path__)}
+    return {name: file for name, file in files.items() if hasattr(file, "NAMES")}
 
 
 def task_names():
     """The names of all data sets."""
-    return sorted(name for module in task_modules() for name in module.NAMES)
+    return sorted(name for file in task_files().values() for name in file.NAMES)
 
 
 def generated_task(name):
@@ -123,30 +123,76 @@ class Unusable(ValueError):
     """A row that cannot be scored. It is skipped, and the skip is printed."""
 
 
+def row_task(name, kind, path, source, make_example, score, **more):
+    """The Task of questions that make_example(place, row) makes of rows.
+
+    The rows stand in the file `path`, or in the hub's source = (id, configuration, usual split).
+    more: further fields of Task."""
+    def load(limit=None, split=None):
+        need(not (path and split), f"{path} is a file and has no split '{split}': leave "
+             "--dataset_split away")
+        rows = read_rows(path) if path else read_rows(*source[:2], split or source[2])
+        examples = examples_from(rows, make_example, name, limit)
+        need(examples, f"{path or name} holds no question that can be scored")
+        return examples
+    return Task(name, kind, load, score, **more)
+
+
+def examples_from(rows, make_example, name, limit=None):
+    """The first `limit` Examples of rows (Place, row). Unusable rows are left out, and printed.
+
+    An example's id is that of its row, or a number. Raises ValueError for a row that is no object,
+    and for an id that comes twice."""
+    examples, left_out = {}, []
+    for place, row in rows:
+        need(isinstance(row, dict), f"{place} is not an object with columns: {str(row)[:60]!r}")
+        ids = [str(row[column]) for column in ID_COLUMNS if row.get(column) not in (None, "")]
+        own = ids[0] if ids else f"{name}-{place.number}"
+        need(own not in examples, f"{place} has the id '{own}' of a row before it")
+        try:
+            examples[own] = replace(make_example(place, row), id=own)
+        except Unusable as problem:
+            left_out.append(str(problem))
+        if len(examples) == limit:             # before another row is read: it may be megabytes
+            break
+    if left_out:
+        print(f"left out {len(left_out)} of the rows: {'; '.join(left_out[:5])}", flush=True)
+    return list(examples.values())
+
+
 def read_rows(name, config=None, split=None, field="data"):
     """Yields (Place, row) of a local .json or .jsonl file, or of a data set on the hub.
 
-    A .json holds a list, or a list under `field`. A .jsonl is read line by line. Raises ValueError
+    A .json holds a list, or a list under `field`. A .jsonl is read line by line. config: of a hub
+    set, or the numbers of its files `SPLIT2.jsonl`, if `datasets` cannot read it. Raises ValueError
     or OSError, naming the file and the row."""
-    path = Path(name)
-    if path.suffix not in (".json", ".jsonl"):
-        need(not path.is_file(), f"{path} is neither .json nor .jsonl: convert it")
-        yield from hub_rows(str(name), config, split)
-    elif not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: give a .json or .jsonl file of rows")
-    elif path.suffix == ".json":
-        content = parse_json(path.read_bytes(), path)
-        rows = content.get(field) if isinstance(content, dict) else content
-        need(isinstance(rows, list), f"{path} must hold a list of rows, or a list under '{field}'")
-        yield from ((Place(str(path), number), row) for number, row in enumerate(rows, start=1))
-    else:
+    path, offset = Path(name), 0
+    if path.suffix == ".jsonl":
         with open(path, "rb") as file:
-            offset = 0
             for number, line in enumerate(file, start=1):
                 place = Place(str(path), number, offset)
                 offset += len(line)
                 if line.strip():
                     yield place, parse_json(line, place)
+        return
+    if isinstance(config, tuple):
+        from huggingface_hub import hf_hub_download
+        for number in config:                      # each file is fetched when its turn comes
+            with blame(f"{name} {NO_HUB}", OSError):
+                path = hf_hub_download(name, f"{split}{number}.jsonl", repo_type="dataset")
+            yield from read_rows(path)
+        return
+    if path.suffix == ".json":
+        content = parse_json(path.read_bytes(), path)
+        rows = content.get(field) if isinstance(content, dict) else content
+        need(isinstance(rows, list), f"{path} must hold a list of rows, or a list under '{field}'")
+    else:
+        need(not path.is_file(), f"{path} is neither .json nor .jsonl: convert it")
+        import datasets                        # takes a second to import: only where it is needed
+        with blame(f"{name} {NO_HUB}", OSError):
+            rows = datasets.load_dataset(str(name), config, split=split)
+    for number, row in enumerate(rows, start=1):
+        yield Place(str(name), number), row
 
 
 def parse_json(text, name):
@@ -155,65 +201,13 @@ def parse_json(text, name):
         return json.loads(text)
 
 
-def source_rows(source, path=None, split=None):
-    """Yields (Place, row) of the file `path`, or of source = (hub id, config, usual split)."""
-    need(not (path and split), f"{path} is a file and has no split '{split}': leave "
-         "--dataset_split away")
-    return read_rows(path) if path else read_rows(*source[:2], split or source[2])
-
-
-def hub_rows(name, config, split):
-    """Yields (Place, row) of a data set on the hub. Raises OSError with what to do."""
-    import datasets                            # takes a second to import: only where it is needed
-    with blame(f"{name}, split {split}, {NO_HUB}", OSError):
-        rows = datasets.load_dataset(name, config, split=split)
-    yield from ((Place(name, number), row) for number, row in enumerate(rows, start=1))
-
-
-def examples_from(rows, make, name, path=None, limit=None):
-    """The first `limit` Examples of rows (Place, row), each made by make(place, row).
-
-    Rows that `make` calls Unusable are left out, counted and printed. Raises ValueError for a
-    row that is no object, an id that comes twice, and where nothing is left."""
-    examples, left_out, seen = [], [], {}
-    for place, row in rows:
-        need(isinstance(row, dict), f"{place} is not an object with columns: {str(row)[:60]!r}")
-        try:
-            example = make(place, row)
-        except Unusable as problem:
-            left_out.append(str(problem))
-            continue
-        example = replace(example, id=example.id or f"{name}-{place.number}")
-        need(example.id not in seen, f"{place} has the id '{example.id}' of row "
-             f"{seen.get(example.id)}: ids must differ")
-        seen[example.id] = place.number
-        examples.append(example)
-        if len(examples) == limit:             # before another row is read: it may be megabytes
-            break
-    if left_out:
-        print(f"left out {len(left_out)} of the rows: {'; '.join(left_out[:5])}", flush=True)
-    need(examples, f"{path or name} holds no question that can be scored")
-    return examples
-
-
 def column(place, row, *names):
-    """The first of the columns `names` that the row has, as a string.
+    """The first of the columns `names` that the row has, as a string without outer blanks.
 
     Raises ValueError if it has none of them, Unusable if the cell is empty."""
-    for name in names:
-        if name in row:
-            value = row[name]
-            if isinstance(value, (str, int, float)) and str(value).strip():
-                return str(value)
-            raise Unusable(f"{place} has no text in '{name}'")
-    raise ValueError(f"{place} has no column {' or '.join(map(repr, names))}; its columns are "
-                     f"{', '.join(map(str, row)) or 'none'}")
-
-
-def row_id(row, *names):
-    """The id in the first column of `names` that is there, or "": it is then numbered."""
-    return next((str(row[name]) for name in names if row.get(name) not in (None, "")), "")
-
-
-BOXED_RETRY = ("\nFinal Answer: \\boxed{", 16)         # as the publishers did
-CODE_RETRY = ("\nFinal Answer:\n```python\n", 256)
+    name = next((name for name in names if name in row), None)
+    need(name, f"{place} has no column {' or '.join(map(repr, names))}; its columns are "
+         f"{', '.join(map(str, row)) or 'none'}")
+    if not isinstance(row[name], (str, int, float)) or not str(row[name]).strip():
+        raise Unusable(f"{place} has no text in '{name}'")
+    return str(row[name]).strip()

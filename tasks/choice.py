@@ -17,12 +17,11 @@ neither (a value, on the way), or if there is none, then the last statement behi
 wrong (nobody who said nothing said A). A row without a right option, or with it twice, is left out
 and printed.
 """
-import functools
 import random
 import re
 
-from tasks import (BOXED_RETRY, Example, Score, Task, Unusable, column, examples_from, last_box,
-                   row_id, source_rows, without_fonts)
+from support.errors import need
+from tasks import BOXED_RETRY, Example, Score, Unusable, column, last_box, row_task, without_fonts
 from tasks.boxes import STEPS, replaced
 
 SOURCES = {                     # name: hub id, config, split
@@ -30,6 +29,7 @@ SOURCES = {                     # name: hub id, config, split
     "medqa": ("GBaker/MedQA-USMLE-4-options", None, "test"),
 }
 NAMES = tuple(SOURCES)
+GPQA_OPTIONS = ("Correct Answer", *(f"Incorrect Answer {number}" for number in (1, 2, 3)))
 LETTERS = "ABCDEFGHIJ"
 MARK = re.compile(r"\(?([A-J])[.):] ?(?=.)")                   # the `A. ` before an option's text
 SAYS = r"(?:answer(?: is| (?:must|should|would|will|seems to) be|\s*:)|(?:option|choice) is)"
@@ -43,20 +43,20 @@ SECOND = re.compile(r"(?:and|or|/|,|&)\s*[(\[]?[A-J]\b|[(\[]?[A-J][).:\]]*$|\([A
 ASIDE = re.compile(r"[,;:!?(–—-]|(?:because|since|as|is|and not)\b|$")
 
 
-def load(name, path, limit=None, split=None, seed=42):
-    """The first `limit` questions as Examples; `seed` decides the order of GPQA's options.
-    Raises ValueError or OSError naming file and row."""
-    rows = source_rows(SOURCES.get(name), path, split)
-    return examples_from(rows, functools.partial(make_example, seed=seed), name, path, limit)
+def task(name, path=None):
+    """The Task. Its rows stand in the file `path`, or on the hub."""
+    return row_task(name, "choice", path, SOURCES.get(name), make_example, score,
+                    retry=BOXED_RETRY)
 
 
-def make_example(place, row, seed=42):
+def make_example(place, row):
     """The Example of one row in GPQA's columns, or in MedQA's."""
     if "Correct Answer" in row:
         question = column(place, row, "Question")
-        right = column(place, row, "Correct Answer").strip()
-        options = [right] + [column(place, row, f"Incorrect Answer {i}").strip() for i in (1, 2, 3)]
-        random.Random(f"{seed} {question}").shuffle(options)   # the same whatever rows surround it
+        options = [column(place, row, name) for name in GPQA_OPTIONS]
+        right = options[0]
+        # The order depends on the question alone, and not on the rows around it.
+        random.Random(f"42 {row['Question']}").shuffle(options)
     else:
         question = column(place, row, "question", "query")
         options = option_texts(place, row.get("options"))
@@ -66,10 +66,9 @@ def make_example(place, row, seed=42):
     lines = [f"{letter}. {text}" for letter, text in zip(LETTERS, options)]
     # The publishers' own files list the options in the question, too, some of them twice.
     listed = r"\s*".join(rf"\(?{line[0]}[.):] *{re.escape(line[3:])}" for line in lines)
-    question = re.sub(rf"(?:\s*{listed})+\s*$", "", question)
-    return Example(id=row_id(row, "id", "Record ID"), gold=LETTERS[options.index(right)],
-                   question="\n".join([question.strip(), *lines]), kind="choice",
-                   row={**row, "options": options})
+    question = re.sub(rf"(?:\s*{listed})+$", "", question).strip()
+    return Example("", "\n".join([question, *lines]), LETTERS[options.index(right)], "choice",
+                   {**row, "options": options})
 
 
 def option_texts(place, options):
@@ -80,25 +79,27 @@ def option_texts(place, options):
         options = {str(one.get("key")): one.get("value") for one in options}
     if isinstance(options, dict):
         options = [f"{letter}. {options[letter]}" for letter in sorted(options) if options[letter]]
-    if not isinstance(options, list) or not 2 <= len(options) <= len(LETTERS):
-        raise ValueError(f"{place} needs 'options': 2 to {len(LETTERS)} texts, or {{letter: text}}")
+    need(isinstance(options, list) and 2 <= len(options) <= len(LETTERS),
+         f"{place} needs 'options': 2 to {len(LETTERS)} texts, or {{letter: text}}")
     options = [str(text).strip() for text in options]
     marks = [MARK.match(text) for text in options]
-    if all(marks) and "".join(mark[1] for mark in marks) != LETTERS[:len(options)]:
+    if not all(marks):
+        return options
+    if "".join(mark[1] for mark in marks) != LETTERS[:len(options)]:
         raise Unusable(f"{place} has options that are not marked A, B, .. in order")
-    return [MARK.sub("", text, count=1) for text in options] if all(marks) else options
+    return [MARK.sub("", text, count=1) for text in options]
 
 
 def right_text(place, row, options):
     """The right option's text, from answer_idx (a letter), or answer (a text, or a letter)."""
-    answer = column(place, row, "answer_idx", "answer").strip()
-    if "answer_idx" not in row:
-        for text in (answer, MARK.sub("", answer, count=1)):
-            if text in options:
-                return text
-    if len(answer) != 1 or answer not in LETTERS[:len(options)]:
+    answer = column(place, row, "answer_idx", "answer")
+    meant = dict(zip(LETTERS, options))
+    if "answer_idx" not in row:                        # a text goes before a letter
+        meant |= {text: text for text in options}
+    bare = MARK.sub("", answer, count=1)               # `B. iron`
+    if answer not in meant and bare not in meant:
         raise Unusable(f"{place} has the answer '{answer[:40]}', which is none of its options")
-    return options[LETTERS.index(answer)]
+    return meant.get(answer, meant.get(bare))
 
 
 def score(example, text):
@@ -138,8 +139,3 @@ def letter_in(said, options):
 def folded(text):
     """A text without capitals, and without the signs around it."""
     return text.casefold().strip(" .,;!\"'“”‘’")
-
-
-def task(name, path=None):
-    """The Task."""
-    return Task(name, "choice", functools.partial(load, name, path), score, retry=BOXED_RETRY)

@@ -34,7 +34,6 @@ import ast
 import base64
 import contextlib
 import decimal
-import functools
 import io
 import itertools
 import json
@@ -45,94 +44,72 @@ import textwrap
 import zlib
 
 from support.errors import blame, need
-from tasks import (CODE_RETRY, NO_HUB, Example, Score, Task, Unusable, column, examples_from,
-                   parse_json, read_rows, row_id, source_rows)
+from tasks import CODE_RETRY, Example, Score, Unusable, column, parse_json, row_task
 
-SOURCES = {"mbppplus": ("evalplus/mbppplus", None, "test"),
-           "humaneval": ("openai/openai_humaneval", None, "test")}
-NAMES = (*SOURCES, "livecodebench")
-LIVE = "livecodebench/code_generation_lite"
-LIVE_FILES = [f"test{number}.jsonl" for number in ("", 2, 3, 4, 5, 6)]      # together release v6
+SOURCES = {                     # name: hub id, configuration (or the numbers of its files), split
+    "mbppplus": ("evalplus/mbppplus", None, "test"),
+    "humaneval": ("openai/openai_humaneval", None, "test"),
+    "livecodebench": ("livecodebench/code_generation_lite", ("", 2, 3, 4, 5, 6), "test"),
+}
+NAMES = tuple(SOURCES)
 SCRIPT_SECONDS, LIVE_SECONDS = 10, 6       # a script, a test
 # ``` or ~~~ on a line of its own, maybe behind the mark of a list, maybe with a language.
 FENCE = re.compile(r"^[ \t]*(?:(?:[-*+]|\d+[.)])[ \t]+)?(`{3,}|~{3,})[ \t]*(\w*)[^`\n]*$", re.M)
 LATE_FENCE = re.compile(r"^([^#`~\n]*[^#`~\s])[ \t]*(```+|~~~+)[ \t]*$", re.M)    # behind some code
 DEFINES = re.compile(r"^\s*(?:async )?(?:def|class) ", re.M)
-FUTURE = re.compile(r"^from __future__ import *(?:\([^)]*\)|.*)\n", re.M)   # stands before all else
+BEGINS = re.compile(r"(?:#.*\s+)*(import \w|from [\w.]+ import |def \w+\(|class \w+|@\w)")
 NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,9})?", re.ASCII)
 # What LiveCodeBench lets a program take as given; builtins last, for math has another pow.
 MODULES = "bisect collections copy functools heapq itertools math operator random re string typing"
 PRELUDE = "".join(f"from {module} import *\n" for module in (MODULES + " builtins").split()) + (
     f"import sys, {', '.join(MODULES.split())}\nsys.setrecursionlimit(50000)\n")
-STDIN = re.compile(r"/dev/(?:stdin|fd/0)\b|/proc/self/fd/0\b")     # there are none in the sandbox
-COPY_STDIN = "open('stdin', 'wb').write(sys.stdin.buffer.read())\nsys.stdin.seek(0)\n"
 
 
-def load(name, path, limit=None, split=None):
-    """The first `limit` questions as Examples. Raises ValueError or OSError naming the row."""
-    live = name == "livecodebench" and not path
-    rows = live_rows(split) if live else source_rows(SOURCES.get(name), path, split)
-    return examples_from(rows, make_example, name, path, limit)
+def task(name, path=None):
+    """The Task. Its rows stand in the file `path`, or on the hub."""
+    return row_task(name, "code", path, SOURCES.get(name), make_example, score, ready=ready,
+                    retry=CODE_RETRY)
 
 
-def live_rows(split=None):
-    """Yields (Place, row) of LiveCodeBench's files, each fetched when its turn comes (`datasets`
-    no longer runs the script that made the set). Raises OSError with what to do."""
-    need(split in (None, "test"), f"{LIVE} has no split '{split}': leave --dataset_split away")
-    from huggingface_hub import hf_hub_download
-    for file in LIVE_FILES:
-        with blame(f"{LIVE} {NO_HUB}", OSError):
-            path = hf_hub_download(LIVE, file, repo_type="dataset")
-        yield from read_rows(path)
-
+# ---- questions ----------------------------------------------------------------------------------
 
 def make_example(place, row):
     """The Example of one row of MBPP+, HumanEval or LiveCodeBench."""
     if "question_content" in row:
         return live_example(place, row)
-    question, shown = column(place, row, "prompt").strip(), (row.get("test_list") or [])[:3]
-    script, head = "\n".join([*(row.get("test_imports") or []), column(place, row, "test")]), ""
+    question, head = column(place, row, "prompt"), ""
+    script = "\n".join([*(row.get("test_imports") or []), column(place, row, "test")])
     if row.get("entry_point"):
         head = question.rpartition(f"def {row['entry_point']}(")[0]
         question = f"Write all of this function:\n\n{question}"
         if "def check(" in script:
             script += f"\ncheck({row['entry_point']})"
-    if not tests_something(script):
-        raise Unusable(f"{place} has a 'test' that calls nothing")
-    if shown:
-        question += "\n\nYour program must pass tests like these:\n" + "\n".join(map(str, shown))
-    return Example(row_id(row, "task_id"), question, "tests pass", "code",
-                   {"head": head, "test": script})
-
-
-def tests_something(script):
-    """Does a test script assert anything, and do more than import, define and set values?"""
+    # A test asserts something, and does more than import, define and set values.
     acts = r"^(?:assert|for|while|if|with|try)\b|^(?:\w+ *= *)?[\w.]+\("         # no indented line
-    return bool(re.search(r"\b(assert|raise)", script) and re.search(acts, script, re.M))
-
-
-def parsed(code):
-    """The syntax tree of a program, which may be indented as a whole. None if it is no Python."""
-    with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
-        return ast.parse(textwrap.dedent(code))
+    if not re.search(r"\b(assert|raise)", script) or not re.search(acts, script, re.M):
+        raise Unusable(f"{place} has a 'test' that calls nothing")
+    if row.get("test_list"):
+        question += "\n\nYour program must pass tests like these:\n"
+        question += "\n".join(row["test_list"][:3])
+    return Example("", question, "tests pass", "code", {"head": head, "test": script})
 
 
 def live_example(place, row):
     """The Example of a LiveCodeBench row; its row["hidden"] is the tests, or [file, offset]."""
-    question = column(place, row, "question_content").strip()
+    question = column(place, row, "question_content")
     shown = parse_json(column(place, row, "public_test_cases"), place)
     hidden, about = column(place, row, "private_test_cases"), row.get("metadata") or {}
-    if not shown and hidden.strip() == "[]":
+    if not shown and hidden == "[]":
         raise Unusable(f"{place} has no tests")
     with blame(f"{place} has a 'metadata' that is no object"):
-        function = (parse_json(about, place) if isinstance(about, str) else about).get("func_name")
+        function = (json.loads(about) if isinstance(about, str) else about).get("func_name")
     if row.get("starter_code"):
         question += f"\n\nStart from this code:\n{row['starter_code'].rstrip()}"
     question += (f"\n\nYour program must define {function}, which is called and returns its answer."
                  if function else
                  "\n\nYour program must read its input from stdin and print its answer.")
     hidden = hidden if place.offset is None else [place.file, place.offset]
-    return Example(row_id(row, "question_id"), question, "tests pass", "code",
+    return Example("", question, "tests pass", "code",
                    {"shown": shown, "hidden": hidden, "function": function})
 
 
@@ -145,8 +122,8 @@ class DataOnly(pickle.Unpickler):
 
 
 def all_tests(example):
-    """The tests [{input, output, testtype}] of a LiveCodeBench question, the shown ones first.
-    Raises ValueError if they are damaged."""
+    """The tests of a LiveCodeBench question, as read_test gives them, the shown ones first. Raises
+    ValueError if they are damaged."""
     text = example.row["hidden"]
     # Bytes that are no pickle can make the unpickler raise anything.
     with blame(f"the tests of {example.id} are damaged"):
@@ -156,24 +133,34 @@ def all_tests(example):
                 text = json.loads(file.readline())["private_test_cases"]
         if not text.lstrip().startswith("["):
             text = DataOnly(io.BytesIO(zlib.decompress(base64.b64decode(text)))).load()
-        return [(test["input"], test["output"], test["testtype"] == "stdin")
-                for test in example.row["shown"] + json.loads(text)]
+        tests = [read_test(test) for test in example.row["shown"] + json.loads(text)]
+        need(tests, "there are none")
+    return tests
 
+
+def read_test(test):
+    """A test as (stdin, stdout, True), or as (arguments, value, False): one argument a line."""
+    if test["testtype"] == "stdin":
+        return test["input"], test["output"], True
+    arguments = [json.loads(line) for line in test["input"].split("\n") if line.strip()]
+    return arguments, json.loads(test["output"]), False
+
+
+# ---- programs -----------------------------------------------------------------------------------
 
 def program_in(text, defines=False):
     """The program in a text, or None: see the head of this file.
 
     defines: it is to define something, so a block behind that only uses it does not count."""
     blocks = [block for block in blocks_of(LATE_FENCE.sub(r"\1\n\2", text)) if any(block)]
-    for languages in (("python", "py", "python3"), ("",)):
-        programs = [program for language, program in blocks if language.lower() in languages]
-        if defines and programs and programs[-1]:
-            programs = [one for one in programs if DEFINES.search(one)] or programs
-        if programs:
-            return programs[-1] or None
+    programs = ([program for language, program in blocks if language in ("python", "py", "python3")]
+                or [program for language, program in blocks if not language])
+    if defines and programs and programs[-1]:
+        programs = [program for program in programs if DEFINES.search(program)] or programs
+    if programs:
+        return programs[-1] or None
     bare = text.partition("\n```")[0].strip()
-    begins = re.match(r"(?:#.*\s+)*(import \w|from [\w.]+ import |def \w+\(|class \w+|@\w)", bare)
-    return bare if begins and parsed(bare) else None
+    return bare if BEGINS.match(bare) and is_python(bare) else None
 
 
 def blocks_of(text):
@@ -191,11 +178,19 @@ def blocks_of(text):
                  if fence[2] or fence[1].startswith(opens[1])]
         if not stops or number + 9 > len(fences):     # near the end, or that would take ages
             stops.append((len(text), len(text)))
-        good = next((stop for stop in stops if parsed(text[start:stop[0]])), None)
+        good = next((stop for stop in stops if is_python(text[start:stop[0]])), None)
         stop, end = good or stops[0]
         whole = good or stop < len(text)
-        yield opens[2], textwrap.dedent(text[start:stop]).rstrip() if whole else ""
+        yield opens[2].lower(), textwrap.dedent(text[start:stop]).rstrip() if whole else ""
 
+
+def is_python(code):
+    """Is a text, which may be indented as a whole, a Python program?"""
+    with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
+        return bool(ast.parse(textwrap.dedent(code)))
+
+
+# ---- scores -------------------------------------------------------------------------------------
 
 def score(example, text):
     """Run the program in `text` against the tests. Raises ValueError if those are damaged."""
@@ -209,15 +204,16 @@ def score(example, text):
         return Score(not fault, code, fault)
     tests = all_tests(example)
     for number, test in enumerate(tests, start=1):
-        fault = live_fault(code, example.row["function"], *test)
+        fault = live_fault(behind(PRELUDE, code), example.row["function"], *test)
         if fault:
             return Score(False, code, f"test {number} of {len(tests)}: {fault}")
-    return Score(bool(tests), code, "" if tests else "there are no tests")
+    return Score(True, code)
 
 
 def behind(head, code):
-    """A program behind what has to be run before it, save its imports from __future__."""
-    return "".join(FUTURE.findall(code)) + head + FUTURE.sub("", code)
+    """A program that runs `head` before `code`. This stays a text of its own, because its imports
+    from __future__ have to stand at its beginning."""
+    return f"{head}\nexec({code!r})\n"
 
 
 def fault_of(run):
@@ -226,20 +222,14 @@ def fault_of(run):
     return "" if run.status == "ok" else f"{run.status}: {says}" if says else run.status
 
 
-def live_fault(code, function, given, expected, reads_stdin):
+def live_fault(program, function, given, expected, reads_stdin):
     """What is wrong with the program by one LiveCodeBench test, "" if nothing is."""
     from support.sandbox import call_function, run_python
     if reads_stdin:
-        head = PRELUDE + (COPY_STDIN if STDIN.search(code) else "")
-        run = run_python(behind(head, STDIN.sub("stdin", code)), given, LIVE_SECONDS)
+        run = run_python(program, given, LIVE_SECONDS)
         right = run.status == "ok" and same_output(run.stdout, expected)
     else:
-        arguments = [parse_json(line, "an input") for line in given.split("\n") if line.strip()]
-        try:
-            expected = json.loads(expected)
-        except ValueError:
-            return "the test expects no JSON value"
-        run = call_function(behind(PRELUDE, code), function, arguments, LIVE_SECONDS)
+        run = call_function(program, function, given, LIVE_SECONDS)
         right = run.status == "ok" and same_value(run.value, expected)
     return fault_of(run) or ("" if right else "wrong answer")
 
@@ -263,21 +253,13 @@ def same_value(value, expected):
     """Are two JSON values the same? Where one is a float, to a millionth."""
     if isinstance(value, list) and isinstance(expected, list):
         return len(value) == len(expected) and all(map(same_value, value, expected))
-    if not isinstance(value, float) and not isinstance(expected, float):
-        return value == expected
-    try:
-        return math.isclose(value, expected, rel_tol=1e-6, abs_tol=1e-6)
-    except (TypeError, OverflowError):                         # no number, or one of 400 digits
-        return False
+    if isinstance(value, float) or isinstance(expected, float):
+        with contextlib.suppress(TypeError, OverflowError):    # no number, or one of 400 digits
+            return math.isclose(value, expected, rel_tol=1e-6, abs_tol=1e-6)
+    return value == expected
 
 
 def ready(allow_unsafe=False):
     """Raise ValueError, before anything is generated, if programs cannot be run safely here."""
     from support.sandbox import require_sandbox
     require_sandbox(allow_unsafe)
-
-
-def task(name, path=None):
-    """The Task."""
-    return Task(name, "code", functools.partial(load, name, path), score, ready=ready,
-                retry=CODE_RETRY)

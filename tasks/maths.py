@@ -1,4 +1,4 @@
-r"""Mathematics: MATH-500 and the AIME of 2025 and 2026. Is the boxed answer equal to the gold one?
+r"""Mathematics: MATH-500, GSM8K and the AIME. Is the boxed answer equal to the gold one?
 
     record     {"problem": "What is $\\frac12 + \\frac13$?", "answer": "\\frac{5}{6}", "id": "toy"}
     question   What is $\frac12 + \frac13$?
@@ -14,17 +14,20 @@ decimal that agrees to six places, and the set {1,2} for (1,2).
 math-verify hands the answer to sympy, which may think about \boxed{9^{9^{9^9}}} for ever. So each
 comparison runs in a process of its own, which is ended after SECONDS.
 """
+import contextlib
+import contextlib
 import functools
 import logging
 import multiprocessing
 import os
 import re
 import signal
+from pathlib import Path
 
 import pebble
 
-from tasks import (BOXED_RETRY, Example, Score, Task, Unusable, column, examples_from, last_box,
-                   row_id, source_rows)
+from support.errors import need
+from tasks import BOXED_RETRY, Example, Score, Unusable, column, last_box, row_task
 from tasks.formulas import plain
 
 SOURCES = {                     # name: hub id, config, split
@@ -37,10 +40,10 @@ NAMES = tuple(SOURCES)
 SECONDS, MEMORY_MB = 4, 4096    # what one comparison may take
 
 
-def load(name, path, limit=None, split=None):
-    """The first `limit` questions as Examples. Raises ValueError or OSError naming the row."""
-    rows = source_rows(SOURCES.get(name), path, split)
-    return examples_from(rows, make_example, name, path, limit)
+def task(name, path=None):
+    """The Task: ten samples a question for the AIME, whose published figure is pass@10."""
+    return row_task(name, "math", path, SOURCES.get(name), make_example, score, ready=ready,
+                    retry=BOXED_RETRY, samples=10 if name.startswith("aime") else 1)
 
 
 def make_example(place, row):
@@ -50,11 +53,11 @@ def make_example(place, row):
     gold = column(place, row, "answer").rpartition("####")[2].strip()
     if not gold:
         raise Unusable(f"{place} has no answer behind its ####")
-    return Example(row_id(row, "unique_id", "id", "problem_idx"), question, gold, "math", row)
+    return Example("", question, gold, "math", row)
 
 
 def score(example, text):
-    """Is the last box of `text` equal to example.gold? Raises ValueError without math-verify."""
+    """Is the last box of `text` equal to example.gold?"""
     answer, compare_apart = last_box(text), in_a_process()
     if answer is None:
         return Score(False, None)
@@ -73,10 +76,7 @@ def in_a_process():
 
     The process is forked, so it has sympy loaded, and the user's script is not started again. Where
     there is no fork (Windows), the process is spawned."""
-    try:
-        import math_verify
-    except ImportError as problem:
-        raise ValueError("answers cannot be compared: pip install math-verify") from problem
+    import math_verify
     logging.getLogger("math_verify").setLevel(logging.ERROR)     # it warns that we keep the time
     math_verify.parse("$1$", parsing_timeout=None)               # loads its grammar, once for all
     pebble.CONSTS.term_timeout = 0.1               # a process over its time is ended without delay
@@ -120,28 +120,17 @@ def differ(gold, answer):
 
 def confine():
     """In the other process: an alarm that ends it, should nobody be left to do so, and at most
-    MEMORY_MB more than it was forked with."""
-    if hasattr(signal, "alarm"):
+    MEMORY_MB more data than it was forked with. (As far as the system has such limits.)"""
+    with contextlib.suppress(ImportError, AttributeError, OSError):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(2 * SECONDS)
-    try:
         import resource
-        with open("/proc/self/status") as status:
-            used = next(int(line.split()[1]) for line in status if line.startswith("VmData"))
-    except (ImportError, OSError):         # no Linux: the time limit alone has to do
-        return
-    limit = used * 2**10 + MEMORY_MB * 2**20
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+        used_kb = re.search(r"VmData:\s*(\d+)", Path("/proc/self/status").read_text())[1]
+        limit = int(used_kb) * 2**10 + MEMORY_MB * 2**20
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
 def ready(allow_unsafe=False):
     """Raise ValueError, before anything is generated, if answers cannot be compared."""
-    half, minus = Example("", "", "\\frac{1}{2}", "math"), Example("", "", "5", "math")
-    if not score(half, r"\boxed{0.5}").correct or score(minus, r"\boxed{-5}").correct:
-        raise ValueError("math-verify says that 1/2 is not 0.5, or 5 is -5: install version 0.9")
-
-
-def task(name, path=None):
-    """The Task: ten samples a question for the AIME, whose published figure is pass@10."""
-    return Task(name, "math", functools.partial(load, name, path), score,
-                samples=10 if name.startswith("aime") else 1, ready=ready, retry=BOXED_RETRY)
+    half = Example("", "", r"\frac{1}{2}", "math")
+    need(score(half, r"\boxed{0.5}").correct, "math-verify does not say that 0.5 is 1/2")

@@ -14,25 +14,23 @@ one is configured (API_KEY, API_MODEL and API_BASE_URL, see support/web.py): `Sc
 of the two it was. HotpotQA brings ten paragraphs with each question; they are left out, for the
 agents are to search.
 """
-import functools
 import re
 import string
 import unicodedata
 
-from tasks import (BOXED_RETRY, Example, Score, Task, Unusable, column, examples_from, last_box,
-                   row_id, source_rows, without_fonts)
+from tasks import BOXED_RETRY, Example, Score, Unusable, column, last_box, row_task, without_fonts
 
-SOURCES = {                     # name: hub id, config, split
+SOURCES = {                     # name: hub id, configuration, split
     "bamboogle": ("chiayewken/bamboogle", None, "test"),
     "hotpotqa": ("hotpotqa/hotpot_qa", "distractor", "validation"),
 }
 NAMES = tuple(SOURCES)
 
 
-def load(name, path, limit=None, split=None):
-    """The first `limit` questions as Examples. Raises ValueError or OSError naming the row."""
-    rows = source_rows(SOURCES.get(name), path, split)
-    return examples_from(rows, make_example, name, path, limit)
+def task(name, path=None):
+    """The Task. Its rows stand in the file `path`, or on the hub."""
+    return row_task(name, "search", path, SOURCES.get(name), make_example, score, ready=ready,
+                    retry=BOXED_RETRY)
 
 
 def make_example(place, row):
@@ -41,12 +39,11 @@ def make_example(place, row):
     if isinstance(answers, list):
         answers = [str(answer).strip() for answer in answers if str(answer).strip()]
     else:
-        answers = [column(place, row, "Answer", "answer").strip()]
+        answers = [column(place, row, "Answer", "answer")]
     if not answers:
         raise Unusable(f"{place} has no answer")
-    return Example(id=row_id(row, "id", "_id"), gold=" or ".join(answers), kind="search",
-                   question=column(place, row, "Question", "question").strip(),
-                   row={"answers": answers})
+    return Example("", column(place, row, "Question", "question"), " or ".join(answers), "search",
+                   {"answers": answers})
 
 
 def normalise(text):
@@ -80,9 +77,3 @@ def ready(allow_unsafe=False):
     print("answers without an exact match: " + (
         "counted as wrong, no judge is configured" if judge_settings() is None else
         "sent to the configured judge"), flush=True)
-
-
-def task(name, path=None):
-    """The Task."""
-    return Task(name, "search", functools.partial(load, name, path), score, ready=ready,
-                retry=BOXED_RETRY)

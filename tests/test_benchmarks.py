@@ -158,7 +158,7 @@ def refused(monkeypatch, *argv):
     (["--dataset", "ROWS.jsonl", "--task", "medqa"], "has no column 'question' or 'query'"),
     (["--dataset", "ROWS.jsonl", "--task", "coding"], "has no column 'prompt'"),
     (["--dataset", "ROWS.jsonl", "--task", "math500", "--dataset_split", "test"], "has no split"),
-    (["--dataset", "none.jsonl", "--task", "math500"], "none.jsonl does not exist"),
+    (["--dataset", "none.jsonl", "--task", "math500"], "No such file or directory: 'none.jsonl'"),
     (["--dataset", "math500", "--task", "math500"], "--task says what a .json"),
     (["--task", "math500"], "--task says what a .json"),
     (["--dataset", "maths"], "is a kind of task"),

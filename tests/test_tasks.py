@@ -383,15 +383,15 @@ def test_comparing_prints_nothing():
 
 
 @pytest.mark.parametrize("ask", ["maths.ready()", 'compared("5", "5")'])
-def test_a_missing_math_verify_is_one_clear_error(ask):
+def test_a_missing_math_verify_is_an_error(ask):
     """It is an error already for ready(), and never a wrong answer."""
     assert script(f"""
 sys.modules["math_verify"] = None           # as if it were not installed
 try:
     {ask}
-except ValueError as problem:
-    print(problem)
-""") == "answers cannot be compared: pip install math-verify\n"
+except ImportError as problem:
+    print(problem.name)
+""") == "math_verify\n"
 
 
 # ---- multiple choice ----------------------------------------------------------------------------
@@ -471,17 +471,13 @@ GPQA = {"Question": "What is left?", "Correct Answer": "port\n", "Incorrect Answ
         "Incorrect Answer 2": "bow", "Incorrect Answer 3": "stern", "Record ID": "rec1"}
 
 
-def test_gpqa_shuffle_is_by_seed_and_question(tmp_path):
+def test_gpqa_shuffle_is_by_question(tmp_path):
     rows = [{**GPQA, "Question": f"q{i}", "Record ID": f"r{i}"} for i in range(40)]
     whole = get_task("gpqa", write_rows(tmp_path / "a.jsonl", rows)).load()
     last = get_task("gpqa", write_rows(tmp_path / "b.jsonl", rows[-1:]))
     assert last.load()[0] == whole[-1]
     assert {example.gold for example in whole} == set("ABCD")
-    assert [example.gold for example in whole] == [example.gold for example in get_task(
-        "gpqa", str(tmp_path / "a.jsonl")).load(seed=42)]
-    other = get_task("gpqa", str(tmp_path / "a.jsonl")).load(seed=43)
-    assert [example.gold for example in whole] != [example.gold for example in other]
-    for example in whole + other:
+    for example in whole:
         assert example.question.split("\n")["ABCD".index(example.gold) + 1][3:] == "port"
     assert whole[0].gold == choice.make_example("here", rows[0]).gold
 
@@ -987,15 +983,13 @@ def test_live_function_verdicts(tmp_path, code, right):
     assert coding.score(example, f"```python\n{code}\n```").correct is right
 
 
-@needs_sandbox
-@pytest.mark.parametrize("expected", ["", "ab", "[1, 2", "None", "'a'"])
-def test_a_value_that_is_no_json_is_never_right(tmp_path, expected):
-    row = live_row(json.dumps([call_test('"ab"', expected)]), metadata='{"func_name": "f"}',
+@pytest.mark.parametrize("given, expected", [
+    ('"ab"', ""), ('"ab"', "ab"), ('"ab"', "[1, 2"), ('"ab"', "None"), ('"ab"', "'a'"), ("ab", "1")])
+def test_a_test_that_is_no_json_is_damaged(tmp_path, given, expected):
+    row = live_row(json.dumps([call_test(given, expected)]), metadata='{"func_name": "f"}',
                    public_test_cases="[]")
-    for value in ("''", "s", "None", "[1, 2]"):
-        program = f"```python\ndef f(s):\n    return {value}\n```"
-        score = coding.score(live_example(tmp_path, row), program)
-        assert (score.correct, score.note) == (False, "test 1 of 1: the test expects no JSON value")
+    with pytest.raises(ValueError, match="the tests of q1 are damaged"):
+        coding.score(live_example(tmp_path, row), "```python\ndef f(s):\n    return None\n```")
 
 
 @pytest.mark.parametrize("metadata", ['{"func_name": "f"}', {"func_name": "f"},
@@ -1022,8 +1016,8 @@ def test_mbpp_rows_need_no_more_than_prompt_and_test(tmp_path):
 
 def test_live_without_tests_is_never_right(tmp_path):
     example = live_example(tmp_path, live_row(packed("[]"), public_test_cases="[]"))
-    score = coding.score(example, "```python\nx = 1\n```")
-    assert score == Score(False, "x = 1", "there are no tests")
+    with pytest.raises(ValueError, match="the tests of q1 are damaged: there are none"):
+        coding.score(example, "```python\nx = 1\n```")
     with pytest.raises(ValueError, match="no question that can be scored"):      # seen at once
         live_example(tmp_path, live_row("[]", public_test_cases="[]", metadata={"func_name": "f"}))
 
@@ -1109,7 +1103,7 @@ MATHS = {"problem": "1+1?", "answer": "2"}
     ("rows.json", json.dumps([MATHS, {"problem": "?"}]), "row 2 has no column 'answer'"),
     ("rows.json", json.dumps([{"text": "?"}]), "row 1 has no column 'problem' or 'question'"),
     ("rows.json", json.dumps([{**MATHS, "id": 7}, MATHS, {**MATHS, "id": "7"}]),
-     "row 3 has the id '7' of row 1"),
+     "row 3 has the id '7' of a row before it"),
 ])
 def test_bad_files_are_one_clear_line(tmp_path, name, content, complaint):
     path = tmp_path / name
@@ -1171,8 +1165,9 @@ def test_rows_stand_where_the_field_says(tmp_path):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nothing.json does not exist"):
-        get_task("gpqa", str(tmp_path / "nothing.json")).load()
+    for name in ("nothing.json", "nothing.jsonl"):
+        with pytest.raises(FileNotFoundError, match=name):
+            get_task("gpqa", str(tmp_path / name)).load()
 
 
 def test_several_gold_answers(tmp_path, no_judge):

@@ -21,13 +21,11 @@ dataclasses.replace. The prompts of all styles are our own words. The released l
 under other words, so they may score lower here than published.
 """
 import importlib
-import importlib.util
 import pkgutil
 import re
+import runpy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-import torch
 
 # The published names of roles and styles. Flags and data may use them as well.
 PUBLISHED_ROLES = {
@@ -110,11 +108,11 @@ class Style:
 
         Raises ValueError if the style has no words for that."""
         which = "prompt" if set(heard) == set(self.heard_by(role.name)) else "first"
-        prompt = getattr(role, which)
-        text = prompt.get(kind) if isinstance(prompt, dict) else prompt
-        odd = [name for name in {*heard, *self.heard_by(role.name)}   # slots left out, or left open
-               if text and (f"{{{name}}}" in text) != (name in heard)]
-        if not text or odd:
+        text = getattr(role, which)
+        text = text.get(kind) if isinstance(text, dict) else text
+        names = {*heard, *self.heard_by(role.name)}
+        slots = {name for name in names if text and f"{{{name}}}" in text}
+        if not text or slots != set(heard):        # a slot would be left out, or left open
             which = "own" if list(heard) == [role.name] else which              # see alone()
             raise ValueError(f"style {self.name}: role {role.name} has no `{which}` prompt for "
                              f"kind '{kind}' where it has heard {', '.join(heard) or 'nobody'}: "
@@ -135,10 +133,6 @@ def check(style):
         if not fine:
             raise ValueError(f"style {style.name}: {what}")
 
-    for what, kind, items in (("roles", Role, style.roles), ("edges", Edge, style.edges)):
-        need(isinstance(items, tuple) and all(isinstance(item, kind) for item in items),
-             f"its {what} are no tuple of {kind.__name__}: write ({kind.__name__}(..), ..), with a "
-             "comma even behind a single one")
     names, keys = [role.name for role in style.roles], [edge.key for edge in style.edges]
     ways = [f"from {edge.src} to {edge.dst}" for edge in style.edges]
     need(names, "it has no roles: give it at least one")
@@ -153,10 +147,8 @@ def check(style):
         for end in (edge.src, edge.dst):
             need(end in names, f"edge {edge.key} names role {end}, which does not exist: use one "
                  "of " + ", ".join(names))
-        # The key names a file, a flag and a module of a torch.nn.ModuleDict.
-        need(re.fullmatch(r"\w+", edge.key) and not hasattr(torch.nn.ModuleDict(), edge.key)
-             and edge.key not in ("outer_adapter", "lr_scheduler"),
-             f"edge key '{edge.key}' is taken, or no file name: use other letters, digits and _")
+        need(re.fullmatch(r"\w+", edge.key), f"edge key '{edge.key}' is no file name: use letters, "
+             "digits and _")
     need(style.heard_by(names[-1]), f"nobody is heard by {names[-1]}, the last role, which writes: "
          "add an edge to it")
     for role in style.roles:
@@ -198,16 +190,16 @@ def names_in(prompt):
 
 # ---- finding a style ----------------------------------------------------------------------------
 
-def styles_in(module):
-    """The Styles among a module's names, in order."""
-    return [value for value in vars(module).values() if isinstance(value, Style)]
+def styles_in(variables):
+    """The Styles among {name: value}, in order."""
+    return [value for value in variables.values() if isinstance(value, Style)]
 
 
 def all_styles():
     """{name: Style} of all files of this folder."""
     modules = [importlib.import_module(f"{__name__}.{info.name}")
                for info in pkgutil.iter_modules(__path__)]
-    return {style.name: style for module in modules for style in styles_in(module)}
+    return {style.name: style for module in modules for style in styles_in(vars(module))}
 
 
 def get_style(name):
@@ -217,16 +209,12 @@ def get_style(name):
         return name
     path, styles = Path(name), all_styles()
     if path.suffix == ".py":
-        if not path.is_file():
-            raise ValueError(f"style file {path} does not exist: check --style")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
         try:
-            spec.loader.exec_module(module)
+            made = styles_in(runpy.run_path(str(path)))
         except Exception as problem:         # it is a user's program, which may raise anything
             raise ValueError(f"style file {path} does not run: {type(problem).__name__}: {problem}"
                              ) from problem
-        made = [style for style in styles_in(module) if style not in styles.values()]
+        made = [style for style in made if style not in styles.values()]     # not only imported
         if not made:
             raise ValueError(f"style file {path} makes no style of its own: let it make one")
         return made[-1]

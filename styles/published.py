@@ -7,79 +7,49 @@ The prompts of styles/ are our own words. A link that was trained under other wo
 those. This script asks the functions in prompts.py of your own clone of the published repository
 for them, slot for slot, for math, choice and code. None of them is copied into this project.
 """
-import importlib.util
 import inspect
 import pprint
+import re
+import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from styles import PUBLISHED_DESIGNS, PUBLISHED_ROLES, get_style    # noqa: E402: needs the path
 from support.errors import blame, need    # noqa: E402
 from support.flags import Parser, run    # noqa: E402
 
 PUBLISHED = {ours: theirs for theirs, ours in PUBLISHED_ROLES.items()}
+# {design: constants of prompts.py that mark where each role is heard, in the order of the roles}
+SLOTS = {"sequential": ["PLANNER_SLOT", "REFINED_SLOT", "FEEDBACK_SLOT"],
+         "hie": ["HIE_MATH_EXPERT_SLOT", "HIE_CODE_EXPERT_SLOT", "HIE_SCIENCE_EXPERT_SLOT",
+                 "HIE_FEEDBACK_SLOT"],
+         "distill": ["DISTILL_EXPERT_SLOT", "DISTILL_FEEDBACK_SLOT"],
+         "deliberation": ["DELIBERATION_REFLECTOR_SLOT", "DELIBERATION_FEEDBACK_SLOT"]}
 # What follows a question to make it look like one with options. It is cut out of the prompt again.
 OPTIONS = "\nA. one\nB. two\nC. three\nD. four"
-# {design: {role: (the function of its `prompt`, that of its `first`)}}. {} stands for math or code.
-FUNCTIONS = {
-    "sequential": {
-        "planner": ("build_{}_planner_prompt_with_feedback_slot", "build_{}_planner_prompt"),
-        "critic": ("build_{}_refiner_prompt_with_slot",),
-        "solver": ("build_{}_solver_prompt_with_slots",)},
-    "hie": {
-        **dict.fromkeys(("math", "code", "science"), (
-            "build_hie_expert_prompt_with_feedback_slot", "build_hie_expert_prompt")),
-        "summarizer": ("build_hie_summarizer_prompt_with_slots",)},
-    "distill": {
-        "expert": ("build_distill_expert_prompt_with_feedback_slot", "build_distill_expert_prompt"),
-        "learner": ("build_distill_learner_prompt_with_slot",)},
-    "deliberation": {
-        "reflector": ("build_deliberation_reflector_prompt_with_feedback_slot",
-                      "build_deliberation_reflector_prompt"),
-        "toolcaller": ("build_deliberation_toolcaller_prompt_with_slot",)},
-}
-# {constant of prompts.py: the role that is heard there}
-SLOTS = {
-    "sequential": {"PLANNER_SLOT": "planner", "REFINED_SLOT": "critic", "FEEDBACK_SLOT": "solver"},
-    "hie": {"HIE_MATH_EXPERT_SLOT": "math", "HIE_CODE_EXPERT_SLOT": "code",
-            "HIE_SCIENCE_EXPERT_SLOT": "science", "HIE_FEEDBACK_SLOT": "summarizer"},
-    "distill": {"DISTILL_EXPERT_SLOT": "expert", "DISTILL_FEEDBACK_SLOT": "learner"},
-    "deliberation": {"DELIBERATION_REFLECTOR_SLOT": "reflector",
-                     "DELIBERATION_FEEDBACK_SLOT": "toolcaller"},
-}
 
 
-def load_prompts(clone):
-    """The module prompts.py of a clone. It lies at the root or in a folder below."""
-    found = sorted(Path(clone).expanduser().rglob("prompts.py"), key=lambda file: len(file.parts))
-    need(found, f"there is no prompts.py in {clone}: give the folder of your clone")
-    sys.path.insert(0, str(found[0].parent))            # it imports its neighbours
-    spec = importlib.util.spec_from_file_location("published_prompts", found[0])
-    module = importlib.util.module_from_spec(spec)
-    with blame(f"{found[0]} does not run"):
-        spec.loader.exec_module(module)
-    return module
-
-
-def words_of(module, design, role, name, kind, args):
-    """What a function of prompts.py asks `role` about a question of `kind`, as one of our prompts:
-    its slots and its question are {names}."""
-    name = name.format("code" if kind == "code" else "math")
-    function = getattr(module, name, None)
-    need(callable(function), f"{module.__file__} has no function {name}: this clone has another "
+def words_of(module, style, design, role, which, kind, args):
+    """One of our prompts, with its slots and its question as {names}: what prompts.py asks a role
+    (by its published name) about a question of `kind`. which: prompt, or first for round 1."""
+    name = "build_" + re.sub("(hie)_.*_expert", r"\1_expert", role)    # one for all three experts
+    if design == "sequential":
+        name = name.replace("build", "build_code" if kind == "code" else "build_math")
+    ends = ("_with_feedback_slot", "_with_slots", "_with_slot") if which == "prompt" else ("",)
+    found = [name + "_prompt" + end for end in ends if name + "_prompt" + end in module]
+    need(found, f"prompts.py has no function {name}_prompt{ends[-1]}: this clone has another "
          "layout than the release of May 2026")
     offered = {"question": "{question}" + (OPTIONS if kind == "choice" else ""), "mas_task": kind,
-               "hie_role": PUBLISHED.get(role, role), "args": args, "task_type": "function",
-               "fn_name": None, "mas_shape": "chain"}
-    takes = inspect.signature(function).parameters
-    with blame(f"{name} of {module.__file__} asks for other things than in the release"):
-        text = function(**{key: value for key, value in offered.items() if key in takes})
-        for constant, heard in SLOTS[design].items():
-            text = text.replace(getattr(module, constant, constant), f"{{{heard}}}")
+               "hie_role": role, "args": args, "task_type": "function", "fn_name": None,
+               "mas_shape": "chain"}
+    takes = inspect.signature(module[found[0]]).parameters
+    with blame(f"{found[0]} of prompts.py asks for other things than in the release"):
+        text = module[found[0]](**{key: offered[key] for key in takes if key in offered})
+        for heard, constant in zip(style.roles, SLOTS[design]):
+            text = text.replace(module[constant], f"{{{heard.name}}}")
     return text.replace(OPTIONS, "")
 
 
@@ -91,19 +61,29 @@ def main():
     parser.add_argument("--solver_pre_question", type=int, default=0, choices=[0, 1],
                         help="1: the question stands before the slot, as with their flag")
     args = parser.parse_args()
-    style, module = get_style(args.style), load_prompts(args.clone)
-    design = {ours.split("_")[0]: theirs for theirs, ours in PUBLISHED_DESIGNS.items()}.get(
-        style.name.split("_")[0])
+    style = get_style(args.style)
+    light = style.name.replace("_scaled", "_light")      # both have the same words
+    design = {ours: theirs for theirs, ours in PUBLISHED_DESIGNS.items()}.get(light)
     need(design, f"style {style.name} was not published: choose one that was")
+    files = list(Path(args.clone).expanduser().rglob("prompts.py"))
+    need(files, f"there is no prompts.py in {args.clone}: give the folder of your clone")
+    file = min(files, key=lambda path: len(path.parts))     # at the root, or in a folder below
+    sys.path.insert(0, str(file.parent))                    # it imports its neighbours
+    with blame(f"{file} does not run"):
+        module = runpy.run_path(str(file))                  # {name: value}
     words = {}
-    for role, functions in FUNCTIONS[design].items():
-        with blame(f"get_system_prompt of {module.__file__}"):
-            words[role] = {"system": module.get_system_prompt(design, PUBLISHED.get(role, role))}
-        for which, name in zip(("prompt", "first"), functions):
-            words[role][which] = {kind: words_of(module, design, role, name, kind, args)
-                                  for kind in ("math", "choice", "code")}
+    for role in style.roles:
+        theirs = PUBLISHED.get(role.name, role.name)
+        with blame(f"get_system_prompt of {file}"):
+            words[role.name] = {"system": module["get_system_prompt"](design, theirs)}
+        # Whoever hears a role that speaks later has other words in round 1.
+        early = style.heard_first(role.name) == style.heard_by(role.name)
+        for which in ("prompt",) if early else ("prompt", "first"):
+            words[role.name][which] = {
+                kind: words_of(module, style, design, theirs, which, kind, args)
+                for kind in ("math", "choice", "code")}
     replace(style, roles=tuple(replace(role, **words[role.name]) for role in style.roles))  # checks
-    print(f'"""{style.name} in the words of {module.__file__}, by styles/published.py."""\n'
+    print(f'"""{style.name} in the words of {file}, by styles/published.py."""\n'
           "from dataclasses import replace\n\nfrom styles import get_style\n\n"
           f"WORDS = {pprint.pformat(words, width=100, sort_dicts=False)}\n\n"
           f'style = get_style("{style.name}")\n'

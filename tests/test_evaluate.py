@@ -204,7 +204,7 @@ BAD_ROWS = '{"question": "start 1 s1 +1 s2 +1"}\n'
     (evaluate, ["--ckpt_override", "outer=missing/folder"], "missing/folder"),
     (evaluate, ["--ckpt_override", "outer=tiny/solver"], "outerlink_config.json is missing"),
     (evaluate, ["--ckpt_override", "critic=tiny/outer"], "no inner link"),
-    (evaluate, ["--style", "missing.py"], "missing.py does not exist"),
+    (evaluate, ["--style", "missing.py"], "missing.py does not run: FileNotFoundError"),
     (evaluate, ["--num_samples", "1", "--method", "shuffle"], "at least two questions"),
     (evaluate, ["--batch_size", "1", "--method", "shuffle"], "at least two questions"),
     (train_inner, ["--mas_role", "judge"], "no role 'judge'"),

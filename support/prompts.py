@@ -66,12 +66,13 @@ class Prompts:
         rows = [None] * len(self.questions)
         for kind in set(self.kinds):
             places = [b for b, other in enumerate(self.kinds) if other == kind]
-            words = self.style.prompt(role, kind, [*texts, *slots])
-            values = {**column_values(words, [self.columns[b] for b in places], [*texts, *slots]),
-                      **{name: [said[b] for b in places] for name, said in texts.items()},
-                      "question": [self.questions[b] for b in places],
-                      "answer_format": [ANSWER_FORMAT[kind]] * len(places)}
-            made = self.mas.agents[role.name].prompt(role.system, words, values, slots)
+
+            def of_kind(values):
+                return [values[b] for b in places]
+
+            made = prompt_rows(self.mas.agents[role.name], self.style, role, kind,
+                               of_kind(self.questions), of_kind(self.columns),
+                               {name: of_kind(said) for name, said in texts.items()}, slots)
             for b, row in zip(places, made):
                 rows[b] = row
         if not texts:
@@ -115,31 +116,33 @@ class Prompts:
         return Turn(agent, role.name, round, read)
 
 
-def column_values(words, rows, others=()):
-    """{column: B texts} of the {column}s that a prompt names. others: slots, which are none.
+def prompt_rows(agent, style, role, kind, questions, columns, texts, slots=()):
+    """A role's prompts for B questions of one kind, as rows of parts (see Agent.prompt).
 
-    Raises ValueError if a row lacks a column."""
-    names = names_in(words) - {"question", "answer_format", *others}
-    for name in names:
-        need(all(isinstance(row.get(name), (str, int, float)) for row in rows), f"a prompt holds "
-             f"{{{name}}}, but the rows have no column '{name}': add it to the data, or change the "
-             "style")
-    return {name: [str(row[name]) for row in rows] for name in names}
+    columns: the row of each question. texts: {role heard: B texts}. slots: roles whose latents are
+    heard. Raises ValueError if a row lacks a {column} that the prompt names."""
+    words = style.prompt(role, kind, [*texts, *slots])
+    values = {**texts, "question": questions,
+              "answer_format": [ANSWER_FORMAT[kind]] * len(questions)}
+    for name in names_in(words) - {*values, *slots}:
+        need(all(isinstance(row.get(name), (str, int, float)) for row in columns), f"a prompt holds"
+             f" {{{name}}}, but the rows have no column '{name}': add it to the data, or change the"
+             " style")
+        values[name] = [str(row[name]) for row in columns]
+    return agent.prompt(role.system, words, values, slots)
 
 
 def check_request(questions, rounds, latent_length, kind, method):
     """The kind of each question. Raises ValueError for a request that cannot be served."""
     kinds = [kind] * len(questions) if isinstance(kind, str) else list(kind)
     need(questions, "there are no questions")
-    need(len(kinds) == len(questions), f"{len(kinds)} kinds for {len(questions)} questions: give "
-         "one for all, or one for each")
-    need(set(kinds) <= set(KINDS), f"unknown kind of question in {sorted(set(kinds))}: choose of "
-         + ", ".join(KINDS))
+    need(len(kinds) == len(questions) and set(kinds) <= set(KINDS), f"kind {kind!r} "
+         f"is none of {', '.join(KINDS)}, and no list of these with one for each question")
     need(method in LATENT + WORDS, f"unknown method '{method}': choose one of "
          + ", ".join(LATENT + WORDS))
-    need(rounds >= 1, f"rounds must be at least 1, not {rounds}")
-    need(latent_length >= 1 or method in WORDS, f"latent length must be at least 1, not "
-         f"{latent_length}: for an answer without latents use method single")
+    need(rounds >= 1 and (latent_length >= 1 or method in WORDS), f"rounds and latent length must "
+         f"be at least 1, not {rounds} and {latent_length}: for an answer without latents use "
+         "method single")
     need(method != "shuffle" or len(questions) > 1, "method shuffle needs at least two questions "
          "in a batch")
     return kinds

@@ -11,11 +11,12 @@ Two more columns are used where a row has them: task_family, the kind of its que
 (math, choice, code, search), and fn_name, for code that is tested by calling a function. A prompt
 may hold any column of the row as {column}.
 """
+from collections import Counter
 from dataclasses import dataclass
 
-from styles import ANSWER_FORMAT, KINDS
+from styles import KINDS
 from support.errors import need
-from support.prompts import column_values
+from support.prompts import prompt_rows
 from tasks import generated_task, read_rows
 
 
@@ -62,16 +63,16 @@ def role_text(role, row, round=1):
 def keep_usable(rows, roles):
     """The rows that have a question and a text for each of `roles`. Prints how many others there
     are and what they lack. Raises ValueError if no row is left, or for an unknown task_family."""
-    usable, missing = [], {}
+    usable, missing = [], Counter()
     for row in rows:
         row = row if isinstance(row, dict) else {}
         need(kind_of(row, "math") in KINDS, f"a row has the task_family '{kind_of(row, '')}': known"
              f" are {', '.join(KINDS)}")
         lacks = [] if isinstance(row.get("question"), str) else ["question"]
         lacks += [" or ".join(role.target) for role in roles if not role_texts(role, row)]
-        usable += [] if lacks else [row]
-        for column in lacks:
-            missing[column] = missing.get(column, 0) + 1
+        missing.update(lacks)
+        if not lacks:
+            usable.append(row)
     if missing:
         print(f"left out {len(rows) - len(usable)} of {len(rows)} rows, which lack a column: "
               + ", ".join(f"{column} ({count})" for column, count in missing.items()), flush=True)
@@ -114,9 +115,6 @@ def read_role_texts(agent, style, role, role_texts):
     """The Context of the prompts of RoleTexts, each with the texts it has heard in its slots."""
     rows = []
     for one in role_texts:
-        words = style.prompt(role, one.kind, list(one.heard))
-        values = {**column_values(words, [one.row], one.heard),
-                  **{name: [text] for name, text in one.heard.items()},
-                  "question": [one.question], "answer_format": [ANSWER_FORMAT[one.kind]]}
-        rows += agent.prompt(role.system, words, values)
+        texts = {name: [text] for name, text in one.heard.items()}
+        rows += prompt_rows(agent, style, role, one.kind, [one.question], [one.row], texts)
     return agent.read(*agent.embed(rows, {}))

@@ -83,7 +83,8 @@ class Style:
     links_by_task: bool = False
 
     def __post_init__(self):
-        check(self)
+        if len(self.roles) > 1:                    # else it is alone(), made of a checked style
+            check(self)
 
     def role(self, name):
         """The role of that name, ours or the published one. Raises ValueError if there is none."""
@@ -106,17 +107,17 @@ class Style:
     def prompt(self, role, kind, heard):
         """What `role` is asked about a question of `kind`, having heard the roles in `heard`.
 
-        Raises ValueError if the style has no words for that."""
+        Raises ValueError if the style has no words with just these slots."""
         which = "prompt" if set(heard) == set(self.heard_by(role.name)) else "first"
         text = getattr(role, which)
         text = text.get(kind) if isinstance(text, dict) else text
-        names = {*heard, *self.heard_by(role.name)}
-        slots = {name for name in names if text and f"{{{name}}}" in text}
-        if not text or slots != set(heard):        # a slot would be left out, or left open
+        slots = {other.name for other in self.roles if text and f"{{{other.name}}}" in text}
+        if not text or slots != set(heard):
             which = "own" if list(heard) == [role.name] else which              # see alone()
+            wanted = ", ".join(f"{{{name}}}" for name in heard) or "nobody"
             raise ValueError(f"style {self.name}: role {role.name} has no `{which}` prompt for "
-                             f"kind '{kind}' where it has heard {', '.join(heard) or 'nobody'}: "
-                             "add it to the style, or choose other data")
+                             f"kind '{kind}' with a slot for those heard there ({wanted}) and no "
+                             "other slot: add it, or change the edges")
         return text
 
     def alone(self):
@@ -134,12 +135,9 @@ def check(style):
             raise ValueError(f"style {style.name}: {what}")
 
     names, keys = [role.name for role in style.roles], [edge.key for edge in style.edges]
-    ways = [f"from {edge.src} to {edge.dst}" for edge in style.edges]
-    need(names, "it has no roles: give it at least one")
-    for what, items in (("roles are called", names), ("edges are called", keys),
-                        ("edges lead", ways)):
+    for what, items in (("roles", names), ("edges", keys)):
         for item in items:
-            need(items.count(item) == 1, f"two {what} {item}: rename one or take one out")
+            need(items.count(item) == 1, f"two {what} are called {item}: rename one")
     for name in names:
         need(not re.fullmatch(r"question|answer_format|outer|agent\d+", name),
              f"a role cannot be called {name}, a word of prompts or flags: rename it")
@@ -151,35 +149,20 @@ def check(style):
              "digits and _")
     need(style.heard_by(names[-1]), f"nobody is heard by {names[-1]}, the last role, which writes: "
          "add an edge to it")
+    # Every prompt that a run can ask for is asked for now: once everyone was heard, in round 1, and
+    # where a role that hears only earlier ones is asked alone.
+    asked = []
     for role in style.roles:
-        check_prompts(style, role, names, need)
-
-
-def check_prompts(style, role, names, need):
-    """Each prompt asks something, and holds exactly the slots of the roles heard where it is used.
-    """
-    who, heard, early = f"role {role.name}", style.heard_by(role.name), style.heard_first(role.name)
-    need(isinstance(role.target, tuple), f"{who}: target is a tuple of columns, like ('plan',)")
-    need(role.model, f"{who} has no model: name a hub id or a folder")
-    if len(names) > 1:                     # else it is Style.alone, whose prompt is the old `own`
-        need(role.prompt, f"{who} has no prompt: give it one")
-        need(role.first or heard == early, f"{who} hears roles that speak later, so it needs a "
-             "`first` prompt for round 1: give it one")
-    last = role.name == names[-1]          # it has heard everyone, unless it is asked alone
-    for which, allowed in (("prompt", [heard]), ("first", [[]] if last else [[], early]),
-                           ("own", [[role.name]])):
-        prompts = getattr(role, which)
-        prompts = prompts if isinstance(prompts, dict) else {"": prompts}
-        for kind, text in prompts.items():
-            where = f"{who}, {which}" + (f" for {kind}" if kind else "")
-            need(kind in ("", *KINDS), f"{where}: unknown kind of question: use {', '.join(KINDS)}")
-            slots = [name for name in names if f"{{{name}}}" in text]
-            asks = names_in(text) - {*names, "answer_format"}
-            need(not text or asks, f"{where}: there is no {{question}} and no other column "
-                 "of the data: add it")
-            need(not text or slots in allowed, f"{where}: it holds the slots "
-                 f"{{{', '.join(slots)}}}, but {{{', '.join(allowed[-1])}}} are heard where it is "
-                 "used: change the prompt or the edges")
+        heard, early = style.heard_by(role.name), style.heard_first(role.name)
+        alone = [[]] if role.first and heard == early else []
+        asked += [(style, role, told) for told in (heard, early, *alone)]
+    if style.roles[-1].own:
+        asked.append((style.alone(), style.alone().roles[0], [names[-1]]))
+    for one, role, told in asked:
+        for kind in role.prompt if isinstance(role.prompt, dict) and role.prompt else KINDS[:1]:
+            text = one.prompt(role, kind, told)
+            need(names_in(text) - {*names, "answer_format"}, f"role {role.name} is asked '{text}', "
+                 "which holds no {question} and no other column of the data: add it")
 
 
 def names_in(prompt):

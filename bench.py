@@ -1,6 +1,6 @@
 """What a system costs, beside the plain reference of the same method.
 
-    python bench.py                                    # all sections, some 6 minutes on a CPU
+    python bench.py                                    # all sections, some 5 minutes on a CPU
     python bench.py --sections step rollout --dims qwen3-1.7b --layers 4
     python bench.py --dims light                       # the three models of sequential_light
 
@@ -17,10 +17,12 @@ The sections. Each prints a table, and the figures of all of them come last, as 
 
     step        a latent step against its floor
     rollout     m thoughts behind a prompt
-    answer      the whole recursion; and text between the agents against latents
+    answer      the whole recursion, up to the last agent's answer
     training    a step of outer training
     decoding    our way of writing words against the library's
     memory      what the real styles take, worked out from their dimensions
+
+(What latents cost beside text and other baselines, evaluate.py measures: its methods take turns.)
 
 The reference is reference.py: no cache, no batch, no padding. It leaves out two things that the
 published code does: it does not run the vocabulary head at each latent step, and it does not load
@@ -43,28 +45,23 @@ from types import SimpleNamespace
 import torch
 
 import reference
-from recurse import MAS, load_mas_system
+from recurse import MAS
 from styles import get_style
 from support import flags, report
-from support.compared import (apart, ask_tiny, gradient, our_loss, our_messages, plain_loss,
-                              plain_messages, read)
+from support.compared import (apart, gradient, our_loss, our_messages, plain_loss, plain_messages,
+                              read)
 from support.devices import pick_device
 from support.dimensions import DIMS, memory_table, new_agent, size_of, some_texts
-from support.sampling import Sampling
-from tasks import get_task
-from writing import Writing
 
 # The sizes of what is measured, on a CPU, on a GPU and in the tests. T, m, B, R and n are as above.
 #     long_T       tokens of a prompt where it matters that prompts are long
 #     rollouts     (T, m, B) of each
-#     questions    of the shipped tiny system, by text and by latents
-#     divisor      what the published numbers of tokens are divided by, to save time
 #     layers       of the models, 0 for all of them
-CPU = SimpleNamespace(T=32, long_T=128, m=4, B=2, R=2, n=16, questions=500, divisor=32, layers=8,
+CPU = SimpleNamespace(T=32, long_T=128, m=4, B=2, R=2, n=16, layers=8,
                       rollouts=[(64, 16, 1), (64, 8, 4), (256, 48, 1)])
-GPU = SimpleNamespace(T=128, long_T=1024, m=16, B=4, R=2, n=64, questions=500, divisor=1, layers=0,
+GPU = SimpleNamespace(T=128, long_T=1024, m=16, B=4, R=2, n=64, layers=0,
                       rollouts=[(256, 48, 1), (512, 32, 1), (256, 48, 32)])
-TINY = SimpleNamespace(T=8, long_T=12, m=3, B=2, R=2, n=4, questions=4, divisor=256, layers=0,
+TINY = SimpleNamespace(T=8, long_T=12, m=3, B=2, R=2, n=4, layers=0,
                        rollouts=[(12, 4, 1), (12, 4, 3)])
 SECTIONS = ("step", "rollout", "answer", "training", "decoding", "memory")
 STEPS = 32         # latent steps in a row, from which the time of one follows
@@ -97,7 +94,7 @@ class Bench:
         self.rows.append(row)
 
     def compare(self, case, plain, ours, per=1, agree=True):
-        """Time plain() and ours() in turns, keep the row, and return what both returned.
+        """Time plain() and ours() in turns, and keep the row.
 
         per: the times are divided by it, to give those of one step, token or row. agree: whether
         both have to compute the same. Raises RuntimeError if they do not."""
@@ -123,7 +120,6 @@ class Bench:
             1000 * median(side), 1000 * min(side), 1000 * max(side)) for side in times]
         self.keep(f"{case:48s}{columns[0]:>30s}{columns[1]:>30s}{ratio:8.2f}x", case=case,
                   reference_s=times[0], ours_s=times[1], ratio=ratio, apart=error)
-        return results
 
     @torch.no_grad()
     def step(self):
@@ -159,31 +155,11 @@ class Bench:
 
     @torch.no_grad()
     def answer(self):
-        """All up to the last agent's answer; and text between the agents against latents.
-
-        In the rows on text, the reference is our own code with method `text`: each agent writes,
-        and the next one reads it. The two say different things, so they need not agree. What their
-        answers are worth stands below them."""
-        size, questions = self.size, some_texts(self.size.T, self.size.B)
-        what = (self.mas, questions, size.R, size.m)
+        """All messages between three agents, up to the last one's answer."""
+        size = self.size
+        what = (self.mas, some_texts(size.T, size.B), size.R, size.m)
         self.compare(f"three agents, R={size.R} T={size.T} m={size.m} B={size.B}",
                      partial(plain_messages, *what), partial(our_messages, *what))
-        tiny = load_mas_system("tiny", str(self.device))
-        ask = partial(ask_tiny, tiny, get_task("tiny").load(size.questions))
-        results = self.compare("text; latents: the tiny system, R=3, a question",
-                               partial(ask, "text"), partial(ask, "latent"), size.questions,
-                               agree=False)
-        for method, figures in zip(("text", "latent"), results):
-            words, right = (sum(figure) / size.questions for figure in figures)
-            self.keep(f"    {method}: {words:.1f} tokens decoded, accuracy {right:.3f}",
-                      case=method, tokens=words, accuracy=right)
-        # Published for a question at R = 3: 9 texts with 4,100 tokens in all; or 8 turns of 48
-        # thoughts, and then an answer of 893 tokens.
-        words, m, last = (max(1, count // size.divisor) for count in (4100 // 9, 48, 893))
-        ask = partial(self.mas.respond, questions[:1], 3, m)
-        self.compare(f"9 texts of {words}; 8 x {m} thoughts, {last} (published / {size.divisor})",
-                     partial(ask, method="text", writing=Writing(words)),
-                     partial(ask, writing=Writing(last)), agree=False)
 
     def training(self):
         """A step of outer training, forward and backward.
@@ -204,23 +180,18 @@ class Bench:
 
     @torch.no_grad()
     def decoding(self):
-        """Words: the library's generate against our loop; ten prefills for ten samples against one.
+        """Words: the library's generate against our loop.
 
         Our loop is there for what generate cannot do (see Agent.write). It should be as fast."""
         agent, T, n = self.agent, self.size.long_T, self.size.n
         texts = some_texts(T, 1)
         ids = torch.tensor(agent.tokenize(texts), device=self.device)                  # (1, T)
         options = dict(max_new_tokens=n, do_sample=False, pad_token_id=0)
-        exact = self.dtype == torch.float32           # in half precision, near-ties fall either way
+        # In half precision they need not agree: near-ties fall either way.
         self.compare(f"a token, T={T} n={n}",
                      lambda: agent.model.generate(ids, **options)[:, T:].cpu(),
-                     lambda: torch.tensor(agent.write(read(agent, texts), n)), n, agree=exact)
-        # top_k: among all words of a random model, the smallest rounding would change the draw.
-        how = (n, Sampling(0.6, top_k=20), list(range(10)))
-        self.compare(f"ten samples, T={T} n={n}",
-                     lambda: torch.tensor(agent.write(read(agent, texts * 10), *how)),
-                     lambda: torch.tensor(agent.write(read(agent, texts).rows([0] * 10), *how)),
-                     agree=exact)
+                     lambda: torch.tensor(agent.write(read(agent, texts), n)), n,
+                     agree=self.dtype == torch.float32)
 
     def memory(self):
         """What the real styles take, in GB."""

@@ -10,9 +10,7 @@ import torch.nn.functional as F
 
 import reference
 from recurse import recurse
-from tasks import get_task
 from train_outer import outer_loss
-from writing import Writing
 
 # Flags of train_outer.py, as far as its loss looks at them: the published values.
 TRAINING = dict(mas_task="math", latents="rollout", max_length=4096, role_loss_weight=0.0,
@@ -42,15 +40,6 @@ def our_messages(mas, questions, R, m):
     """The same messages in the same order, from one batch."""
     sent = recurse(mas, questions, R, m, trace=True).sent           # {(round, edge): (B, m, d_dst)}
     return [message for of_one in zip(*sent.values()) for message in of_one]
-
-
-def ask_tiny(mas, examples, method):
-    """Ask the shipped tiny system with R = 3, m = 6 and 32 words a text.
-
-    Returns two lists with one entry a question: words of all agents, and whether it is right."""
-    questions, task = [example.question for example in examples], get_task("tiny")
-    texts, run = mas.respond(questions, 3, 6, method=method, writing=Writing(32))
-    return run.decoded, [task.score(*pair).correct for pair in zip(examples, texts)]
 
 
 def plain_loss(mas, rows, R, m):

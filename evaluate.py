@@ -37,7 +37,8 @@ from support.web import search_tool
 from tasks import get_task, task_names
 from writing import Writing
 
-CHANGES_NO_ANSWER = ("out", "resume", "show", "device", "offload")     # flags free to resume with
+# Flags free to resume with.
+CHANGES_NO_ANSWER = ("out", "resume", "show", "device", "threads", "compile", "offload")
 
 
 def parse():
@@ -114,8 +115,9 @@ def evaluate(mas, fresh, task, examples, plan, out, settings, resume=False):
     wait_for_ranks()
     todo = [(part, *job) for part, job in zip(parts, jobs) if not finished(part, batches[job[2]])]
     with contextlib.suppress(RuntimeError):     # the first call is slow (imports, choosing kernels)
-        mas.respond([example.question for example in batches[0][:2]], 1, 1, batches[0][0].kind,
-                    writing=Writing(2))          # so it happens before the clock starts
+        first = batches[0][:2]                   # so it happens before the clock starts
+        mas.respond([example.question for example in first], 1, 1, first[0].kind,
+                    writing=Writing(2), columns=[example.row for example in first])
     for part, method, rounds, number in flags.progress(todo[RANK::RANKS], "evaluate"):
         lines = answer_batch(fresh if method == "untrained" else mas, task, batches[number], method,
                              rounds, plan)
@@ -198,7 +200,8 @@ def main():
     mas = load_mas_system(style, args.device, args.dtype, task.kind, bool(args.trust_remote_code),
                           override, args.revision, bool(args.enable_thinking), args.offload,
                           args.allow_unsafe_code,
-                          need_links=bool(args.show or {"latent", "shuffle"} & set(methods)))
+                          bool(args.show or {"latent", "shuffle"} & set(methods)), args.threads,
+                          args.compile)
     if task.fits:
         task.fits(mas.agents[style.roles[0].name], args.latent_length)
     if "search" in style.tools:

@@ -315,6 +315,26 @@ def test_baselines_and_controls_run_without_links(bare_style, tmp_path, monkeypa
             ask(method, method)
 
 
+def test_a_relay_is_asked_by_the_command(bare_style, tmp_path, monkeypatch):
+    """The rows' columns reach every prompt, from the first call on. (The words mean nothing to the
+    tiny agents, so no answer is right.)"""
+    style = tmp_path / "told.py"
+    style.write_text(
+        f"from dataclasses import replace\nfrom styles import Edge, get_style\n"
+        f"bare = get_style({str(bare_style)!r})\n"
+        "told = replace(bare, name='told', edges=(Edge('outer_12', 'planner', 'solver'),), roles=(\n"
+        "    replace(bare.role('planner'), prompt='{told}'), replace(bare.role('solver'),\n"
+        "    first='{question}', prompt='{question} <|notes|> {planner}')))\n")
+    monkeypatch.setattr(sys, "argv", [
+        "evaluate.py", "--style", str(style), "--dataset", "relay", "--num_samples", "4", "--out",
+        str(tmp_path / "out"), "--num_recursive_rounds", "1", "--max_new_tokens", "4",
+        "--latent_length", "6", "--temperature", "0", "--method", "single", "text", "untrained"])
+    evaluate.main()
+    rows = json.loads((tmp_path / "out/summary.json").read_text())["rows"]
+    assert [(row["method"], row["n"], row["errors"]) for row in rows] == [
+        ("text", 4, 0), ("single", 4, 0), ("untrained", 4, 0)]
+
+
 def test_a_role_that_nobody_hears_needs_no_inner_link(bare_style, tmp_path, monkeypatch):
     """The relay's solver: its link would never be used."""
     style = get_style(str(bare_style))

@@ -1,0 +1,149 @@
+"""Decoder layers as compiled code, for the single steps of a GPU. A reader may leave this closed.
+
+A step of a 1.7B model is some 1,200 small kernels. A CUDA graph (cache.py) takes away what Python
+spends on launching them. torch.compile also fuses them. All layers of a model do the same, so one
+layer's forward is compiled and called with each layer's weights. Measured on an H200, Qwen3-1.7B in
+bfloat16, behind 256 tokens, milliseconds a step:
+
+                     kernel by kernel    CUDA graph    compiled layers + graph    and tuned
+    1 row            28.2                5.2           2.66                       1.69
+    32 rows          28.6                9.1           2.80                       2.87
+
+The first calls took 4 to 6 s for each shape, and 13 to 21 s with tuning (Inductor tries several
+sizes of each kernel). So only single rows are tuned, and compiled steps come in few shapes.
+
+The linear-attention layers of Qwen3.5 are not compiled. They run as the library has them.
+"""
+import copy
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import StaticLayer
+from transformers.masking_utils import sdpa_mask
+
+from support.errors import need
+
+# `auto` compiles an agent's layers once the agent has taken so many recorded steps. The rule: the
+# steps so far are the best forecast of those to come, and so many save what compiling costs (by the
+# table, 3.5 ms a step against 13 to 21 s; from 2 rows on 6.3 ms a step against 4 to 6 s).
+STEPS_THAT_PAY = {"one row": 5000, "more": 1000}
+
+
+def set_compile(agents, choice):
+    """Tell agents whether to compile their layers: auto, 0 or 1."""
+    need(str(choice) in ("auto", "0", "1"), f"compile is auto, 0 or 1, not '{choice}'")
+    on_gpu = any(agent.device.type != "cpu" for agent in agents)
+    need(on_gpu or str(choice) != "1", "--compile 1 is for a GPU: on a CPU no step is recorded, so "
+         "none is compiled. Leave it away")
+    for agent in agents:
+        agent.compile = str(choice)
+
+
+def pays(choice, rows, steps):
+    """Whether to compile, for a batch of so many rows and an agent that has taken so many steps."""
+    needed = STEPS_THAT_PAY["one row" if rows == 1 else "more"]
+    return choice == "1" or choice == "auto" and steps >= needed
+
+
+# ---- attention of one position ------------------------------------------------------------------
+
+def one_position(module, query, key, value, attention_mask, scaling=None, **unused):
+    """softmax(q K^T / sqrt(d)) V for one position a row, in the form that the library asks for.
+
+    Several heads of q share one of K and V. The library copies K and V for each of them, which took
+    38 % of a step at 32 rows. Here the heads that share are rows of one product."""
+    B, heads, _, d = query.shape                                      # (B, heads, 1, d)
+    q = query.reshape(B, key.shape[1], -1, d)                         # (B, kv, group, d)
+    scores = (q @ key.transpose(2, 3)).float() * scaling              # (B, kv, group, T)
+    if attention_mask is not None:                                    # (B, 1, 1, T), True = seen
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    read = scores.softmax(-1).to(value.dtype) @ value                 # (B, kv, group, d)
+    return read.reshape(B, 1, heads, -1), None
+
+
+AttentionInterface.register("one_position", one_position)
+AttentionMaskInterface.register("one_position", sdpa_mask)
+
+
+# ---- compiled layers ----------------------------------------------------------------------------
+
+class OneLayer:
+    """What a layer sees of the cache: its own buffers. (With the whole cache, the layer would look
+    its buffers up by its number, and each number would be compiled anew.)"""
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    def update(self, keys, values, *unused, **also_unused):
+        """All keys and values, with the new ones written in."""
+        return self.layer.update(keys, values)
+
+
+class CompiledForward:
+    """Agent.forward for a single position a row, with compiled layers and `one_position`.
+
+    broken: it failed on this machine, and is not to be tried again."""
+
+    def __init__(self, agent, backend="inductor"):
+        self.agent, self.backend = agent, backend
+        self.layers, self.broken, self.most = None, False, 1
+
+    def shape(self, rows, columns):
+        """(rows, columns) of buffers with room for these. They come in few shapes, because each new
+        one is compiled: 1, 8, 32, 64, 96 .. rows, and 512, 1024, 2048 .. columns. Idle rows cost
+        little, since a step of few rows spends its time on the weights.
+
+        An agent that has seen a batch gets no single rows any more: these are tuned, and the last
+        row of a batch does not pay for that."""
+        self.most = max(self.most, rows)
+        rows = 1 if self.most == 1 else 8 if rows <= 8 else -(-rows // 32) * 32
+        return rows, max(512, 1 << (columns - 1).bit_length())
+
+    def give_up(self, problem):
+        """Say why there are no compiled steps from now on."""
+        says = " ".join(f"{type(problem).__name__}: {problem}".split())[:200]
+        print(f"{self.agent.name}: its layers are not compiled: {says}", flush=True)
+        self.broken = True
+
+    def compile(self):
+        """Make the compiled layers. (torch compiles each shape at its first call.)"""
+        import torch._dynamo                            # here, because importing it takes seconds
+        torch._dynamo.config.allow_unspec_int_on_nn_module = True    # else each layer_idx is a case
+        torch._dynamo.config.recompile_limit = 256      # of all models and shapes of a process
+        how = dict(fullgraph=True, dynamic=False, backend=self.backend)
+        tunes = {"coordinate_descent_tuning": True} if self.backend == "inductor" else None
+        layer = type(self.agent.body.layers[0])
+        self.tuned = torch.compile(layer.forward, options=tunes, **how)
+        self.untuned = torch.compile(layer.forward, **how)
+        self.layers = torch.nn.ModuleList(map(self.twin, range(len(self.agent.body.layers))))
+
+    def twin(self, i):
+        """A copy of layer i that shares all with it but its forward, which is compiled."""
+        layer, name = self.agent.body.layers[i], self.agent.cache_name
+
+        def forward(hidden_states, **inputs):
+            own = inputs[name].layers[i]
+            if not isinstance(own, StaticLayer):        # linear attention
+                return layer(hidden_states, **inputs)
+            compiled = self.tuned if len(hidden_states) == 1 else self.untuned
+            return compiled(layer, hidden_states, **{**inputs, name: OneLayer(own)})
+
+        twin = copy.copy(layer)
+        twin.forward = forward
+        return twin
+
+    def __call__(self, x, cache, mask, positions):
+        """The same as Agent.forward. The body takes its layers and its attention from where these
+        lie, so for the time of this call others lie there."""
+        if not self.layers:
+            self.compile()
+        body, config = self.agent.body, self.agent.body.config
+        layers, attention = body.layers, config._attn_implementation
+        body.layers = self.layers
+        if attention == "sdpa":                          # other attention may do more than this
+            config._attn_implementation = "one_position"
+        try:
+            with torch.inference_mode(False), torch.no_grad():       # one case, not two
+                return self.agent.forward(x, cache, mask, positions)
+        finally:
+            body.layers, config._attn_implementation = layers, attention

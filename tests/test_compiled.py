@@ -1,0 +1,177 @@
+"""Compiled layers equal the plain step, are compiled once for all, and are left away where they fail.
+
+Here nothing is recorded. The steps run in the same buffers without a CUDA graph, and with a backend
+that compiles nothing (aot_eager), except for one test. tests/test_agents.py has what needs a GPU.
+"""
+import shutil
+from functools import partial
+
+import pytest
+import torch
+from conftest import (FAMILIES, QUESTIONS, THREE, embed_words, largest_difference, left_pad,
+                      new_agent, new_mas, plain_think, words)
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import agents
+from agents import Agent
+from cache import Recorded
+from support.compiled import STEPS_THAT_PAY, CompiledForward, one_position, set_compile
+
+M = 5
+PROMPTS = [words(question)[:7 + i] for i, question in enumerate(QUESTIONS[:4])]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """No test finds what another one has compiled."""
+    torch._dynamo.reset()
+
+
+def read(agent, prompts):
+    """The Context of prompts as token ids."""
+    return agent.read(*left_pad([embed_words(agent, ids) for ids in prompts]))
+
+
+@pytest.fixture
+def recording(monkeypatch):
+    """Agents take recorded steps here too, without a graph. recording(backend) compiles by it."""
+    def use(backend, graph=False):
+        monkeypatch.setattr(Agent, "steps", Agent.recorded_steps)
+        monkeypatch.setattr(agents, "Recorded", partial(Recorded, graph=graph))
+        monkeypatch.setattr(agents, "CompiledForward", partial(CompiledForward, backend=backend))
+    return use
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiled_layers_are_the_plain_step_and_one_graph(family, recording, capsys):
+    """Batches of other lengths and sizes go through the same graph. Oracle: reference.py for each
+    prompt alone, and the words that growing steps write."""
+    agent, plain, counter = new_agent(family), new_agent(family), CompileCounterWithBackend("eager")
+    recording(counter)
+    agent.compile = "1"
+    for prompts in (PROMPTS, [ids[:5] for ids in PROMPTS[1:]], PROMPTS[:1], PROMPTS):
+        thoughts = agent.think(read(agent, prompts), M)
+        for b, ids in enumerate(prompts):
+            alone = plain_think(plain, embed_words(plain, ids), M)
+            assert largest_difference(thoughts[b:b + 1], alone) < agent.close
+        agent.end_tokens = plain.end_tokens = {7, 8, 9}            # some rows end early, and leave
+        assert agent.write(read(agent, prompts), 12) == plain.write(read(plain, prompts), 12)
+        assert counter.frame_count == 1, "one graph for all layers, batches and turns"
+    assert agent.recorded.forward is agent.compiled and "compiled from now" in capsys.readouterr().out
+    assert agent.body.config._attn_implementation == "sdpa"
+    assert type(agent.body.layers[0]).forward.__name__ in repr(agent.body.layers[0].forward)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler"))])
+def test_compilers(backend, recording):
+    agent = new_agent("qwen3")
+    context = read(agent, PROMPTS[:2])
+    wanted = agent.think(context, M)
+    recording(backend)
+    agent.compile = "1"
+    assert largest_difference(agent.think(context, M), wanted) < agent.close
+    assert agent.recorded.forward is agent.compiled and not agent.compiled.broken
+
+
+@torch.no_grad()
+def test_a_system_of_compiled_agents_answers_the_same(recording):
+    """Three models of three widths, several rounds, offloaded or not."""
+    wanted = new_mas().answer(QUESTIONS, 2, 3, max_new_tokens=6)
+    counter = CompileCounterWithBackend("eager")
+    recording(counter)
+    for offload in (False, True):
+        mas = new_mas()
+        mas.offload = offload
+        for agent in mas.agents.values():
+            agent.compile = "1"
+        assert mas.answer(QUESTIONS, 2, 3, max_new_tokens=6) == wanted
+    assert counter.frame_count == 3, "a graph for each model, the second time none"
+
+
+@torch.no_grad()
+def test_compiled_once_it_pays(recording, capsys):
+    """auto: after so many steps; from then on for all batches. 0: never. One line says so."""
+    agent = new_agent("llama")
+    recording("eager")
+    agent.steps_taken = STEPS_THAT_PAY["more"] - 2 * (M - 1)
+    batch, row = read(agent, PROMPTS), read(agent, PROMPTS[:1])
+    agent.think(row, M), agent.think(batch, M)
+    assert agent.compiled is None and not capsys.readouterr().out
+    wanted, old = agent.think(row, M), agent.recorded                # a single row pays later
+    assert agent.compiled is None
+    agent.think(batch, M)
+    assert agent.recorded.compiled and agent.recorded is not old
+    assert largest_difference(agent.think(row, M), wanted) < agent.close
+    assert agent.recorded.compiled and capsys.readouterr().out.count("\n") == 1
+    agent.recorded, agent.compiled, agent.compile = None, None, "0"
+    agent.think(batch, M)
+    assert agent.recorded.compiled is None
+
+
+def failing(graph_module, example_inputs):
+    raise RuntimeError("no compiler\nat all")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5"])
+def test_what_fails_is_left_away(family, recording, capsys):
+    """Without a compiler, and without a card that records: a line each, and right results."""
+    agent, plain = new_agent(family), new_agent(family)
+    recording(failing, graph=True)
+    agent.compile = "1"
+    for _ in range(2):
+        thoughts = agent.think(read(agent, PROMPTS), M)
+        assert largest_difference(thoughts, plain.think(read(plain, PROMPTS), M)) < agent.close
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) <= 4, lines
+
+
+@torch.no_grad()
+def test_too_little_memory_for_idle_rows(recording, monkeypatch, capsys):
+    """Compiled steps round the batch up. Where that is too much, the batch gets its own size."""
+    agent = new_agent("qwen2")
+    context = read(agent, PROMPTS)
+    wanted = agent.think(context, M)
+    recording("eager")
+    agent.compile = "1"
+
+    def little(self, rows, columns):
+        raise torch.OutOfMemoryError("8 rows are too many")
+
+    monkeypatch.setattr(CompiledForward, "shape", little)
+    assert largest_difference(agent.think(context, M), wanted) < agent.close
+    assert len(agent.recorded.mask) == len(PROMPTS) and agent.compiled.broken
+    assert "not compiled: OutOfMemoryError: 8 rows" in capsys.readouterr().out
+
+
+def test_shapes():
+    """Few of them, and all with room. Batches leave no single rows behind."""
+    compiled = CompiledForward(new_agent("llama"))
+    assert compiled.shape(1, 256) == (1, 512)
+    shapes = {compiled.shape(rows, 256 * k) for rows in range(2, 33) for k in range(1, 9)}
+    assert shapes == {(rows, columns) for rows in (8, 32) for columns in (512, 1024, 2048)}
+    assert compiled.shape(1, 256) == (8, 512) and compiled.shape(33, 2049) == (64, 4096)
+
+
+def test_attention_of_one_position():
+    """Oracle: the library's own, with keys and values copied for the heads that share them."""
+    q, k, v = (torch.randn(3, heads, n, 8) for heads, n in ((6, 1), (2, 10), (2, 10)))
+    mask = torch.rand(3, 1, 1, 10) < 0.7
+    mask[..., 0] = True
+    got, _ = one_position(None, q, k, v, mask, scaling=0.3)
+    k, v = (part.repeat_interleave(3, 1) for part in (k, v))
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=0.3)
+    assert largest_difference(got, wanted.transpose(1, 2)) < 1e-5
+
+
+def test_the_choice_is_checked():
+    mas = new_mas(THREE)
+    for choice in ("auto", 0, "0"):
+        set_compile(mas.agents.values(), choice)
+    assert {agent.compile for agent in mas.agents.values()} == {"0"}
+    for wrong, complaint in (("yes", "auto, 0 or 1"), (1, "is for a GPU"), ("1", "is for a GPU")):
+        with pytest.raises(ValueError, match=complaint):
+            set_compile(mas.agents.values(), wrong)

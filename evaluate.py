@@ -86,10 +86,13 @@ def parse():
     add("--out", default="out/evaluate")
     add("--show", type=flags.at_least(0), default=0, metavar="N",
         help="instead of scoring, print N problems with the latents in words")
+    style = get_style(flags.early(parser).style)
+    settings = style.settings.get("evaluate", {})
+    parser.set_defaults(dataset=settings.get("dataset", "tiny"))
     known = flags.early(parser)
-    style, name = get_style(known.style), known.task or known.dataset
+    name = known.task or known.dataset
     data_settings = style.settings.get(name, {}) if name in task_names() else {}
-    return flags.parse(parser, {**style.settings.get("evaluate", {}), **data_settings}), style
+    return flags.parse(parser, {**settings, **data_settings}), style
 
 
 # ---- all batches --------------------------------------------------------------------------------

@@ -315,6 +315,14 @@ def test_baselines_and_controls_run_without_links(bare_style, tmp_path, monkeypa
             ask(method, method)
 
 
+def test_a_styles_own_data_set_brings_its_settings(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--style", "relay"])
+    args, _ = evaluate.parse()
+    assert (args.dataset, args.max_new_tokens) == ("relay", 16)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--style", "relay", "--dataset", "tiny"])
+    assert evaluate.parse()[0].max_new_tokens == 2000
+
+
 def test_a_relay_is_asked_by_the_command(bare_style, tmp_path, monkeypatch):
     """The rows' columns reach every prompt, from the first call on. (The words mean nothing to the
     tiny agents, so no answer is right.)"""

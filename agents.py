@@ -26,6 +26,7 @@ import transformers
 from torch.nn.utils.rnn import pad_sequence
 
 from cache import Context, Growing, Recorded, new_cache
+from support.compiled import CompiledForward, pays
 from support.errors import need
 from support.sampling import Sampling
 
@@ -58,6 +59,8 @@ class Agent:
         self.width = self.embedding.weight.shape[1]
         self.device, self.dtype = self.embedding.weight.device, self.embedding.weight.dtype
         self.recorded = None                             # the Recorded steps of the last GPU turn
+        self.compile, self.compiled = "auto", None       # see support/compiled.py
+        self.steps_taken = 0
         self.name = tokenizer.name_or_path or "this model"
         config = self.body.config
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -210,16 +213,35 @@ class Agent:
         """Single steps behind a Context, with room for `count` of them: see cache.py."""
         if self.device.type == "cpu" or torch.is_grad_enabled():
             return Growing(self.forward, context)
-        if not self.recorded or not self.recorded.fits(context, count):
-            self.recorded = None                   # frees the old buffers before new ones are made
-            with torch.inference_mode(False):      # later calls may write outside inference mode
-                self.recorded = Recorded(self.forward, context, count)
+        return self.recorded_steps(context, count)
+
+    def recorded_steps(self, context, count):
+        """Recorded steps: those of the last turn, if this Context has room in their buffers."""
+        compiled, old = self.compiled_forward(len(context.mask)), self.recorded
+        if not (old and old.fits(context, count) and (old.compiled or not compiled)):
+            old = self.recorded = None             # frees the old buffers before new ones are made
+            try:
+                with torch.inference_mode(False):  # later calls may write outside inference mode
+                    self.recorded = Recorded(self.forward, context, count, compiled=compiled)
+            except torch.OutOfMemoryError as problem:
+                if not compiled:
+                    raise
+                compiled.give_up(problem)          # its buffers have idle rows, so try without
+                return self.recorded_steps(context, count)
         self.recorded.load(context)
         return self.recorded
 
+    def compiled_forward(self, rows):
+        """What runs a step of so many rows with compiled layers. None where it does not pay."""
+        if not self.compiled and pays(self.compile, rows, self.steps_taken):
+            print(f"{self.name}: {self.steps_taken} steps taken, its layers are compiled from now "
+                  f"on (--compile {self.compile})", flush=True)
+            self.compiled = CompiledForward(self)
+        return self.compiled if self.compiled and not self.compiled.broken else None
+
     def think(self, context, m):
         """m latent thoughts H = [h_1 .. h_m], (B, m, d): the paper's rollout. Differentiable."""
-        steps = self.steps(context, m - 1)
+        steps, self.steps_taken = self.steps(context, m - 1), self.steps_taken + m - 1
         thoughts = [context.hidden]                                                 # h_1
         for _ in range(m - 1):
             x = apply_link(self.inner, thoughts[-1], self.dtype)      # x = R_in(h_i)    (B, 1, d)
@@ -292,6 +314,7 @@ class Agent:
                 steps = self.steps(context, room)
             # 4. The word goes in, the next hidden state comes out.
             hidden, room = steps.step(self.embedding(tokens)[:, None]), room - 1    # (b, 1, d)
+            self.steps_taken += 1
         return [tokens[:ends.get(row)] for row, tokens in enumerate(written)]
 
     def _stopped(self, tokens, stop):

@@ -13,11 +13,13 @@ There are two ways to take single steps behind a Context:
     Recorded   For a GPU, without gradients. A step of a 1.7B model is some 1,200 small kernels, and
                Python takes longer to launch them than the card takes to run them. So everything
                that a step reads and writes lies in buffers that never move, the step's kernels are
-               recorded once as a CUDA graph, and each further step replays the graph.
+               recorded once as a CUDA graph, and each further step replays the graph. Where it
+               pays, the layers are compiled before that: see support/compiled.py.
 
 Shapes: B questions (rows), T positions, d hidden width.
 """
 import copy
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +27,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionLayer, StaticLayer
 
 ROOM = 256        # the length of recorded buffers is a multiple of this many positions
+IDLE = 8          # compiled steps serve batches of an eighth of their rows or more
 
 
 # ---- a prompt that was read ---------------------------------------------------------------------
@@ -122,32 +125,38 @@ class Recorded:
     Every step attends over the whole buffers, and the mask hides the columns that are not written
     yet. So all steps are the same kernels on the same addresses, which is what a graph can hold.
     load() copies a Context into the buffers; one recording serves every Context that fits.
-    graph=False runs the same step without recording it, which is how a CPU can test it."""
+    graph=False runs the same step without recording it, which is how a CPU can test it.
+    compiled: a CompiledForward, used in place of `forward` if it works. Its buffers come in few
+    shapes, so some of their rows may be idle."""
 
-    def __init__(self, forward, context, count, graph=True):
-        self.forward, self.graph, self.wants_graph = forward, None, graph
+    def __init__(self, forward, context, count, graph=True, compiled=None):
+        self.forward, self.compiled, self.ready = forward, compiled, False
+        self.graph, self.wants_graph = None, graph
         rows, length = context.mask.shape
-        self.capacity = -(-(length + count) // ROOM) * ROOM      # prompts differ a little in length
+        columns = -(-(length + count) // ROOM) * ROOM            # prompts differ a little in length
+        rows, self.capacity = compiled.shape(rows, columns) if compiled else (rows, columns)
         self.mask = context.mask.new_zeros(rows, self.capacity)
         self.column = context.mask.new_zeros(1)                  # where the next position goes
         self.position = context.mask.new_zeros(rows, 1)          # its number within its own text
-        self.x = torch.zeros_like(context.hidden)                # the step's input   (B, 1, d)
+        self.x = context.hidden.new_zeros(rows, 1, context.hidden.shape[2])    # the step's input
         self.cache = DynamicCache()
-        self.cache.layers = [fixed_layer(layer, self.capacity) for layer in context.cache.layers]
+        self.cache.layers = [fixed_layer(layer, rows, self.capacity)
+                             for layer in context.cache.layers]
 
     def fits(self, context, count):
         """Whether so many steps behind this Context have room in these buffers. (Not behind the
         Context that lies in these buffers itself: loading it would overwrite it.)"""
         rows, length = context.mask.shape
-        return (rows == len(self.mask) and length + count <= self.capacity
+        most = rows * IDLE if self.compiled else rows
+        return (rows <= len(self.mask) <= most and length + count <= self.capacity
                 and context.cache is not self.cache)
 
     def load(self, context):
         """Copy a Context into the buffers, and clear the rest of them."""
-        self.length = length = context.mask.shape[1]
-        self.mask.zero_()[:, :length] = context.mask
+        self.rows, self.length = rows, length = context.mask.shape
+        self.mask.zero_()[:rows, :length] = context.mask
         self.column.fill_(length)
-        self.position.copy_(context.mask.sum(1, keepdim=True))
+        self.position.zero_()[:rows] = context.mask.sum(1, keepdim=True)
         for fixed, layer in zip(self.cache.layers, context.cache.layers):
             fill(fixed, layer, length)
 
@@ -161,64 +170,101 @@ class Recorded:
     @torch.no_grad()
     def step(self, x):
         """The next position's hidden state. x (B, 1, d) -> h (B, 1, d)."""
-        self.x.copy_(x)
-        if self.wants_graph and self.graph is None:
-            self.graph = self.recording()
+        self.x[:self.rows] = x
+        if not self.ready:
+            self.prepare()
         if self.graph is None:
             self.run()
         else:
             self.graph.replay()
         self.length += 1
-        return self.hidden.clone()               # a clone, because the next step overwrites it
+        return self.hidden[:self.rows].clone()   # a clone, because the next step overwrites it
 
-    def recording(self):
-        """The step as a CUDA graph.
+    def prepare(self):
+        """Choose the fastest way to take a step that works here: compiled layers and a graph, else
+        a graph, else neither. A line says what failed."""
+        plain, self.ready = self.forward, True
+        if self.compiled:
+            self.forward = self.compiled
+            failure = self.trial()
+            if not failure:
+                return
+            self.compiled.give_up(failure)
+            self.forward, self.compiled = plain, None
+        failure = self.wants_graph and self.trial()
+        if failure:
+            says = " ".join(f"{type(failure).__name__}: {failure}".split())[:200]
+            say_once(f"no CUDA graph, so steps are launched kernel by kernel: {says}")
 
-        The first call of a kernel chooses how to run it, and that choice must not be recorded. So
-        the step runs once before, and what it changed is put back. (Recording runs nothing.)"""
+    def trial(self):
+        """Try a step, and record it. The exception, if one came.
+
+        The first call of a kernel chooses how to run it (or compiles it), and that choice must not
+        be recorded. So the step runs once before. (Recording runs nothing.) What that one step
+        changed is put back."""
         changed = [self.mask, self.column, self.position, *counters(self.cache)]
         before = [tensor.clone() for tensor in changed]
+        try:
+            self.graph = self.recording() if self.wants_graph else self.run()
+        except Exception as problem:      # a compiler and a driver fail in errors of any class
+            return problem
+        finally:
+            for tensor, value in zip(changed, before):
+                tensor.copy_(value)
+
+    def recording(self):
+        """The step as a CUDA graph."""
         device, graph = self.x.device, torch.cuda.CUDAGraph()
         aside = torch.cuda.Stream(device)
         aside.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(aside):
-            self.run()
-            for tensor, value in zip(changed, before):
-                tensor.copy_(value)
-            with torch.cuda.graph(graph, stream=aside):
+        try:
+            with torch.cuda.stream(aside):
                 self.run()
-        torch.cuda.current_stream(device).wait_stream(aside)
+                with torch.cuda.graph(graph, stream=aside):
+                    self.run()
+        finally:
+            torch.cuda.current_stream(device).wait_stream(aside)
         return graph
 
     def context(self):
         """The Context of all that was read by now, to go on from in other buffers."""
-        return Context(self.cache, self.mask[:, :self.length], self.hidden)
+        whole = Context(self.cache, self.mask[:, :self.length], self.hidden)
+        return whole.rows(range(self.rows))      # without idle rows
 
 
-def fixed_layer(layer, capacity):
-    """An empty layer of the same shape, in tensors that never move."""
+@functools.cache
+def say_once(text):
+    """Print a line, unless it was printed before."""
+    print(text, flush=True)
+
+
+def fixed_layer(layer, rows, capacity):
+    """An empty layer of so many rows and positions, in tensors that never move."""
     if isinstance(layer, LinearAttentionLayer):
         fixed = LinearAttentionLayer()           # the library's own layer overwrites its states
         vars(fixed).update(vars(layer), record_past=False)       # its flags: a prompt was read
         conv, state = layer.conv_states[0], layer.recurrent_states[0]
-        fixed.conv_states = {0: conv.new_zeros(*conv.shape[:2], layer.conv_kernel_size[0])}
-        fixed.recurrent_states = {0: torch.zeros_like(state)}
+        fixed.conv_states = {0: conv.new_zeros(rows, conv.shape[1], layer.conv_kernel_size[0])}
+        fixed.recurrent_states = {0: state.new_zeros(rows, *state.shape[1:])}
         return fixed
     fixed = StaticLayer(capacity)
-    fixed.lazy_initialization(layer.keys, layer.values)          # zeros of the full length
+    fixed.lazy_initialization(*(part[:1].expand(rows, -1, -1, -1)    # zeros of the full length
+                                for part in (layer.keys, layer.values)))
     return fixed
 
 
 def fill(fixed, layer, length):
     """Copy `length` positions of a layer, or its states, into a fixed layer."""
     if isinstance(fixed, LinearAttentionLayer):
-        conv = layer.conv_states[0]              # a short prompt has fewer: zeros stand before it
-        fixed.conv_states[0].zero_()[..., -conv.shape[-1]:] = conv
-        fixed.recurrent_states[0].copy_(layer.recurrent_states[0])
+        conv, state = layer.conv_states[0], layer.recurrent_states[0]
+        # A short prompt has fewer states to convolve: zeros stand before them.
+        fixed.conv_states[0].zero_()[:len(conv), :, -conv.shape[-1]:] = conv
+        fixed.recurrent_states[0].zero_()[:len(state)] = state
         return
     # Hidden columns get weight 0. But 0 x NaN is NaN, so what is left of an older text is cleared.
-    fixed.keys.zero_()[:, :, :length] = layer.keys[:, :, :length]
-    fixed.values.zero_()[:, :, :length] = layer.values[:, :, :length]
+    rows = len(layer.keys)
+    fixed.keys.zero_()[:rows, :, :length] = layer.keys[:, :, :length]
+    fixed.values.zero_()[:rows, :, :length] = layer.values[:, :, :length]
     fixed.cumulative_length.fill_(length)
 
 

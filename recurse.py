@@ -34,6 +34,8 @@ from agents import apply_link
 from link import RELEASED, OuterLink
 from styles import get_style
 from support.checkpoints import load_agents, load_outer_links, outer_folder, trained_models
+from support.compiled import set_compile
+from support.devices import settle
 from support.errors import need
 from support.prompts import LATENT, WORDS, Prompts, Turn, check_request
 from support.sampling import Sampling
@@ -226,16 +228,18 @@ def chunks(items, size):
 
 def load_mas_system(style, device="auto", dtype="auto", task="math", trust_remote_code=False,
                     ckpt_override=None, revision=None, thinking=False, offload=False,
-                    allow_unsafe_code=False, need_links=True):
+                    allow_unsafe_code=False, need_links=True, threads=0, compile="auto"):
     """A whole system, ready to answer.
 
     style: a name, a .py file or a Style. ckpt_override: {role or "outer": folder or hub id}, in
     place of the style's own. task: chooses among the links of repos that hold several. revision: of
     the style's repos. offload: see MAS. allow_unsafe_code: let tools run programs even where
     nothing confines them. need_links: False puts new, untrained links where none are found, which
-    is enough for baselines in words and for controls. Raises ValueError or OSError, naming the
-    file."""
+    is enough for baselines in words and for controls. device, threads: see support/devices.py.
+    compile: auto, 0 or 1, see support/compiled.py. Raises ValueError or OSError, naming the file.
+    """
     style = get_style(style)
+    device = settle(style, device, threads)
     override = {key if key == "outer" else style.role(key).name: folder
                 for key, folder in (ckpt_override or {}).items()}
     if "python" in style.tools:
@@ -244,6 +248,7 @@ def load_mas_system(style, device="auto", dtype="auto", task="math", trust_remot
     agents = load_agents(style, device, dtype, task, trust_remote_code, override, revision,
                          trained_models(folder, style, override), thinking=thinking,
                          offload=offload, need_links=need_links)
+    set_compile(agents.values(), compile)
     if folder is None:
         return MAS(style, agents, None, offload).with_fresh_outer()
     return MAS(style, agents, load_outer_links(folder, style, agents, task), offload)

@@ -35,7 +35,8 @@ from styles import KINDS, PUBLISHED_DESIGNS, get_style
 from support import flags
 from support import rows as data
 from support.checkpoints import load_agent, load_inner, local_folder, save_inner, write_json
-from support.devices import pick_device
+from support.compiled import set_compile
+from support.devices import pick_device, settle
 from support.errors import need
 from support.flags import RANK
 from support.sampling import Sampling
@@ -201,10 +202,11 @@ def main():
         print("too few texts to hold any out: readability is measured on the training texts")
 
     # 2. The frozen agent, its link, and its hidden states along the texts.
-    device, dtype = pick_device(args.device, args.dtype)
+    device, dtype = pick_device(settle(style, args.device, args.threads), args.dtype)
     base = local_folder(args.model_name_or_path or role.model, args.revision, f"role {role.name}")
     agent = load_agent(base, device, dtype, bool(args.trust_remote_code),
                        bool(args.enable_thinking))
+    set_compile([agent], args.compile)
     agent.inner = new_link(agent, args)
     if args.text == "own":
         print("texts: the agent's own, along which latents stay readable (--text gold: the rows')")

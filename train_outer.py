@@ -38,6 +38,8 @@ from styles import KINDS, get_style
 from support import flags, report
 from support import rows as data
 from support.checkpoints import load_agents, save_outer
+from support.compiled import set_compile
+from support.devices import settle
 from support.errors import need
 from support.flags import RANK
 from support.training import Training
@@ -185,9 +187,11 @@ def new_system(args, style):
     given = vars(args)
     inner, models = ({role.name: given[f"{role.name}_{what}"] for role in style.roles
                       if given[f"{role.name}_{what}"]} for what in ("inner", "model"))
-    agents = load_agents(style, args.device, args.dtype, args.mas_task,
+    device = settle(style, args.device, args.threads)
+    agents = load_agents(style, device, args.dtype, args.mas_task,
                          bool(args.trust_remote_code), inner, args.revision, models,
                          args.inner_adapter_type_fallback, bool(args.enable_thinking))
+    set_compile(agents.values(), args.compile)
     kinds = {edge.key: kind_name(given[f"{edge.key}_type"] or args.outer_adapter_type)
              for edge in style.edges}
     return MAS(style, agents, None).with_fresh_outer(kinds, args.scale_match, args.seed), inner

@@ -18,6 +18,10 @@ tiny = Style(
     edges=(Edge("outer_12", "planner", "critic"), Edge("outer_23", "critic", "solver"),
            Edge("outer_31", "solver", "planner")),
     settings={
+        # On a busy machine of 2 cores the same run took 40 s with one thread, over 250 s with two.
+        # On 16 cores and on an H200 it crawled too.
+        "device": {"device": "cpu", "threads": 1,
+                   "why": "its matrices are too small for a GPU, and for more threads"},
         "train_inner": {"dataset_name": "tiny", "num_samples": 2000, "max_steps": 2000,
                         "batch_size": 32, "adapter_lr": 4e-3, "latent_length": 6, "text": "gold",
                         "held_out": 200},

@@ -40,6 +40,32 @@ def pick_device(device="auto", dtype="auto"):
     return device, DTYPES[dtype]
 
 
+def settle(style, device="auto", threads=0):
+    """The device that `style` runs on, as pick_device takes it. Sets the number of CPU threads.
+
+    What the user asks for counts first: a device other than auto, threads other than 0, else the
+    variable OMP_NUM_THREADS. Then counts what the style's settings say under "device":
+
+        settings={"device": {"device": "cpu", "threads": 1, "why": "its matrices are .."}}
+
+    Device and threads are settled one by one: on a GPU, tiny keeps its single thread. What nobody
+    asks for is left to pick_device and to torch. One line says what came out, and who said so."""
+    own, variable = style.settings.get("device", {}), os.environ.get("OMP_NUM_THREADS")
+    need(own.keys() <= {"device", "threads", "why"}, f"style {style.name}: its settings of the "
+         f"device are device, threads and why, not {', '.join(own)}")
+    whose = "asked for" if str(device) != "auto" else "the style's" if own else "default"
+    device = own.get("device", "auto") if str(device) == "auto" else str(device)
+    who = "asked for" if threads else "OMP_NUM_THREADS" if variable else (
+        "the style's" if "threads" in own else "default")
+    if threads or own.get("threads") and not variable:
+        torch.set_num_threads(threads or own["threads"])
+    if own or threads:
+        why = f"; {own['why']}" if "why" in own else ""
+        print(f"style {style.name}: device {device} ({whose}), CPU threads "
+              f"{torch.get_num_threads()} ({who}){why}", flush=True)
+    return device
+
+
 def cpu_flags():
     """What the processor can do, in Linux's words; nothing on other systems."""
     info = Path("/proc/cpuinfo")

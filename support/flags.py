@@ -68,7 +68,10 @@ def add_system_flags(parser):
     add("--style", default="tiny", help="a style of styles/, or a .py file that makes one")
     add("--device", default="auto",
         help="auto, cpu, cuda or cuda:N; several (cuda:0,cuda:1) share the agents")
+    add("--threads", type=at_least(0), default=0, help="of the CPU; 0: see support/devices.py")
     add("--dtype", default="auto", choices=DTYPES, help="of the frozen models")
+    add("--compile", default="auto", choices=["auto", "0", "1"],
+        help="on a GPU, compile the models' layers: 1 at once, auto when it pays, 0 never")
     add("--enable_thinking", type=int, default=0, choices=[0, 1],
         help="the chat template's own thinking switch")
     add("--revision", default=None,

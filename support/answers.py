@@ -88,6 +88,14 @@ def answer_batch(mas, task, batch, method, rounds, plan):
              **nothing, **value} for example, value in zip(batch, values)]
 
 
+def request(batch, method, rounds, plan):
+    """The arguments of recurse() and MAS.respond() for a batch of Examples."""
+    return {"questions": [example.question for example in batch], "rounds": rounds,
+            "latent_length": plan.latent_length, "kind": [example.kind for example in batch],
+            "method": "latent" if method == "untrained" else method, "writing": plan.writing,
+            "columns": [example.row for example in batch]}
+
+
 def answers_to(mas, task, batch, method, rounds, plan):
     """Outputs, scores and costs of one batch: a dict for each question.
 
@@ -95,10 +103,7 @@ def answers_to(mas, task, batch, method, rounds, plan):
     shared equally among the questions of a batch."""
     report.reset_peak_memory()
     started, K = time.perf_counter(), plan.writing.samples
-    texts, run = mas.respond([example.question for example in batch], rounds, plan.latent_length,
-                             [example.kind for example in batch],
-                             "latent" if method == "untrained" else method, writing=plan.writing,
-                             columns=[example.row for example in batch])
+    texts, run = mas.respond(**request(batch, method, rounds, plan))
     report.wait_for_devices()
     seconds = time.perf_counter() - started
     scores, unread = score(task, batch, texts, range(len(texts))), []
@@ -114,13 +119,15 @@ def answers_to(mas, task, batch, method, rounds, plan):
     answers = []
     for i in range(len(batch)):
         mine = scores[i * K:(i + 1) * K]
-        errors = [one.note for one in mine if one.note.startswith(NOT_SCORED)]
         answers.append({
             "outputs": texts[i * K:(i + 1) * K], "parsed": [one.parsed for one in mine],
             "correct": [one.correct for one in mine], "notes": [one.note for one in mine],
             "retried": sum(place // K == i for place in unread), "decoded_tokens": run.decoded[i],
             "latent_steps": run.latent_steps, "seconds": seconds / len(batch),
-            "peak_memory_mb": report.peak_memory_mb(), **{"error": one for one in errors[:1]}})
+            "peak_memory_mb": report.peak_memory_mb()})
+        for one in mine:
+            if one.note.startswith(NOT_SCORED):
+                answers[-1]["error"] = one.note
     return answers
 
 
@@ -130,10 +137,7 @@ def losses_of(mas, task, batch, method, rounds, plan):
 
     This is far more sensitive than accuracy: every token of every question counts."""
     started = time.perf_counter()
-    run = recurse(mas, [example.question for example in batch], rounds, plan.latent_length,
-                  [example.kind for example in batch],
-                  "latent" if method == "untrained" else method, writing=plan.writing,
-                  columns=[example.row for example in batch])
+    run = recurse(mas, **request(batch, method, rounds, plan))
     turn = run.last_turn
     texts = [gold_text(mas.style.roles[-1], example, rounds) for example in batch]
     losses = turn.agent.answer_loss(turn.read(), turn.agent.tokenize(texts))   # B tensors (n,)

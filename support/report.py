@@ -21,6 +21,7 @@ import math
 import random
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -59,17 +60,15 @@ def bootstrap(values, resamples=2000):
 
 def summarise(lines):
     """Summary rows, one for each method and number of rounds, in the order of METHODS."""
-    groups = {}
+    groups, rows = {}, []
     for line in lines:
-        groups.setdefault((METHODS.index(line["method"]), line["rounds"]), []).append(line)
-    latent = METHODS.index("latent")
-    deepest = max((rounds for method, rounds in groups if method == latent), default=0)
-    rows = []
-    for method, rounds in sorted(groups):
-        row, ours = summary_row(groups[method, rounds]), groups.get((latent, rounds), [])
-        if METHODS[method] == "single":            # it has one round: beside the deepest latents
-            ours = groups.get((latent, deepest), [])
-        if ours and method != latent:
+        groups.setdefault((line["method"], line["rounds"]), []).append(line)
+    deepest = max((rounds for method, rounds in groups if method == "latent"), default=0)
+    for method, rounds in sorted(groups, key=lambda group: (METHODS.index(group[0]), group[1])):
+        row = summary_row(groups[method, rounds])
+        # `single` has one round. It is compared with the latents of the most rounds.
+        ours = groups.get(("latent", deepest if method == "single" else rounds))
+        if ours and method != "latent":
             row["latent_minus_this"] = paired(ours, groups[method, rounds])
         rows.append(row)
     return rows
@@ -91,23 +90,22 @@ def summary_row(lines):
     row.update(n=len(lines), errors=sum("error" in line for line in lines),
                peak_memory_mb=max(line["peak_memory_mb"] for line in lines))
     for name in COSTS:
-        row[name] = sum(line[name] for line in answered) / max(1, len(answered))
+        row[name] = fmean(line[name] for line in answered) if answered else 0.0
     if any("nats" in line for line in lines):
         values = [line["nats"] for line in answered]
-        return {**row, "nats": sum(values) / len(values), "ci95": bootstrap(values)}
+        return {**row, "nats": fmean(values), "ci95": bootstrap(values)}
     n, samples = len(lines), max(1, *(len(line["correct"]) for line in lines))
     right = [sum(line["correct"]) for line in lines]
     row.update(accuracy=sum(right) / n / samples, ci95=wilson(sum(right) / samples, n))
     if samples > 1:
         passed = [pass_at_k(samples, count, samples) for count in right]
         row.update(ci95=bootstrap([count / samples for count in right]), samples=samples,
-                   pass_at_k=sum(passed) / n, pass_at_k_ci95=bootstrap(passed))
+                   pass_at_k=fmean(passed), pass_at_k_ci95=bootstrap(passed))
     parsed = [one for line in answered for one in line["parsed"]] or [None]
     notes = [one for line in answered for one in line["notes"]]
-    row.update(unparsed=parsed.count(None) / len(parsed),
-               retried=sum(line["retried"] for line in answered) / len(parsed),
-               judge_invalid=notes.count("judge: invalid") / len(parsed))
-    return row
+    return {**row, "unparsed": parsed.count(None) / len(parsed),
+            "retried": sum(line["retried"] for line in answered) / len(parsed),
+            "judge_invalid": notes.count("judge: invalid") / len(parsed)}
 
 
 def paired(ours, theirs):
@@ -121,7 +119,7 @@ def paired(ours, theirs):
     pairs = [(value_of(line), by_id[line["id"]]) for line in ours
              if line["outputs"] and line["id"] in by_id]
     differences = [a - b for a, b in pairs] or [math.nan]
-    return {"difference": sum(differences) / len(differences), "ci95": bootstrap(differences),
+    return {"difference": fmean(differences), "ci95": bootstrap(differences),
             "n": len(pairs), "ours_only": sum(a > b for a, b in pairs),
             "theirs_only": sum(a < b for a, b in pairs)}
 
@@ -136,11 +134,11 @@ def merge(summaries):
          "same rows (style, data set, methods, rounds, n): merge runs that differ in seed alone")
     merged, measure = [], measure_of(summaries[0])
     for rows in zip(*summaries):
-        accuracies = [row[measure] for row in rows]
-        means = {name: sum(row[name] for row in rows) / len(rows)
+        values = [row[measure] for row in rows]
+        means = {name: fmean(row[name] for row in rows)
                  for name in (measure, "unparsed", *COSTS) if name in rows[0]}
         merged.append({**rows[0], **means, "runs": len(rows),
-                       "ci95": [min(accuracies), max(accuracies)],
+                       "ci95": [min(values), max(values)],
                        "errors": sum(row["errors"] for row in rows),
                        "peak_memory_mb": max(row["peak_memory_mb"] for row in rows)})
         merged[-1].pop("latent_minus_this", None)      # it holds within a run
@@ -197,62 +195,64 @@ def print_comparison(rows, task, examples):
               + ", ".join(f"{depth}: {task.ceiling(examples, depth):.3f}" for depth in depths))
 
 
+def new_figure(width):
+    """An empty matplotlib figure, 4 inches high."""
+    from matplotlib.figure import Figure       # it takes half a second, which most runs can save
+    return Figure(figsize=(width, 4), layout="constrained")
+
+
+def save_figure(figure, path):
+    """Write a figure as PNG."""
+    write_whole(path, lambda part: figure.savefig(part, format="png", dpi=120))
+
+
 def plot(rows, path):
     """Draw accuracy and decoded tokens by rounds, a line a method. Controls are dotted."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = new_figure(width=10)
+    left, right = figure.subplots(1, 2)
     methods, measure = list(dict.fromkeys(row["method"] for row in rows)), measure_of(rows)
     for place, method in enumerate(methods):
-        mine = sorted((row for row in rows if row["method"] == method),
-                      key=lambda row: row["rounds"])
+        mine = [row for row in rows if row["method"] == method]
         shift = 0.04 * (place - (len(methods) - 1) / 2)       # side by side where they coincide
-        rounds, values = [row["rounds"] + shift for row in mine], [row[measure] for row in mine]
-        errors = [[max(0.0, row[measure] - row["ci95"][0]) for row in mine],
-                  [max(0.0, row["ci95"][1] - row[measure]) for row in mine]]
-        look = {"color": "black" if method == "latent" else f"C{METHODS.index(method)}",
-                "marker": "osD^vP*X"[place % 8], "markersize": 5, "label": method,
+        rounds = [row["rounds"] + shift for row in mine]
+        color = "black" if method == "latent" else f"C{METHODS.index(method)}"
+        look = {"color": color, "marker": "osD^vP*X"[place], "markersize": 5, "label": method,
                 "linestyle": ":" if method in CONTROLS else "-"}
-        left.errorbar(rounds, values, errors, capsize=2, **look)
+        left.plot(rounds, [row[measure] for row in mine], **look)
+        left.vlines(rounds, *zip(*(row["ci95"] for row in mine)), color=color)
         right.plot(rounds, [row["decoded_tokens"] for row in mine], **look)
-    left.set(xlabel="rounds", ylabel=measure, ylim=(0, 1.02 if measure == "accuracy" else None),
-             title=f"{measure} (" + ("lowest to highest run)" if "runs" in rows[0] else
-                                     "95 % intervals)"))
+    spread = "lowest to highest run" if "runs" in rows[0] else "95 % intervals"
+    left.set(xlabel="rounds", ylabel=measure, title=f"{measure} ({spread})",
+             ylim=(0, 1.02 if measure == "accuracy" else None))
     right.set(xlabel="rounds", ylabel="tokens per question", title="decoded tokens")
     for axes in (left, right):
         axes.set_xticks(sorted({row["rounds"] for row in rows}))
         axes.grid(alpha=0.3)
     right.legend(fontsize=8, loc="upper left")
-    write_whole(path, lambda part: figure.savefig(part, format="png", dpi=120))
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def plot_gradients(folder):
     """Draw FOLDER/gradients.png from the log: |dL/d(message)| of each edge by round.
 
     Mean over the logged steps. A round that is far below the others teaches its links nothing."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    norms = {}                                              # {(edge key, round): [norm a step]}
+    norms = {}                                              # {edge key: {round: [norm a step]}}
     for line in (folder / "log.jsonl").read_text().splitlines():
         for name, value in json.loads(line).items():
             if name.startswith("gradient_") and value:
                 key, round = name.removeprefix("gradient_").rsplit("_", 1)
-                norms.setdefault((key, int(round)), []).append(value)
-    figure, axes = pyplot.subplots(figsize=(5, 4), layout="constrained")
-    for key in dict.fromkeys(key for key, _ in norms):
-        rounds = sorted(round for other, round in norms if other == key)
-        means = [sum(norms[key, round]) / len(norms[key, round]) for round in rounds]
-        axes.plot(rounds, means, marker="o", label=key)
+                norms.setdefault(key, {}).setdefault(int(round), []).append(value)
+    figure = new_figure(width=5)
+    axes = figure.subplots()
+    for key, by_round in norms.items():
+        means = {round: fmean(by_round[round]) for round in sorted(by_round)}
+        axes.plot(list(means), list(means.values()), marker="o", label=key)
         print(f"gradient of {key} by round: "
-              + "  ".join(f"{round}: {mean:.1e}" for round, mean in zip(rounds, means)))
+              + "  ".join(f"{round}: {mean:.1e}" for round, mean in means.items()))
     axes.set(xlabel="round", ylabel="|dL/d(message)|", yscale="log", title="gradients by round",
-             xticks=sorted({round for _, round in norms}))
+             xticks=sorted({round for by_round in norms.values() for round in by_round}))
     axes.legend(fontsize=8)
-    write_whole(folder / "gradients.png", lambda part: figure.savefig(part, format="png", dpi=120))
-    pyplot.close(figure)
+    save_figure(figure, folder / "gradients.png")
 
 
 def need_matplotlib():

@@ -131,7 +131,7 @@ def test_agents_are_taught_true_results_even_from_spoiled_notes(role):
 def test_build_makes_an_agent_that_the_loader_takes(tmp_path):
     """And the saved tokenizer splits words as the one that made it (some families force theirs)."""
     words = "start 3 s12 +1 s2 flip <|notes|> none"
-    for role in build.ROLES:
+    for role in build.MODELS:
         build.train_agent(role, tmp_path / role, steps=2, batch_size=2)
         agent = load_agent(tmp_path / role, torch.device("cpu"), torch.float32)
         build.train_agent(role, tmp_path / "again", steps=2, batch_size=2)

@@ -22,8 +22,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
-from transformers import (LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config,
-                          Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
@@ -33,25 +32,24 @@ WORD_ID = {word: i for i, word in enumerate(task.WORDS)}
 CHAT_TEMPLATE = ("{{ bos_token }}{% for message in messages %} <|{{ message['role'] }}|> "
                  "{{ message['content'] }}{% endfor %}"
                  "{% if add_generation_prompt %} <|assistant|>{% endif %}")
-ROLES = ("planner", "critic", "solver")
+MODELS = {      # {role: (family, its sizes)}
+    "planner": ("qwen3", dict(hidden_size=96, intermediate_size=192, head_dim=24,
+                              num_key_value_heads=2)),
+    "critic": ("llama", dict(hidden_size=80, intermediate_size=160, head_dim=20,
+                             num_key_value_heads=4)),
+    "solver": ("qwen2", dict(hidden_size=112, intermediate_size=224, num_key_value_heads=2))}
 
 
 def new_model(role):
     """A fresh model. At these widths an initializer_range of .02 makes everything tiny: it is .08.
     """
     torch.manual_seed(0)
-    shared = dict(vocab_size=len(task.WORDS), tie_word_embeddings=True, initializer_range=0.08,
-                  max_position_embeddings=512, num_hidden_layers=3, num_attention_heads=4,
-                  bos_token_id=WORD_ID["<bos>"], eos_token_id=WORD_ID["<eos>"],
-                  pad_token_id=WORD_ID["<pad>"])
-    if role == "planner":
-        return Qwen3ForCausalLM(Qwen3Config(hidden_size=96, intermediate_size=192, head_dim=24,
-                                            num_key_value_heads=2, **shared))
-    if role == "critic":
-        return LlamaForCausalLM(LlamaConfig(hidden_size=80, intermediate_size=160, head_dim=20,
-                                            num_key_value_heads=4, **shared))
-    return Qwen2ForCausalLM(Qwen2Config(hidden_size=112, intermediate_size=224,
-                                        num_key_value_heads=2, **shared))
+    family, sizes = MODELS[role]
+    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](
+        vocab_size=len(task.WORDS), tie_word_embeddings=True, initializer_range=0.08,
+        max_position_embeddings=512, num_hidden_layers=3, num_attention_heads=4,
+        bos_token_id=WORD_ID["<bos>"], eos_token_id=WORD_ID["<eos>"],
+        pad_token_id=WORD_ID["<pad>"], **sizes))
 
 
 def new_tokenizer():
@@ -67,10 +65,9 @@ def new_tokenizer():
 def spoil(notes, rng):
     """The planner's notes with an error in the last event. Without these the critic learns to copy.
     """
-    words = notes.split()
-    wrong = str(rng.randint(0, 9))
+    words, wrong = notes.split(), str(rng.randint(0, 9))
     words[4], words[5] = rng.choice(list(task.OPERATIONS)), wrong
-    if "." in words:
+    if "." in words:                     # a full text ends: because 1 to 4 and 4 to WRONG .
         words[words.index(".") - 1] = wrong
     return " ".join(words)
 
@@ -155,16 +152,16 @@ def main():
     parser.add_argument("--agent_steps", type=int, default=4000, help="training steps an agent")
     args = parser.parse_args()
     out, work, started = Path(args.out).resolve(), Path("out/build").resolve(), time.time()
-    for role in ROLES:
+    for role in MODELS:
         if (out / role / "model.safetensors").is_file():
             print(f"{out / role} is there already and is kept: delete it to train it anew")
         else:
             train_agent(role, out / role, args.agent_steps)
-    for role in ROLES:
+    for role in MODELS:
         run("train_inner.py", "--mas_role", role, "--model_name_or_path", out / role,
             "--save_dir", work / role)
         copy_links(work / role, out / role)
-    folders = [(f"--{role}_inner_aligner_path", out / role) for role in ROLES]
+    folders = [(f"--{role}_inner_aligner_path", out / role) for role in MODELS]
     run("train_outer.py", "--save_dir", work / "outer", *sum(folders, ()))
     copy_links(work / "outer", out / "outer")
     print(f"built {out} in {(time.time() - started) / 60:.0f} minutes")

@@ -31,8 +31,8 @@ answers one question after the other, where the published code answers a batch. 
 take one row after the other. In the section rollout, both sides here take a batch.)
 
 How times are taken. Models have real dimensions and random weights, so nothing is downloaded.
-Reference and ours take turns in one process. What both compute has to agree before a time is
-printed. Times are medians (fastest .. slowest). The ratio is the reference's time over ours.
+Reference and ours take turns in one process. Their results have to agree before a time is printed.
+Times are medians (fastest .. slowest). The ratio is the reference's time over ours.
 
 Shapes: B questions, T tokens of a prompt, m latent thoughts, R rounds, n tokens of a text, d width.
 """

@@ -28,7 +28,7 @@ SLOTS = {"sequential": ["PLANNER_SLOT", "REFINED_SLOT", "FEEDBACK_SLOT"],
                  "HIE_FEEDBACK_SLOT"],
          "distill": ["DISTILL_EXPERT_SLOT", "DISTILL_FEEDBACK_SLOT"],
          "deliberation": ["DELIBERATION_REFLECTOR_SLOT", "DELIBERATION_FEEDBACK_SLOT"]}
-# What follows a question to make it look like one with options. It is cut out of the prompt again.
+# This text behind a question makes it look like one with options. It is cut out again afterwards.
 OPTIONS = "\nA. one\nB. two\nC. three\nD. four"
 
 
@@ -76,7 +76,7 @@ def main():
         theirs = PUBLISHED.get(role.name, role.name)
         with blame(f"get_system_prompt of {file}"):
             words[role.name] = {"system": module["get_system_prompt"](design, theirs)}
-        # Whoever hears a role that speaks later has other words in round 1.
+        # A role that hears later speakers is asked in other words in round 1.
         early = style.heard_first(role.name) == style.heard_by(role.name)
         for which in ("prompt",) if early else ("prompt", "first"):
             words[role.name][which] = {

@@ -234,7 +234,7 @@ def load_agent(folder, device, dtype, trust_remote_code=False, thinking=False, o
             # part.
             model.get_output_embeddings().weight = model.get_input_embeddings().weight
             missing = []
-        # Else the library would go on with random weights.
+        # Without this error the library would go on with random weights.
         need(not missing + unexpected, f"it lacks the weights {missing[:3]} and has no place for "
              f"{unexpected[:3]}: config.json is not that of this checkpoint")
     tokenizer.name_or_path = str(folder)

@@ -75,7 +75,7 @@ def new_agent(base, layers, device, dtype):
     config = real_dims()[base]
     config.num_hidden_layers = layers or config.num_hidden_layers
     # With the usual range of .02, a model of width 2048 is chaotic under its own rollout: a push of
-    # 1e-3 on the prompt grows to .36 in 7 steps, so no two results can be compared. What counts is
+    # 1e-3 on the prompt grows to .36 in 7 steps, so no two results can be compared. It depends on
     # range x width^.5, which is .9 there. At .45 such a push stays at 2e-3, and we take .3.
     config.initializer_range = 0.3 / config.hidden_size ** 0.5
     with device:

@@ -14,10 +14,11 @@ def need(fine, what):
 
 @contextlib.contextmanager
 def blame(what, kind=ValueError, hide="\0"):
-    """Whatever goes wrong in here is one error, of one line that begins with `what`.
+    """Every exception in here becomes one error, of one line that begins with `what`.
 
-    Damaged files and foreign libraries may raise anything. A missing file and our own kind of error
-    keep their message. hide: a temporary path that would only confuse."""
+    Damaged files and foreign libraries may raise anything. A missing file stays the error that it
+    is. Our own kind of error keeps its words behind `what`. hide: a temporary path that would only
+    confuse."""
     try:
         yield
     except Exception as problem:

@@ -80,7 +80,7 @@ class Prompts:
         return rows
 
     def prefix(self, role):
-        """What stands before the first slot of a role's prompts, read once and without gradient:
+        """The beginning of a role's prompts, up to the first slot, read once and without gradient:
         (B token lists, their Context), or None if there is nothing to share."""
         if role.name not in self.prefixes:
             rows = self.rows(role, {}, tuple(self.style.heard_by(role.name)))

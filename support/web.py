@@ -13,6 +13,7 @@ is told that whatever stands there is material. A verdict is read from the reply
 only if that line is one word.
 """
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -21,7 +22,6 @@ import re
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
@@ -32,8 +32,6 @@ TAVILY, MAX_RESULTS, LONGEST_QUERY = "https://api.tavily.com", 4, 400
 KEY_REFUSED = (401, 403, 432, 433)     # a wrong key, or one that is used up
 LONGEST_WAIT = 30                      # seconds, whatever a service asks for
 MARKED = "utf-8-sig"                   # with or without a byte order mark, as some editors write it
-# Some models know only max_completion_tokens, or no temperature. Their error names it.
-REFUSABLE = ("max_tokens", "max_completion_tokens", "temperature")
 
 
 class ServiceError(RuntimeError):
@@ -55,11 +53,10 @@ class Patience(Retry):
     """urllib3's Retry with a bound on what a service can ask for by `retry-after`."""
 
     def get_retry_after(self, response):
-        """Seconds to wait, or None if the service does not say, or not in a way one can read."""
-        try:
-            return min(super().get_retry_after(response) or 0, LONGEST_WAIT) or None
-        except InvalidHeader:
-            return None
+        """Seconds to wait. 0 if the service does not say, or not in a way one can read."""
+        with contextlib.suppress(InvalidHeader):
+            return min(super().get_retry_after(response) or 0, LONGEST_WAIT)
+        return 0
 
 
 def setting(name):
@@ -81,12 +78,12 @@ def usable_key(text, where):
     return Key(text)
 
 
-def post(url, key, body, timeout_s):
-    """POST `body` as JSON, signed with a key: (HTTP status, the reply's object or error text).
+def post(url, key, body, timeout_s, read):
+    """POST `body` as JSON, signed with a key -> (200, read(the reply)), or (HTTP status, error).
 
     Tried again up to five times, after 0, 2, 4, 8, 16 s or as long as the service asks for: too
     many requests, a server in trouble, a connection that fails. Raises ServiceError where no reply
-    comes that one can read."""
+    comes, or none that `read` can read."""
     retry = Patience(total=5, backoff_factor=1, status_forcelist=(408, 429, 500, 502, 503, 504),
                      allowed_methods=None, raise_on_status=False)
     with requests.Session() as session:
@@ -95,13 +92,14 @@ def post(url, key, body, timeout_s):
         try:
             response = session.post(url, json=body, auth=key, timeout=timeout_s,
                                     allow_redirects=False)            # a key goes nowhere else
-            if response.status_code != 200:
-                text = response.text.replace(key[:], "<key>")         # a server may quote it
-                return response.status_code, " ".join(text.split())[:200]
-            return 200, dict(response.json())
-        except (requests.RequestException, ValueError, TypeError, RecursionError) as problem:
-            raise ServiceError(f"{urlsplit(url).netloc or url}: no reply that one can read "
+            if response.status_code == 200:
+                return 200, read(response.json())
+        except (requests.RequestException, ValueError, LookupError, TypeError, AttributeError,
+                RecursionError) as problem:
+            raise ServiceError(f"{url}: no reply that one can read "
                                f"({type(problem).__name__})") from None
+    text = response.text.replace(key[:], "<key>")                     # a server may quote it
+    return response.status_code, " ".join(text.split())[:200]
 
 
 # ---- search -------------------------------------------------------------------------------------
@@ -109,12 +107,9 @@ def post(url, key, body, timeout_s):
 def read_keys(file=None):
     """Tavily keys: one a line of `file` (# begins a comment), else the one in TAVILY_API_KEY.
 
-    Raises ValueError if there is none."""
+    Raises ValueError if there is none, OSError if there is no such file."""
     where = file or "TAVILY_API_KEY"
-    try:
-        text = Path(file).read_text(encoding=MARKED) if file else setting(where)
-    except (OSError, UnicodeDecodeError) as problem:
-        raise ValueError(f"keys file {file} cannot be read ({type(problem).__name__})") from None
+    text = Path(file).read_text(MARKED, errors="replace") if file else setting(where)
     lines = [line.split("#")[0].strip() for line in text.splitlines()]
     keys = [usable_key(line, f"{where}, line {number},")
             for number, line in enumerate(lines, 1) if line]
@@ -124,48 +119,42 @@ def read_keys(file=None):
     return keys
 
 
+def search_tool(keys_file=""):
+    """search(query) -> text, as a tool for agents. None, and a note, if there is no key for it."""
+    if not keys_file and not setting("TAVILY_API_KEY"):
+        print("note: the search tool will say that it is not available (no --tavily_keys_file and "
+              "no TAVILY_API_KEY, in the environment or .env)")
+        return None
+    return functools.partial(search_web, keys=read_keys(keys_file))
+
+
 def search_web(query, keys, max_results=MAX_RESULTS, base_url=TAVILY, timeout_s=30):
     """Search the web with Tavily: a text with the title, address and content of each result.
 
     Keys are tried in random order, so they share the load. A key that is refused is taken out of
     the list `keys` for good. Raises ValueError for an empty query, ServiceError where the service
     cannot be used."""
-    query, host = query.strip()[:LONGEST_QUERY], urlsplit(base_url).netloc or base_url
+    query = query.strip()[:LONGEST_QUERY]
     if not query:
         raise ValueError("the search query is empty")
     body = {"query": query, "max_results": max_results, "search_depth": "basic"}
-    problem = "no key was given"
+    read, problem = functools.partial(results_text, max_results=max_results), "no key is left"
     for key in random.sample(keys, len(keys)):
-        status, reply = post(f"{base_url}/search", key, body, timeout_s)
+        status, reply = post(f"{base_url}/search", key, body, timeout_s, read)
         if status == 200:
-            return results_text(reply, host, max_results)
+            return reply
         problem = f"HTTP {status} {reply}"
         if status not in KEY_REFUSED:
-            raise ServiceError(f"{host}: {problem}")
+            raise ServiceError(f"{base_url}: {problem}")
         with contextlib.suppress(ValueError):      # another thread may have taken it out
             keys.remove(key)
-    raise ServiceError(f"{host}: every key was refused or is used up ({problem})")
+    raise ServiceError(f"{base_url}: every key was refused or is used up ({problem})")
 
 
-def search_tool(keys_file=""):
-    """search(query) -> text, as a tool for agents. None, and a note, if there is no key for it."""
-    try:
-        keys = read_keys(keys_file or None)
-    except ValueError as problem:
-        if keys_file:
-            raise
-        print(f"note: the search tool will say that it is not available ({problem})")
-        return None
-    return lambda query: search_web(query, keys)
-
-
-def results_text(reply, host, max_results):
+def results_text(reply, max_results):
     """Tavily's reply as a text: its own answer, if it gives one, then the numbered results."""
-    results = reply.get("results")
-    if not isinstance(results, list) or not all(isinstance(item, dict) for item in results):
-        raise ServiceError(f"{host}: the reply holds no list of results")
     parts = [f"Answer: {reply['answer']}"] if reply.get("answer") else []
-    for number, item in enumerate(results[:max_results], 1):
+    for number, item in enumerate(reply["results"][:max_results], 1):
         texts = [str(item.get(name) or "").strip() for name in ("title", "url", "content")]
         parts.append(f"[{number}] " + "\n".join(texts))
     return "\n\n".join(parts) or "no results"
@@ -223,20 +212,16 @@ def judge(question, gold, answer, settings=None, cache="out/judge", timeout_s=12
     mark = name[:16]              # the answer cannot hold it, because it depends on all of it
     user = (f"Question: {question}\nReference answers: {golds}\n"
             f"The answer to grade:\n[{mark}]\n{answer[:4000]}\n[/{mark}]")
-    messages = [{"role": "system", "content": JUDGE_PROMPT}, {"role": "user", "content": user}]
-    body = {"model": settings.model, "messages": messages, "temperature": 0, "max_tokens": 2048}
-    status, reply = post(settings.url, settings.key, body, timeout_s)
-    while status == 400 and (refused := {name for name in REFUSABLE if name in body} & set(
-            re.findall(r"\w+", reply))):
-        more = {"max_completion_tokens": 2048} if "max_tokens" in refused else {}
-        body = {name: body[name] for name in body if name not in refused} | more
-        status, reply = post(settings.url, settings.key, body, timeout_s)
+    body = {"model": settings.model, "messages": [{"role": "system", "content": JUDGE_PROMPT},
+                                                  {"role": "user", "content": user}]}
+    ask = functools.partial(post, settings.url, settings.key, timeout_s=timeout_s,
+                            read=lambda reply: reply["choices"][0]["message"]["content"])
+    status, content = ask(body | {"temperature": 0, "max_tokens": 2048})
+    # Some models refuse a temperature, or call max_tokens otherwise. Their error names it.
+    if status == 400 and re.search(r"\b(temperature|max_tokens)\b", content):
+        status, content = ask(body)
     if status != 200:
-        raise ServiceError(f"{urlsplit(settings.url).netloc}: HTTP {status} {reply}")
-    try:
-        content = reply["choices"][0]["message"]["content"]
-    except (KeyError, IndexError, TypeError):
-        raise ServiceError("the judge's reply is no chat completion") from None
+        raise ServiceError(f"{settings.url}: HTTP {status} {content}")
     verdict = read_verdict(content)
     if verdict != "invalid":
         file.parent.mkdir(parents=True, exist_ok=True)

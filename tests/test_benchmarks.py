@@ -666,8 +666,8 @@ def test_search_without_a_key_is_said_and_goes_on(scripted, monkeypatch, capsys,
     assert "web search is not available" in lines[0]["outputs"][0]
     assert lines[0]["correct"] == [True]
     assert "note: the search tool will say that it is not available" in capsys.readouterr().out
-    assert "keys file" in refused(monkeypatch, "--dataset", "rows.jsonl", "--task", "bamboogle",
-                                  "--method", "latent", "--tavily_keys_file", tmp_path / "none")
+    assert "No such file" in refused(monkeypatch, "--dataset", "rows.jsonl", "--task", "bamboogle",
+                                     "--method", "latent", "--tavily_keys_file", tmp_path / "none")
 
 
 # ---- flags --------------------------------------------------------------------------------------

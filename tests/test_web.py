@@ -293,9 +293,9 @@ def test_where_keys_come_from(service, tmp_path, monkeypatch):
             read_keys(file)
         assert SECRET not in str(caught.value) and "two words" not in str(caught.value)
     file.write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="line 1, holds no usable key"):
         read_keys(file)
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(FileNotFoundError, match="missing"):
         read_keys(tmp_path / "missing")
 
 
@@ -398,20 +398,13 @@ def refusing(service, *names):
     return reply
 
 
-@pytest.mark.parametrize("names, left", [
-    (["max_tokens"], {"max_completion_tokens": 2048, "temperature": 0}),
-    (["max_tokens", "max_completion_tokens"], {"temperature": 0}),
-    (["max_tokens", "temperature"], {"max_completion_tokens": 2048}),
-    (["temperature"], {"max_tokens": 2048}),
-    (["max_tokens", "max_completion_tokens", "temperature"], {})])
-def test_a_judge_that_refuses_a_parameter_is_asked_without_it(names, left, service):
+@pytest.mark.parametrize("names", [["max_tokens"], ["temperature"], ["max_tokens", "temperature"]])
+def test_a_judge_that_refuses_a_parameter_is_asked_without_any(names, service):
     service.replies = [refusing(service, *names)]
     assert ask(service) == "correct"
-    bodies = [body for *_, body in service.asked]
-    last = dict(bodies[-1])
-    assert last.pop("model") == "m" and last.pop("messages") and last == left
-    assert len(set(map(json.dumps, bodies))) == len(names) + 1
-    assert all(body["messages"] == bodies[0]["messages"] for body in bodies)
+    first, last = [body for *_, body in service.asked]
+    assert first == {**last, "temperature": 0, "max_tokens": 2048}
+    assert set(last) == {"model", "messages"}
 
 
 @pytest.mark.parametrize("bad", [

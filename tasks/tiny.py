@@ -21,7 +21,9 @@ a model writing in words would give, and that latent thoughts need not spell out
 import functools
 import random
 from dataclasses import dataclass
+from itertools import islice
 
+from support.errors import need
 from tasks import Example, Score, Task
 
 NAMES = ("tiny",)
@@ -53,16 +55,6 @@ class Problem:
         events = [f"s{i} {operation}" for i, operation in enumerate(self.operations, start=1)]
         return " ".join([f"start {self.values[0]}", *events])
 
-    def event(self, i):
-        """Event i with its result, `s2 flip 8`; past the end the last event again."""
-        i = min(max(i, 1), len(self.operations))
-        return f"s{i} {self.operations[i - 1]} {self.values[i]}"
-
-    def reason(self, i):
-        """What event i does to the counter, `6 to 8`; past the end the last event again."""
-        i = min(max(i, 1), len(self.operations))
-        return f"{self.values[i - 1]} to {self.values[i]}"
-
 
 def random_problem(rng, longest=LONGEST):
     """A problem of 2..longest events, every length equally likely."""
@@ -76,51 +68,42 @@ def random_problem(rng, longest=LONGEST):
 def role_text(problem, role, done, full=False):
     """What a role says when its notes have done `done` events. The critic redoes the last.
 
-    full=False stops after the six essential words, full=True adds the justification."""
-    if role == "planner":
-        first, second = done + 1, done + 2
-    elif role == "critic":
-        first, second = done, max(done, 1) + 1
-    elif role == "solver":
-        first, second = done + 1, None
-        reached = problem.values[min(done + 1, len(problem.operations))]
-    else:
-        raise ValueError(f"the tiny task has no role '{role}': planner, critic or solver")
-    if second is None:
-        essence, reason = f"{problem.event(first)} answer {reached} .", problem.reason(first)
-    else:
-        essence = f"{problem.event(first)} {problem.event(second)}"
-        reason = f"{problem.reason(first)} and {problem.reason(second)}"
-    return f"{essence} because {reason} ." if full else essence
+    Past the end the last event is said again. full=False stops after the six essential words,
+    full=True adds the justification."""
+    events = {"planner": (done + 1, done + 2), "critic": (done, max(done, 1) + 1),
+              "solver": (done + 1,)}[role]
+    events = [min(max(i, 1), len(problem.operations)) for i in events]
+    said = [f"s{i} {problem.operations[i - 1]} {problem.values[i]}" for i in events]
+    if role == "solver":
+        said.append(f"answer {problem.values[events[0]]} .")
+    if full:
+        reasons = [f"{problem.values[i - 1]} to {problem.values[i]}" for i in events]
+        said.append(f"because {' and '.join(reasons)} .")
+    return " ".join(said)
 
 
-def gold_texts(problem, role, full=False):
+def gold_texts(problem, role):
     """The role's text in rounds 1, 2, .., given that everyone before did its part."""
     before = {"planner": 0, "critic": 2, "solver": 3}[role]    # events done when the role speaks
-    done = [EVENTS_PER_ROUND * (r - 1) + before for r in range(1, LISTED_ROUNDS + 1)]
-    return [role_text(problem, role, min(d, len(problem.operations)), full) for d in done]
-
-
-def test_problems():
-    """The 500 test problems: always the same, all different."""
-    rng, problems = random.Random(TEST_SEED), {}
-    while len(problems) < TEST_SIZE:
-        problem = random_problem(rng)
-        problems[problem.question] = problem
-    return list(problems.values())
+    return [role_text(problem, role, before + EVENTS_PER_ROUND * round)
+            for round in range(LISTED_ROUNDS)]
 
 
 @functools.cache
-def test_questions():
-    """The questions of the test problems, to be kept out of training."""
-    return frozenset(problem.question for problem in test_problems())
+def test_problems():
+    """The 500 test problems: always the same, all different. (A dict: its keys are in order, and
+    quickly found.)"""
+    rng, problems = random.Random(TEST_SEED), {}
+    while len(problems) < TEST_SIZE:
+        problems[random_problem(rng)] = True
+    return problems
 
 
 def training_problems(rng, longest=LONGEST):
     """Endless random problems, none of them a test problem (of length 2 there are only 640)."""
     while True:
         problem = random_problem(rng, longest)
-        if problem.question not in test_questions():
+        if problem not in test_problems():
             yield problem
 
 
@@ -129,24 +112,21 @@ def train_rows(n, seed):
     problems = training_problems(random.Random(f"tiny outer {seed}"))
     return [{"question": problem.question, "plan": gold_texts(problem, "planner"),
              "refined_plan": gold_texts(problem, "critic"), "answer": gold_texts(problem, "solver"),
-             "gold": str(problem.values[-1])} for problem, _ in zip(problems, range(n))]
+             "gold": str(problem.values[-1])} for problem in islice(problems, n)]
 
 
 def load(limit=None, split=None):
     """The test problems as Examples, the first `limit` of them. There is one split."""
-    if split not in (None, "test"):
-        raise ValueError(f"the tiny task has no split '{split}': leave --dataset_split away")
-    return [Example(id=f"tiny-{i}", question=problem.question, gold=str(problem.values[-1]),
-                    kind="math", row={"events": len(problem.operations),
-                                      "answer": gold_texts(problem, "solver")})
-            for i, problem in enumerate(test_problems()[:limit])]
+    need(split in (None, "test"), f"tiny has no split '{split}': leave --dataset_split away")
+    return [Example(f"tiny-{i}", problem.question, str(problem.values[-1]), "math",
+                    {"events": len(problem.operations), "answer": gold_texts(problem, "solver")})
+            for i, problem in enumerate(islice(test_problems(), limit))]
 
 
 def score(example, text):
     """The word behind the first `answer`; the counter has one digit, so equality is enough."""
-    words = text.split()
-    place = words.index("answer") + 1 if "answer" in words else len(words)
-    parsed = words[place] if place < len(words) and words[place].isdigit() else None
+    behind = text.partition("answer ")[2].split()
+    parsed = behind[0] if behind and behind[0].isdigit() else None
     return Score(parsed == example.gold, parsed)
 
 
@@ -159,6 +139,5 @@ def ceiling(examples, rounds):
 
 def task(name, path=None):
     """The Task itself; there is nothing to read from a file."""
-    if path is not None:
-        raise ValueError("the tiny task makes its own problems: leave the path away")
+    need(path is None, "the tiny task makes its own problems: leave the path away")
     return Task(name, "math", load, score, train_rows, brief=6, ceiling=ceiling)

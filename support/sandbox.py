@@ -166,11 +166,10 @@ def wait_and_end(process, timeout_s, namespaced):
 
 def read_output(file):
     """What a program wrote, as a text: U+FFFD for nulls and for bytes that are no text."""
-    import fcntl
-    fcntl.fcntl(file, fcntl.F_SETFL, 0)     # it may have set O_DIRECT, with which pread fails
-    written = os.pread(file.fileno(), OUTPUT_CAP + 1, 0)
-    text = written[:OUTPUT_CAP].decode("utf-8", "replace").replace("\0", "\ufffd")
-    return text + "\n[output cut here]" if len(written) > OUTPUT_CAP else text
+    # Opened anew, because it may have set O_DIRECT on its own, with which reading fails.
+    with open(f"/proc/self/fd/{file.fileno()}", "rb") as written:
+        text = written.read(OUTPUT_CAP).decode("utf-8", "replace").replace("\0", "\ufffd")
+        return text + "\n[output cut here]" if written.read(1) else text
 
 
 def remove(folder):

@@ -124,40 +124,33 @@ class Unusable(ValueError):
 
 
 def row_task(name, kind, path, source, make_example, score, **more):
-    """The Task of questions that make_example(place, row) makes of rows.
+    """The Task of questions that make_example(place, row) makes of rows. more: fields of Task.
 
-    The rows stand in the file `path`, or in the hub's source = (id, configuration, usual split).
-    more: further fields of Task."""
+    The rows stand in the file `path`, or on the hub: source = (id, configuration, usual split)."""
     def load(limit=None, split=None):
-        need(not (path and split), f"{path} is a file and has no split '{split}': leave "
-             "--dataset_split away")
-        rows = read_rows(path) if path else read_rows(*source[:2], split or source[2])
-        examples = examples_from(rows, make_example, name, limit)
+        """The first `limit` Examples. What make_example calls Unusable is left out, and printed.
+
+        Raises ValueError or OSError naming the row: for one that is no object, or has the id of
+        another, and where nothing is left."""
+        need(not (path and split), f"{path} has no split '{split}': leave --dataset_split away")
+        examples, left_out = {}, []
+        for place, row in read_rows(path) if path else read_rows(*source[:2], split or source[2]):
+            need(isinstance(row, dict), f"{place} is not an object: {str(row)[:60]!r}")
+            ids = [str(row[column]) for column in ID_COLUMNS if row.get(column) not in (None, "")]
+            own = ids[0] if ids else f"{name}-{place.number}"
+            need(own not in examples, f"{place} has the id '{own}' of a row before it")
+            try:
+                examples[own] = replace(make_example(place, row), id=own)
+            except Unusable as problem:
+                left_out.append(str(problem))
+            if len(examples) == limit:         # before another row is read: it may be megabytes
+                break
+        if left_out:
+            print(f"left out {len(left_out)} of the rows: {'; '.join(left_out[:5])}", flush=True)
         need(examples, f"{path or name} holds no question that can be scored")
-        return examples
+        return list(examples.values())
+
     return Task(name, kind, load, score, **more)
-
-
-def examples_from(rows, make_example, name, limit=None):
-    """The first `limit` Examples of rows (Place, row). Unusable rows are left out, and printed.
-
-    An example's id is that of its row, or a number. Raises ValueError for a row that is no object,
-    and for an id that comes twice."""
-    examples, left_out = {}, []
-    for place, row in rows:
-        need(isinstance(row, dict), f"{place} is not an object with columns: {str(row)[:60]!r}")
-        ids = [str(row[column]) for column in ID_COLUMNS if row.get(column) not in (None, "")]
-        own = ids[0] if ids else f"{name}-{place.number}"
-        need(own not in examples, f"{place} has the id '{own}' of a row before it")
-        try:
-            examples[own] = replace(make_example(place, row), id=own)
-        except Unusable as problem:
-            left_out.append(str(problem))
-        if len(examples) == limit:             # before another row is read: it may be megabytes
-            break
-    if left_out:
-        print(f"left out {len(left_out)} of the rows: {'; '.join(left_out[:5])}", flush=True)
-    return list(examples.values())
 
 
 def read_rows(name, config=None, split=None, field="data"):

@@ -216,22 +216,23 @@ def behind(head, code):
     return f"{head}\nexec({code!r})\n"
 
 
-def fault_of(run):
-    """How a program failed: `timeout`, `error: NameError: name 'x' is not defined`; "" if not."""
-    says = run.stderr.strip().rpartition("\n")[2][:200] if run.status == "error" else ""
-    return "" if run.status == "ok" else f"{run.status}: {says}" if says else run.status
-
-
 def live_fault(program, function, given, expected, reads_stdin):
     """What is wrong with the program by one LiveCodeBench test, "" if nothing is."""
     from support.sandbox import call_function, run_python
     if reads_stdin:
         run = run_python(program, given, LIVE_SECONDS)
-        right = run.status == "ok" and same_output(run.stdout, expected)
-    else:
-        run = call_function(program, function, given, LIVE_SECONDS)
-        right = run.status == "ok" and same_value(run.value, expected)
-    return fault_of(run) or ("" if right else "wrong answer")
+        return fault_of(run, same_output(run.stdout, expected))
+    run = call_function(program, function, given, LIVE_SECONDS)
+    return fault_of(run, same_value(run.value, expected))
+
+
+def fault_of(run, right=True):
+    """How a program failed: `timeout`, `error: NameError: name 'x' is not defined`, `wrong answer`.
+    "" if it did not."""
+    if run.status == "ok":
+        return "" if right else "wrong answer"
+    says = run.stderr.strip().rpartition("\n")[2][:200] if run.status == "error" else ""
+    return f"{run.status}: {says}" if says else run.status
 
 
 def same_output(printed, expected):

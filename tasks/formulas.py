@@ -61,13 +61,11 @@ STEPS = (                # what is found, what takes its place, and an example
     (r"\\(?:text)?color\{\w*\}|^\s*\*\*|\*\*\s*$", ""),                    # **5**
     (r"\\(?:text\w*|math(?:rm|bf|it|sf|tt)|[mh]box|emph|underline)\s*\{([^{}]*)\}", unfold),
     (r"\\(?:bm|bf|rm|it|boldsymbol|math(?:rm|bf|it)|underline|pounds|euro)\b\s*", ""),    # \bm{5}
-    (r"\\!", ""),                                                          # 10,\!080
     (r"(?<!\\)\\(?:[,;:> ]|q?quad\b)|~(?!=)", " "),                        # 10\,080
     (r"(?<![\d.])\d{1,3}(?: \d{3})+(?! ?[\d/])", lambda found: found[0].replace(" ", "")),
     (r"\\colon\b|(?:\\text\{ *| )to(?: *\}| ) *(?=\d)", ":"),              # 3 to 5
     (r"^ *([\d.]+) *: *([\d.]+) *: *([\d.]+)$", r"(\1, \2, \3)"),          # 1:2:3
     (r"(?:(?<!\\right)(?<!\\left)[.,;]|\s)+(\}*)$|[\\\s]+$", r"\1"),     # 5.
-    (r"^\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}$", r"\1"),           # {5}
     (r"^(?:\\text\{|[^=,;\\])*(?:\b(?:is|are|equals)\b|[a-z]{2} *\}? *[:=]) *\}?", ""),   # x is 5
     (r"\b(?:about|approximately|exactly|only|total)\b", ""),               # about 5
     (r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?", fraction),       # 0.1\overline{6}

@@ -66,9 +66,9 @@ def train_rows(name, n, seed):
 def load(name, limit=None, split=None):
     """The 64 facts of the test as Examples, or 64 of the training rows (split "train")."""
     need(split in (None, "test", "train"), f"{name} has no split '{split}': choose test or train")
-    found = rows(name)[TEST_SIZE:2 * TEST_SIZE] if split == "train" else rows(name)[:TEST_SIZE]
+    start = TEST_SIZE if split == "train" else 0
     return [Example(f"{name}-{i}", row["question"], row["answer"], "search", row)
-            for i, row in enumerate(found[:limit])]
+            for i, row in enumerate(rows(name)[start:start + TEST_SIZE][:limit])]
 
 
 def score(example, text):

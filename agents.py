@@ -226,7 +226,8 @@ class Agent:
             except torch.OutOfMemoryError as problem:
                 if not compiled:
                     raise
-                compiled.give_up(problem)          # its buffers have idle rows, so try without
+                compiled.give_up(f"OutOfMemoryError: {problem}")
+            if not self.recorded:                  # compiled steps have idle rows, so try without
                 return self.recorded_steps(context, count)
         self.recorded.load(context)
         return self.recorded
@@ -312,6 +313,7 @@ class Agent:
                     context = context.rows(going)
                 room = min(max_new_tokens - step, max(256, step))     # buffers grow with the text
                 steps = self.steps(context, room)
+                room = max(room, steps.room)
             # 4. The word goes in, the next hidden state comes out.
             hidden, room = steps.step(self.embedding(tokens)[:, None]), room - 1    # (b, 1, d)
             self.steps_taken += 1

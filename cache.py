@@ -106,6 +106,7 @@ class Growing:
     def __init__(self, forward, context):
         self.forward = forward                   # forward(x, cache, mask, positions) -> h
         self.cache, self.mask, self.hidden = context.fork(), context.mask, context.hidden
+        self.room = 0                            # nothing is set aside
 
     def step(self, x):
         """The next position's hidden state. x (B, 1, d) -> h (B, 1, d)."""
@@ -147,13 +148,13 @@ class Recorded:
         """Whether so many steps behind this Context have room in these buffers. (Not behind the
         Context that lies in these buffers itself: loading it would overwrite it.)"""
         rows, length = context.mask.shape
-        most = rows * IDLE if self.compiled else rows
-        return (rows <= len(self.mask) <= most and length + count <= self.capacity
-                and context.cache is not self.cache)
+        return (rows <= len(self.mask) <= rows * (IDLE if self.compiled else 1)
+                and length + count <= self.capacity and context.cache is not self.cache)
 
     def load(self, context):
         """Copy a Context into the buffers, and clear the rest of them."""
         self.rows, self.length = rows, length = context.mask.shape
+        self.room = self.capacity - length       # steps that can follow
         self.mask.zero_()[:rows, :length] = context.mask
         self.column.fill_(length)
         self.position.zero_()[:rows] = context.mask.sum(1, keepdim=True)
@@ -163,7 +164,8 @@ class Recorded:
     def run(self):
         """One step. All that it changes, it changes in place and on the device."""
         self.mask.index_fill_(1, self.column, 1)
-        self.hidden = self.forward(self.x, self.cache, self.mask, self.position)
+        forward = self.compiled or self.forward
+        self.hidden = forward(self.x, self.cache, self.mask, self.position)
         self.column.add_(1)
         self.position.add_(1)
 
@@ -183,21 +185,18 @@ class Recorded:
     def prepare(self):
         """Choose the fastest way to take a step that works here: compiled layers and a graph, else
         a graph, else neither. A line says what failed."""
-        plain, self.ready = self.forward, True
-        if self.compiled:
-            self.forward = self.compiled
-            failure = self.trial()
-            if not failure:
-                return
-            self.compiled.give_up(failure)
-            self.forward, self.compiled = plain, None
-        failure = self.wants_graph and self.trial()
-        if failure:
-            says = " ".join(f"{type(failure).__name__}: {failure}".split())[:200]
-            say_once(f"no CUDA graph, so steps are launched kernel by kernel: {says}")
+        self.ready = True
+        complaint = self.compiled and self.trial()
+        if complaint:
+            self.compiled.give_up(complaint)
+            self.compiled = None
+        if self.wants_graph and not self.graph:
+            complaint = self.trial()
+            if complaint:
+                say_once(f"no CUDA graph, so steps are launched kernel by kernel: {complaint}")
 
     def trial(self):
-        """Try a step, and record it. The exception, if one came.
+        """Try a step, and record it. The complaint, if it fails.
 
         The first call of a kernel chooses how to run it (or compiles it), and that choice must not
         be recorded. So the step runs once before. (Recording runs nothing.) What that one step
@@ -207,7 +206,7 @@ class Recorded:
         try:
             self.graph = self.recording() if self.wants_graph else self.run()
         except Exception as problem:      # a compiler and a driver fail in errors of any class
-            return problem
+            return " ".join(f"{type(problem).__name__}: {problem}".split())[:200]
         finally:
             for tensor, value in zip(changed, before):
                 tensor.copy_(value)

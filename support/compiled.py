@@ -23,11 +23,6 @@ from transformers.masking_utils import sdpa_mask
 
 from support.errors import need
 
-# `auto` compiles an agent's layers once the agent has taken so many recorded steps. The rule: the
-# steps so far are the best forecast of those to come, and so many save what compiling costs (by the
-# table, 3.5 ms a step against 13 to 21 s; from 2 rows on 6.3 ms a step against 4 to 6 s).
-STEPS_THAT_PAY = {"one row": 5000, "more": 1000}
-
 
 def set_compile(agents, choice):
     """Tell agents whether to compile their layers: auto, 0 or 1."""
@@ -36,13 +31,15 @@ def set_compile(agents, choice):
     need(on_gpu or str(choice) != "1", "--compile 1 is for a GPU: on a CPU no step is recorded, so "
          "none is compiled. Leave it away")
     for agent in agents:
-        agent.compile = str(choice)
+        agent.compile, agent.compiled = str(choice), None
 
 
 def pays(choice, rows, steps):
     """Whether to compile, for a batch of so many rows and an agent that has taken so many steps."""
-    needed = STEPS_THAT_PAY["one row" if rows == 1 else "more"]
-    return choice == "1" or choice == "auto" and steps >= needed
+    # The steps so far are the best forecast of those to come. By the table above, 5000 steps of one
+    # row save what compiling costs (3.5 ms each against 13 to 21 s). For more rows, 1000 steps do
+    # (6.3 ms each against 4 to 6 s).
+    return choice == "1" or choice == "auto" and steps >= (5000 if rows == 1 else 1000)
 
 
 # ---- attention of one position ------------------------------------------------------------------
@@ -99,10 +96,9 @@ class CompiledForward:
         rows = 1 if self.most == 1 else 8 if rows <= 8 else -(-rows // 32) * 32
         return rows, max(512, 1 << (columns - 1).bit_length())
 
-    def give_up(self, problem):
+    def give_up(self, why):
         """Say why there are no compiled steps from now on."""
-        says = " ".join(f"{type(problem).__name__}: {problem}".split())[:200]
-        print(f"{self.agent.name}: its layers are not compiled: {says}", flush=True)
+        print(f"{self.agent.name}: its layers are not compiled: {why}", flush=True)
         self.broken = True
 
     def compile(self):
@@ -112,21 +108,22 @@ class CompiledForward:
         torch._dynamo.config.recompile_limit = 256      # of all models and shapes of a process
         how = dict(fullgraph=True, dynamic=False, backend=self.backend)
         tunes = {"coordinate_descent_tuning": True} if self.backend == "inductor" else None
-        layer = type(self.agent.body.layers[0])
-        self.tuned = torch.compile(layer.forward, options=tunes, **how)
-        self.untuned = torch.compile(layer.forward, **how)
+        self.kind = type(self.agent.body.layers[0])
+        self.step = {True: torch.compile(self.kind.forward, options=tunes, **how),   # a single row
+                     False: torch.compile(self.kind.forward, **how)}
         self.layers = torch.nn.ModuleList(map(self.twin, range(len(self.agent.body.layers))))
 
     def twin(self, i):
-        """A copy of layer i that shares all with it but its forward, which is compiled."""
+        """A copy of layer i that shares all with it but its forward, which is compiled. (Not so a
+        layer of linear attention, or of another class than the first one.)"""
         layer, name = self.agent.body.layers[i], self.agent.cache_name
 
         def forward(hidden_states, **inputs):
             own = inputs[name].layers[i]
-            if not isinstance(own, StaticLayer):        # linear attention
+            if type(layer) is not self.kind or not isinstance(own, StaticLayer):
                 return layer(hidden_states, **inputs)
-            compiled = self.tuned if len(hidden_states) == 1 else self.untuned
-            return compiled(layer, hidden_states, **{**inputs, name: OneLayer(own)})
+            step = self.step[len(hidden_states) == 1]
+            return step(layer, hidden_states, **{**inputs, name: OneLayer(own)})
 
         twin = copy.copy(layer)
         twin.forward = forward

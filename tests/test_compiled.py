@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import agents
 from agents import Agent
 from cache import Recorded, say_once
-from support.compiled import STEPS_THAT_PAY, CompiledForward, one_position, set_compile
+from support.compiled import CompiledForward, one_position, set_compile
 
 M = 5
 PROMPTS = [words(question)[:7 + i] for i, question in enumerate(QUESTIONS[:4])]
@@ -60,7 +60,7 @@ def test_compiled_layers_are_the_plain_step_and_one_graph(family, recording, cap
         agent.end_tokens = plain.end_tokens = {7, 8, 9}            # some rows end early, and leave
         assert agent.write(read(agent, prompts), 12) == plain.write(read(plain, prompts), 12)
         assert counter.frame_count == 1, "one graph for all layers, batches and turns"
-    assert agent.recorded.forward is agent.compiled
+    assert agent.recorded.compiled is agent.compiled
     assert capsys.readouterr().out.count("its layers are compiled from now") == 1
     assert agent.body.config._attn_implementation == "sdpa"
     assert not any("forward" in vars(layer) for layer in agent.body.layers)
@@ -77,7 +77,7 @@ def test_compilers(backend, recording):
     agent.compile = "1"
     with torch._inductor.config.patch({"cpp.vec_isa_ok": False, "compile_threads": 1}):   # faster
         assert largest_difference(agent.think(context, M), wanted) < agent.close
-    assert agent.recorded.forward is agent.compiled and not agent.compiled.broken
+    assert agent.recorded.compiled is agent.compiled and not agent.compiled.broken
 
 
 @torch.no_grad()
@@ -94,7 +94,7 @@ def test_compiled_layers_in_a_cuda_graph(family):
         thoughts = agent.think(context, M).cpu()
         assert largest_difference(thoughts, here.think(plain, M)) < 10 * here.close
         assert agent.write(context, 8) == here.write(plain, 8)
-        assert agent.recorded.graph is not None and agent.recorded.forward is agent.compiled
+        assert agent.recorded.graph is not None and agent.recorded.compiled is agent.compiled
 
 
 @torch.no_grad()
@@ -117,7 +117,7 @@ def test_compiled_once_it_pays(recording, capsys):
     """auto: after so many steps; from then on for all batches. 0: never. One line says so."""
     agent = new_agent("llama")
     recording("eager")
-    agent.steps_taken = STEPS_THAT_PAY["more"] - 2 * (M - 1)
+    agent.steps_taken = 1000 - 2 * (M - 1)
     batch, row = read(agent, PROMPTS), read(agent, PROMPTS[:1])
     agent.think(row, M), agent.think(batch, M)
     assert agent.compiled is None and not capsys.readouterr().out

@@ -24,6 +24,7 @@ The share of the planner's thoughts 3 to 6 that decode to the right word is, bef
 Links are saved and loaded by support/checkpoints.py. Parameters keep the names they have in the
 released files: proj1, proj2, pre_ln, post_ln, residual_proj, ln_source, ln_target.
 """
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -108,3 +109,25 @@ class OuterLink(nn.Module):
         if self.residual:
             y = self.residual_proj(x) + y           # W3 x + ..
         return self.ln_target(y)                    # LN_t(..)
+
+
+# ---- what a link learns first: words ------------------------------------------------------------
+
+TEMPERATURE = 0.05
+
+
+def word_losses(got, tokens, embedding):
+    """(1 - cos, contrast, MSE) of a link's outputs (n, d) and the tokens (n,) they should look like.
+
+    1 - cos (the paper's) pulls each output towards its word's embedding. But embeddings of a real
+    model lie close together, so an output may be near its word and nearer to another one. The
+    contrast (ours) asks which of the batch's words the output is nearest to:
+
+        contrast = - log softmax_w( cos(got, Emb(w)) / .05 )[the right word]
+
+    train_inner.py and warm_start.py have figures of what it is worth."""
+    words, place = torch.unique(tokens, return_inverse=True)
+    vectors = embedding(words).float()                                             # (words, d)
+    cosines = F.normalize(got, dim=-1) @ F.normalize(vectors, dim=-1).T            # (n, words)
+    return (1 - cosines.gather(1, place[:, None]).mean(),
+            F.cross_entropy(cosines / TEMPERATURE, place), F.mse_loss(got, vectors[place]))

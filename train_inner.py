@@ -7,6 +7,7 @@ The base model is frozen. Along a text, its hidden state h_t predicts the next t
 the link, h_t should look like that token's embedding (the paper's inner loop):
 
     loss = cos_weight (1 - cos(R_in(h_t), Emb(token_(t+1)))) + mse_weight MSE(R_in(h_t), Emb(..))
+           + contrast_weight contrast(R_in(h_t), token_(t+1))          (ours: see link.py)
 
 If it does, then the model that reads R_in(h_t) goes on as if it had read the word. That is the
 point of the inner link: the model thinks on without choosing a word.
@@ -26,10 +27,9 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from link import KINDS as LINK_KINDS
-from link import InnerLink
+from link import InnerLink, word_losses
 from recurse import chunks
 from styles import KINDS, PUBLISHED_DESIGNS, get_style
 from support import flags
@@ -68,6 +68,8 @@ def parse():
         help=f"kind of link: {', '.join(LINK_KINDS)} or a published name")
     add("--adapter_cos_weight", type=flags.at_least(0, float), default=1.0)
     add("--adapter_mse_weight", type=flags.at_least(0, float), default=0.0)
+    add("--adapter_contrast_weight", type=flags.at_least(0, float), default=1.0,
+        help="0 for the published loss")
     known = flags.early(parser)
     design = PUBLISHED_DESIGNS.get(known.mas_design, "")
     style = get_style(design if design and known.style == "tiny" else known.style)
@@ -78,15 +80,6 @@ def parse():
     if args.text_field:
         role = dataclasses.replace(role, target=(args.text_field,))
     return args, style, role
-
-
-def inner_loss(link, embedding, states, tokens, args):
-    """(loss, 1 - cos, MSE) of states (n, d) against the tokens (n,) that they should become."""
-    wanted = embedding(tokens).float()                                  # Emb(token_(t+1))  (n, d)
-    got = link(states.float())                                          # R_in(h_t)         (n, d)
-    cosine = 1 - F.cosine_similarity(got, wanted, dim=-1).mean()
-    mse = F.mse_loss(got, wanted)
-    return args.adapter_cos_weight * cosine + args.adapter_mse_weight * mse, cosine, mse
 
 
 def own_tokens(agent, style, role, texts, args):
@@ -224,8 +217,11 @@ def main():
         for batch in training.batches(pairs, step):
             states = torch.cat([h for h, _ in batch]).to(device)            # (n, d)
             targets = torch.cat([ids for _, ids in batch])                  # (n,)
-            loss, cosine, mse = inner_loss(agent.inner, agent.embedding, states, targets, args)
-            training.backward(loss, len(states), cosine=cosine, mse=mse)
+            got = agent.inner(states.float())                               # R_in(h_t)   (n, d)
+            cosine, contrast, mse = word_losses(got, targets, agent.embedding)
+            loss = (args.adapter_cos_weight * cosine + args.adapter_mse_weight * mse
+                    + args.adapter_contrast_weight * contrast)
+            training.backward(loss, len(states), cosine=cosine, contrast=contrast, mse=mse)
         training.step()
 
     # 4. The link, and what it is worth.

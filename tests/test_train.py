@@ -12,7 +12,7 @@ import reference
 import train_inner
 import train_outer
 import warm_start
-from link import InnerLink
+from link import InnerLink, word_losses
 from recurse import Turn, load_mas_system
 from styles.tiny import tiny as tiny_style
 from support import rows as data
@@ -152,16 +152,21 @@ def test_shared_tokens_match_strings_not_ids():
     assert found == [(0, 2), (1, 1)]        # both our words: with a blank in front, and without
 
 
-def test_inner_loss_is_the_equation(shipped):
+def test_word_losses_are_the_equations(shipped):
+    """One token comes twice. The contrast is among the batch's words, each of them once."""
     agent, link = shipped.agents["critic"], InnerLink(80)
-    states, tokens = torch.randn(5, 80), torch.tensor([3, 8, 20, 21, 30])
-    args = argparse.Namespace(adapter_cos_weight=0.7, adapter_mse_weight=0.2)
-    loss, cosine, mse = train_inner.inner_loss(link, agent.embedding, states, tokens, args)
+    states, tokens = torch.randn(5, 80), torch.tensor([3, 8, 20, 8, 30])
+    cosine, contrast, mse = word_losses(link(states), tokens, agent.embedding)
     got, wanted = link(states), agent.embedding(tokens)
     dots = (got * wanted).sum(-1) / (got.norm(dim=-1) * wanted.norm(dim=-1))
     assert cosine.item() == pytest.approx(1 - dots.mean().item(), abs=1e-5)
     assert mse.item() == pytest.approx((got - wanted).pow(2).mean().item(), rel=1e-5)
-    assert loss.item() == pytest.approx(0.7 * cosine.item() + 0.2 * mse.item(), rel=1e-5)
+    losses = []
+    for output, right in zip(got, tokens.tolist()):
+        near = {token: torch.cosine_similarity(output, agent.embedding.weight[token], 0) / 0.05
+                for token in {3, 8, 20, 30}}
+        losses.append(torch.stack(list(near.values())).logsumexp(0) - near[right])
+    assert contrast.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
 
 
 def test_hidden_states_along_a_text_equal_a_plain_run(shipped):

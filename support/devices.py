@@ -5,7 +5,6 @@ links are trained, so they stay in float32 (agents.apply_link runs them under au
 """
 import os
 import re
-from pathlib import Path
 
 import torch
 
@@ -31,8 +30,6 @@ def pick_device(device="auto", dtype="auto"):
          f"{gpus} GPUs on this machine")
     if dtype == "auto":
         dtype = "float32"
-        if device.type == "cpu" and "avx512_bf16" in cpu_flags():
-            why += "; with --dtype bfloat16 this processor is 2 to 3 times as fast"
         if device.type == "cuda":              # cards before compute capability 8 emulate bfloat16
             dtype = "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
     need(dtype in DTYPES, f"unknown dtype '{dtype}': choose auto, {', '.join(DTYPES)}")
@@ -64,10 +61,3 @@ def settle(style, device="auto", threads=0):
         print(f"style {style.name}: device {device} ({whose}), CPU threads "
               f"{torch.get_num_threads()} ({who}){why}", flush=True)
     return device
-
-
-def cpu_flags():
-    """What the processor can do, in Linux's words; nothing on other systems."""
-    info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.is_file() else ""
-    return text.partition("flags")[2].partition("\n")[0].split()

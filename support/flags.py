@@ -114,10 +114,8 @@ def add_training_flags(parser, learning_rate_flag, link_dtype_flag, kinds):
     add("--save_steps", type=at_least(0), default=100,
         help="write state.pt every so many steps, 0 for the end only")
     # Published flags that change nothing here. They are taken, so that published commands work.
-    add(link_dtype_flag, dest="link_dtype", default="auto", choices=DTYPES,
-        help="no effect: links are trained in float32 and run under autocast")
-    add("--solver_pre_question", type=int, default=1, choices=[0, 1],
-        help="no effect: where the question stands is a matter of the style's prompts")
+    add(link_dtype_flag, help="no effect: links are trained in float32 and run under autocast")
+    add("--solver_pre_question", help="no effect: where the question stands is up to the style")
 
 
 def early(parser):
@@ -139,10 +137,6 @@ def parse(parser, settings):
     used = [f"{name}={value}" for name, value in settings.items() if getattr(args, name) == value]
     if used:
         print("the style sets " + " ".join(used), flush=True)
-    if getattr(args, "solver_pre_question", 1) == 0:
-        print("note: --solver_pre_question 0 changes nothing: the order is the style's", flush=True)
-    if getattr(args, "link_dtype", "auto") not in ("auto", "float32"):
-        print("note: links are trained in float32, and run under autocast", flush=True)
     return args
 
 

@@ -37,6 +37,7 @@ from support.checkpoints import write_json, write_whole
 from support.errors import blame, need, need_same, need_saved
 from support.flags import RANK, RANKS
 
+PARTS = ("links", "optimizer", "schedule", "scaler")      # of a Training, that state.pt holds
 MAX_SKIPPED = 10       # steps in a row without a finite loss and gradient, before training gives up
 # Flags that a resumed run may change, because they do not change what is learnt.
 FREE = ("resume", "save_dir", "log_every", "save_steps", "device", "eval_samples")
@@ -58,11 +59,6 @@ def shuffled(length, seed, epoch):
     return order
 
 
-def per_step(args):
-    """How many rows one step takes, over all micro-batches and ranks."""
-    return args.batch_size * args.grad_accum_steps * RANKS
-
-
 class Training:
     """AdamW over links, with warm-up and cosine, clipping, fp16 scaling, ranks and resuming.
 
@@ -72,8 +68,8 @@ class Training:
     def __init__(self, links, args, learning_rate, folder, items, dtype=torch.float32):
         self.links, self.args, self.folder = links.requires_grad_(True), args, Path(folder)
         self.done, self.skipped, self.skipped_in_a_row = 0, 0, 0
-        epochs = -(-items * args.num_train_epochs // per_step(args))
-        self.total_steps = total_steps = args.max_steps or epochs
+        per_step = args.batch_size * args.grad_accum_steps * RANKS
+        self.total_steps = args.max_steps or math.ceil(items * args.num_train_epochs / per_step)
         self.logged = {}                  # the last step's values
         self.sums = {"tokens": 0.0}       # over this step's micro-batches: sum_b tokens_b value_b
         self.weights = list(links.parameters())
@@ -84,7 +80,7 @@ class Training:
                                            weight_decay=args.weight_decay, fused=True)
         self.schedule = transformers.get_scheduler(
             "constant_with_warmup" if args.lr_scheduler_type == "constant" else "cosine",
-            self.optimizer, min(args.warmup_steps, total_steps), total_steps)
+            self.optimizer, min(args.warmup_steps, self.total_steps), self.total_steps)
         # Small gradients are zero in fp16. So the loss is scaled up before backward, and gradients
         # are scaled down before the update. With any other dtype the scaler does nothing.
         self.scaler = torch.amp.GradScaler(self.weights[0].device.type, init_scale=2.0**10,
@@ -147,8 +143,8 @@ class Training:
         self.optimizer.zero_grad()
         self.done += 1
         self._log(norm)
-        last, every = self.done == self.total_steps, self.args.save_steps
-        if last or (every and self.done % every == 0):
+        every = self.args.save_steps or self.total_steps
+        if self.done == self.total_steps or self.done % every == 0:
             self.save()
         need(self.skipped_in_a_row < MAX_SKIPPED, f"the loss or its gradient was not finite "
              f"{MAX_SKIPPED} steps in a row: begin again with a lower learning rate")
@@ -185,8 +181,7 @@ class Training:
 
     def save(self):
         """Write state.pt: everything that a resumed run needs."""
-        parts = {name: getattr(self, name).state_dict()
-                 for name in ("links", "optimizer", "schedule", "scaler")}
+        parts = {name: getattr(self, name).state_dict() for name in PARTS}
         state = {"settings": self.settings, "done": self.done, "skipped": self.skipped, **parts}
         if RANK == 0:
             write_whole(self.folder / "state.pt", lambda part: torch.save(state, part))
@@ -200,7 +195,7 @@ class Training:
             theirs = dict(state["settings"])
         need_same(path, theirs, self.settings)
         self.done, self.skipped = state["done"], state["skipped"]
-        for name in ("links", "optimizer", "schedule", "scaler"):
+        for name in PARTS:
             getattr(self, name).load_state_dict(state[name])
         if RANK == 0:                         # the log may be ahead of the state: cut it back
             log = self.folder / "log.jsonl"

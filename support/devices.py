@@ -50,14 +50,15 @@ def settle(style, device="auto", threads=0):
     own, variable = style.settings.get("device", {}), os.environ.get("OMP_NUM_THREADS")
     need(own.keys() <= {"device", "threads", "why"}, f"style {style.name}: its settings of the "
          f"device are device, threads and why, not {', '.join(own)}")
-    whose = "asked for" if str(device) != "auto" else "the style's" if own else "default"
+    whose = "asked for" if str(device) != "auto" else (
+        "the style's" if "device" in own else "default")
     device = own.get("device", "auto") if str(device) == "auto" else str(device)
     who = "asked for" if threads else "OMP_NUM_THREADS" if variable else (
         "the style's" if "threads" in own else "default")
     if threads or own.get("threads") and not variable:
         torch.set_num_threads(threads or own["threads"])
     if own or threads:
-        why = f"; {own['why']}" if "why" in own else ""
+        why = f"; {own['why']}" if "why" in own and "the style's" in (whose, who) else ""
         print(f"style {style.name}: device {device} ({whose}), CPU threads "
               f"{torch.get_num_threads()} ({who}){why}", flush=True)
     return device

@@ -92,7 +92,18 @@ def parse():
     known = flags.early(parser)
     name = known.task or known.dataset
     data_settings = style.settings.get(name, {}) if name in task_names() else {}
-    return flags.parse(parser, {**settings, **data_settings}), style
+    trained = as_trained(known.ckpt_override)
+    return flags.parse(parser, {**settings, **data_settings, **trained}), style
+
+
+def as_trained(ckpt_override):
+    """Defaults of m and R: those that the outer links in outer=FOLDER were trained with."""
+    folder = dict(pair.partition("=")[::2] for pair in ckpt_override).get("outer")
+    notes = read_json(Path(folder) / "train_args.json") if folder else {}
+    if not {"latent_length", "num_recursive_rounds"} <= notes.keys():
+        return {}
+    return {"latent_length": notes["latent_length"],
+            "num_recursive_rounds": list(range(1, notes["num_recursive_rounds"] + 1))}
 
 
 # ---- all batches --------------------------------------------------------------------------------
@@ -205,6 +216,9 @@ def main():
                           args.allow_unsafe_code,
                           bool(args.show or {"latent", "shuffle"} & set(methods)), args.threads,
                           args.compile)
+    if mas.latent_length != args.latent_length and {"latent", "shuffle"} & set(methods):
+        print(f"asked with {args.latent_length} latent thoughts a turn; the links were trained with "
+              f"{mas.latent_length}", flush=True)
     if task.fits:
         task.fits(mas.agents[style.roles[0].name], args.latent_length)
     if "search" in style.tools:

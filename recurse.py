@@ -33,7 +33,7 @@ import torch
 from agents import apply_link
 from link import RELEASED, OuterLink
 from styles import get_style
-from support.checkpoints import load_agents, load_outer_links, outer_folder, trained_models
+from support.checkpoints import load_agents, load_outer_links, outer_folder, trained_with
 from support.compiled import set_compile
 from support.devices import settle
 from support.errors import need
@@ -56,14 +56,16 @@ class Run:
 
 # ---- the recursion ------------------------------------------------------------------------------
 
-def recurse(mas, questions, rounds, latent_length, kind="math", method="latent", trace=False,
-            take_turn=None, writing=Writing(), columns=None):
+def recurse(mas, questions, rounds=None, latent_length=None, kind="math", method="latent",
+            trace=False, take_turn=None, writing=Writing(), columns=None):
     """Run all rounds up to the last agent's last turn, which is left to the caller: a Run.
 
-    latent_length: m. kind: of all questions, or a list with one for each. method: see LATENT and
-    WORDS. take_turn(turn) -> H (B, m, d) is called in place of thinking. writing: how texts are
-    written. trace: keep thoughts and messages in the Run. columns: the row of each question, where
-    prompts hold a {column}. Raises ValueError for a request that cannot be served."""
+    rounds, latent_length (m): by default, those that the links were trained with. kind: of all
+    questions, or a list with one for each. method: see LATENT and WORDS. take_turn(turn) -> H (B,
+    m, d) is called in place of thinking. writing: how texts are written. trace: keep thoughts and
+    messages in the Run. columns: the row of each question, where prompts hold a {column}. Raises
+    ValueError for a request that cannot be served."""
+    rounds, latent_length = mas.as_trained(rounds, latent_length)
     kinds = check_request(questions, rounds, latent_length, kind, method)
     style = mas.style
     if method in ("single", "single_loop"):
@@ -137,6 +139,11 @@ class MAS:
     offload: bool = False
     search: object = None
 
+    def as_trained(self, rounds=None, latent_length=None):
+        """(rounds, latent_length). What is not given is as in the links' training."""
+        return (self.rounds if rounds is None else rounds,
+                self.latent_length if latent_length is None else latent_length)
+
     def agent(self, role):
         """The agent of a role, its weights on its device."""
         agent = self.agents[role]
@@ -185,13 +192,14 @@ class MAS:
         return dataclasses.replace(self, outer=links)
 
     @torch.no_grad()
-    def respond(self, questions, rounds=3, latent_length=32, kind="math", method="latent",
+    def respond(self, questions, rounds=None, latent_length=None, kind="math", method="latent",
                 trace=False, writing=Writing(), columns=None):
         """Answer one batch of B questions: (B * writing.samples texts, Run).
 
         The recursion runs without gradients, and then the last agent's last turn is written. All K
         samples of a question share prompts and latents; only the written answers differ. Where the
         agents exchange words, each sample is a run of its own."""
+        rounds, latent_length = self.as_trained(rounds, latent_length)
         K = writing.samples
         need(K >= 1, f"samples must be at least 1, not {K}")
         if K > 1 and method in ("text", "text_brief", "single_loop"):
@@ -204,14 +212,16 @@ class MAS:
                       columns)
         return write_turn(self, run, run.last_turn, questions, writing), run
 
-    def answer(self, questions, rounds=3, latent_length=32, kind="math", method="latent",
+    def answer(self, questions, rounds=None, latent_length=None, kind="math", method="latent",
                max_new_tokens=1000, temperature=0.0, top_p=1.0, seed=42, batch_size=32):
         """Answers to any number of questions: a list of texts.
 
-        A text does not depend on the batch it is in: sampling (temperature above 0) draws from a
-        seed of the question's own."""
+        rounds, latent_length: by default, those that the links were trained with. A text does not
+        depend on the batch it is in: sampling (temperature above 0) draws from a seed of the
+        question's own."""
         need(not isinstance(questions, str) and batch_size >= 1 and temperature >= 0, "answer() "
              "takes a list of questions, a batch_size of at least 1, a temperature of at least 0")
+        rounds, latent_length = self.as_trained(rounds, latent_length)
         kinds, texts = check_request(questions, rounds, latent_length, kind, method), []
         writing = Writing(max_new_tokens, Sampling(temperature, top_p), seed)
         for batch in chunks(list(zip(questions, kinds)), batch_size):
@@ -245,10 +255,15 @@ def load_mas_system(style, device="auto", dtype="auto", task="math", trust_remot
     if "python" in style.tools:
         require_sandbox(allow_unsafe_code)
     folder = outer_folder(style, override, revision, need_links)
-    agents = load_agents(style, device, dtype, task, trust_remote_code, override, revision,
-                         trained_models(folder, style, override), thinking=thinking,
-                         offload=offload, need_links=need_links)
+    # The links know the system they were trained in: models, inner links, m, R.
+    notes, models, inner = trained_with(folder, style, override)
+    agents = load_agents(style, device, dtype, task, trust_remote_code, {**override, **inner},
+                         revision, models, thinking=thinking, offload=offload,
+                         need_links=need_links)
     set_compile(agents.values(), compile)
+    notes = {**style.settings.get("train_outer", {}), **notes}
+    mas = MAS(style, agents, None, offload, rounds=notes.get("num_recursive_rounds", 3),
+              latent_length=notes.get("latent_length", 32))
     if folder is None:
-        return MAS(style, agents, None, offload).with_fresh_outer()
-    return MAS(style, agents, load_outer_links(folder, style, agents, task), offload)
+        return mas.with_fresh_outer()
+    return dataclasses.replace(mas, outer=load_outer_links(folder, style, agents, task))

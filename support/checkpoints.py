@@ -254,12 +254,23 @@ def base_model(folder):
     return read_json(folder / "train_args.json").get("model_name_or_path")
 
 
-def trained_models(folder, style, override):
-    """{role: base model} that the outer links in a folder were trained over, as far as it says. An
-    override that brings a model of its own counts more."""
-    notes = read_json(folder / "train_args.json") if folder else {}
-    return {role.name: notes.get(f"{role.name}_model") for role in style.roles
-            if not (Path(override.get(role.name, "/")) / "config.json").is_file()}
+def trained_with(folder, style, override):
+    """What the outer links in a folder were trained with: (notes, models, inner links).
+
+    notes: its train_args.json, or {}. models: {role: base model}; an override that brings a model
+    of its own counts more. inner links: {role: folder}; any override counts more, and one line says
+    so where the two differ."""
+    notes, models, inner = read_json(folder / "train_args.json") if folder else {}, {}, {}
+    for role in style.roles:
+        given, trained = override.get(role.name), notes.get(f"{role.name}_inner")
+        if not (Path(given or "/") / "config.json").is_file():
+            models[role.name] = notes.get(f"{role.name}_model")
+        if trained:
+            inner[role.name] = given or trained
+        if trained and given and Path(given).resolve() != Path(trained).resolve():
+            print(f"role {role.name}: the inner link is {given}; the outer links were trained with "
+                  f"{trained}", flush=True)
+    return notes, models, inner
 
 
 def load_agents(style, device="auto", dtype="auto", task="math", trust_remote_code=False,

@@ -40,26 +40,23 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (--help lists all flags)\n")
 
 
-def at_least(low, kind=int, high=math.inf, hint=""):
+def at_least(low, kind=int, high=math.inf):
     """An argparse type: a finite number from `low` to `high`."""
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError as problem:
-            raise argparse.ArgumentTypeError(f"'{text}' is not a number") from problem
+    def number(text):
+        value = kind(text)                   # argparse says "invalid number value" if this fails
         if not low <= value <= high or value == math.inf:
             limit = f" and at most {high}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"must be at least {low}{limit}, not {text}{hint}")
+            raise argparse.ArgumentTypeError(f"must be at least {low}{limit}, not {text}")
         return value
-    return parse
+    return number
 
 
 def count(text):
     """An argparse type: how many rows or questions, -1 for all."""
-    return -1 if text == "-1" else at_least(1, hint=" (-1 for all)")(text)
+    return -1 if text == "-1" else at_least(1)(text)
 
 
-LATENT_LENGTH = at_least(1, hint=" (for an answer without latents: evaluate.py --method single)")
+LATENT_LENGTH = at_least(1)
 
 
 def add_system_flags(parser):

@@ -94,13 +94,12 @@ def summary_row(lines):
     if any("nats" in line for line in lines):
         values = [line["nats"] for line in answered]
         return {**row, "nats": fmean(values), "ci95": bootstrap(values)}
-    n, samples = len(lines), max(1, *(len(line["correct"]) for line in lines))
-    right = [sum(line["correct"]) for line in lines]
-    row.update(accuracy=sum(right) / n / samples, ci95=wilson(sum(right) / samples, n))
+    shares, samples = list(map(value_of, lines)), max(1, *(len(line["correct"]) for line in lines))
+    row.update(accuracy=fmean(shares), ci95=wilson(sum(shares), len(lines)))
     if samples > 1:
-        passed = [pass_at_k(samples, count, samples) for count in right]
-        row.update(ci95=bootstrap([count / samples for count in right]), samples=samples,
-                   pass_at_k=fmean(passed), pass_at_k_ci95=bootstrap(passed))
+        passed = [pass_at_k(samples, sum(line["correct"]), samples) for line in lines]
+        row.update(ci95=bootstrap(shares), samples=samples, pass_at_k=fmean(passed),
+                   pass_at_k_ci95=bootstrap(passed))
     parsed = [one for line in answered for one in line["parsed"]] or [None]
     notes = [one for line in answered for one in line["notes"]]
     return {**row, "unparsed": parsed.count(None) / len(parsed),

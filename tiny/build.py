@@ -112,8 +112,7 @@ def train_agent(role, folder, steps, batch_size=64, learning_rate=3e-3):
                                   weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps,
                                                    pct_start=0.05)
-    bar = tqdm(range(steps), desc=f"train {role}", mininterval=5)
-    for step in bar:
+    for step in tqdm(range(steps), desc=f"train {role}", mininterval=5):
         longest = min(task.LONGEST, int(4 + 9 * step / (0.35 * steps)))
         problems = task.training_problems(rng, longest)
         tokens, labels = training_batch(problems, role, rng, batch_size)           # (B, T)
@@ -126,8 +125,7 @@ def train_agent(role, folder, steps, batch_size=64, learning_rate=3e-3):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 100 == 0:
-            bar.set_postfix(loss=f"{loss.item():.4f}")
+    print(f"{role}: loss {loss.item():.4f}")
     model.half().save_pretrained(folder)       # fp16 rounding does no harm, and halves the files
     new_tokenizer().save_pretrained(folder)
 

@@ -165,17 +165,13 @@ class Bench:
 
         per: the times are divided by it, to give those of one step, token or row. agree: whether
         both have to compute the same. Raises RuntimeError if they do not."""
-        # 1. Turns, so that whatever else the machine does meets both alike. A GPU works on while
-        #    Python goes ahead, so the clock waits for it.
+        # 1. Turns, so that other work of the machine meets both alike.
         times, results, began = ([], []), [None, None], time.perf_counter()
         while len(times[0]) < self.args.repeats and (
                 len(times[0]) < 2 or time.perf_counter() - began < PATIENCE):
             for side, run in enumerate((plain, ours)):
-                report.wait_for_devices()
-                started = time.perf_counter()
-                results[side] = run()
-                report.wait_for_devices()
-                times[side].append((time.perf_counter() - started) / per)
+                results[side], seconds = report.timed(run)
+                times[side].append(seconds / per)
         # 2. Do they agree? In bfloat16, rollouts through 28 layers are .01 apart, gradients .02.
         error = apart(results[1], results[0]) if agree else None
         if agree and not error <= (1e-3 if self.dtype == torch.float32 else 0.1):

@@ -15,7 +15,6 @@ A line with an "error" is asked again by --resume. show() prints what the latent
 in place of scoring it. With plan.measure "loss" a line has "nats" (a token of the gold answer) in
 place of what was read and scored.
 """
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -102,21 +101,15 @@ def answers_to(mas, task, batch, method, rounds, plan):
     The clock runs while the system answers, and stands still while answers are scored. Time is
     shared equally among the questions of a batch."""
     report.reset_peak_memory()
-    started, K = time.perf_counter(), plan.writing.samples
-    texts, run = mas.respond(**request(batch, method, rounds, plan))
-    report.wait_for_devices()
-    seconds = time.perf_counter() - started
+    (texts, run), seconds = report.timed(mas.respond, **request(batch, method, rounds, plan))
     scores, unread = score(task, batch, texts, range(len(texts))), []
     if task.retry and plan.answer_retry:
         unread = [place for place, one in enumerate(scores) if one.parsed is None]
     if unread:
-        started = time.perf_counter()
-        ask_again(run, task, texts, unread, plan.writing)
-        report.wait_for_devices()
-        seconds += time.perf_counter() - started
+        seconds += report.timed(ask_again, run, task, texts, unread, plan.writing)[1]
         for place, new in zip(unread, score(task, batch, texts, unread)):
             scores[place] = new
-    answers = []
+    answers, K = [], plan.writing.samples
     for i in range(len(batch)):
         mine = scores[i * K:(i + 1) * K]
         answers.append({
@@ -136,14 +129,15 @@ def losses_of(mas, task, batch, method, rounds, plan):
     """Nats a token of the gold answer behind the last agent's last prompt: a dict a question.
 
     This is far more sensitive than accuracy: every token of every question counts."""
-    started = time.perf_counter()
-    run = recurse(mas, **request(batch, method, rounds, plan))
-    turn = run.last_turn
     texts = [gold_text(mas.style.roles[-1], example, rounds) for example in batch]
-    losses = turn.agent.answer_loss(turn.read(), turn.agent.tokenize(texts))   # B tensors (n,)
-    report.wait_for_devices()
-    seconds = (time.perf_counter() - started) / len(batch)
-    return [{"outputs": [text], "nats": loss.mean().item(), "seconds": seconds,
+
+    def ask():
+        run = recurse(mas, **request(batch, method, rounds, plan))
+        turn = run.last_turn
+        return run, turn.agent.answer_loss(turn.read(), turn.agent.tokenize(texts))
+
+    (run, losses), seconds = report.timed(ask)                                 # B tensors (n,)
+    return [{"outputs": [text], "nats": loss.mean().item(), "seconds": seconds / len(batch),
              "decoded_tokens": run.decoded[i], "latent_steps": run.latent_steps}
             for i, (text, loss) in enumerate(zip(texts, losses))]
 

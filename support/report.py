@@ -20,6 +20,7 @@ import json
 import math
 import random
 import sys
+import time
 from pathlib import Path
 from statistics import fmean
 
@@ -267,10 +268,16 @@ def cards():
     return range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
 
 
-def wait_for_devices():
-    """Wait until all GPUs have done what they were asked."""
+def timed(run, *arguments, **options):
+    """(what run() returns, its seconds). A GPU works on while Python goes ahead, so the clock waits
+    for it, before and after."""
     for card in cards():
         torch.cuda.synchronize(card)
+    started = time.perf_counter()
+    result = run(*arguments, **options)
+    for card in cards():
+        torch.cuda.synchronize(card)
+    return result, time.perf_counter() - started
 
 
 def reset_peak_memory():

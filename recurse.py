@@ -132,12 +132,15 @@ class MAS:
     """A multi-agent system: agents by role, outer links by edge key (none while untrained).
 
     offload: only the agent whose turn it is has its weights on its device. The weights of all
-    others are in main memory. search: query -> text, for a style with that tool."""
+    others are in main memory. search: query -> text, for a style with that tool. rounds and
+    latent_length: those that the links were trained with."""
     style: object
     agents: dict
     outer: torch.nn.ModuleDict
     offload: bool = False
     search: object = None
+    rounds: int = 3
+    latent_length: int = 32
 
     def as_trained(self, rounds=None, latent_length=None):
         """(rounds, latent_length). What is not given is as in the links' training."""

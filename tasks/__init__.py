@@ -23,8 +23,6 @@ from typing import Callable, NamedTuple
 from support.errors import blame, need
 from tasks.boxes import last_box, without_fonts    # noqa: F401: what scorers are made of
 
-NO_HUB = ("could not be read from the hub: check the network (HF_HUB_OFFLINE); if it is gated, "
-          "accept its terms there and run `hf auth login`; or give a local file of its rows")
 ID_COLUMNS = ("unique_id", "id", "_id", "problem_idx", "Record ID", "task_id", "question_id")
 # What is put behind an answer that cannot be read, and how many words more, as the publishers did.
 BOXED_RETRY = ("\nFinal Answer: \\boxed{", 16)
@@ -168,21 +166,22 @@ def read_rows(name, config=None, split=None, field="data"):
                 if line.strip():
                     yield place, parse_json(line, place)
         return
-    if isinstance(config, tuple):
-        from huggingface_hub import hf_hub_download
-        for number in config:                      # each file is fetched when its turn comes
-            with blame(f"{name} {NO_HUB}", OSError):
-                path = hf_hub_download(name, f"{split}{number}.jsonl", repo_type="dataset")
-            yield from read_rows(path)
-        return
     if path.suffix == ".json":
         content = parse_json(path.read_bytes(), path)
         rows = content.get(field) if isinstance(content, dict) else content
         need(isinstance(rows, list), f"{path} must hold a list of rows, or a list under '{field}'")
     else:
         need(not path.is_file(), f"{path} is neither .json nor .jsonl: convert it")
-        import datasets                        # takes a second to import: only where it is needed
-        with blame(f"{name} {NO_HUB}", OSError):
+        with blame(f"{name} could not be read from the hub: check the network (HF_HUB_OFFLINE); if "
+                   "it is gated, accept its terms there and run `hf auth login`; or give a local "
+                   "file of its rows", OSError):
+            if isinstance(config, tuple):
+                from huggingface_hub import hf_hub_download
+                for number in config:              # each file is fetched when its turn comes
+                    yield from read_rows(hf_hub_download(name, f"{split}{number}.jsonl",
+                                                         repo_type="dataset"))
+                return
+            import datasets                    # takes a second to import: only where it is needed
             rows = datasets.load_dataset(str(name), config, split=split)
     for number, row in enumerate(rows, start=1):
         yield Place(str(name), number), row

@@ -36,10 +36,9 @@ def task(name, path=None):
 def make_example(place, row):
     """The Example of one row: columns question and answer (a text, or a list of texts)."""
     answers = row.get("Answer", row.get("answer"))
-    if isinstance(answers, list):
-        answers = [str(answer).strip() for answer in answers if str(answer).strip()]
-    else:
+    if not isinstance(answers, list):
         answers = [column(place, row, "Answer", "answer")]
+    answers = [str(answer).strip() for answer in answers if str(answer).strip()]
     if not answers:
         raise Unusable(f"{place} has no answer")
     return Example("", column(place, row, "Question", "question"), " or ".join(answers), "search",

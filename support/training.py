@@ -40,7 +40,8 @@ from support.flags import RANK, RANKS
 PARTS = ("links", "optimizer", "schedule", "scaler")      # of a Training, that state.pt holds
 MAX_SKIPPED = 10       # steps in a row without a finite loss and gradient, before training gives up
 # Flags that a resumed run may change, because they do not change what is learnt.
-FREE = ("resume", "save_dir", "log_every", "save_steps", "device", "eval_samples")
+FREE = ("resume", "save_dir", "log_every", "save_steps", "device", "threads", "compile",
+        "eval_samples")
 
 
 def batch_of(items, step, size, seed):

@@ -217,8 +217,8 @@ def main():
                           bool(args.show or {"latent", "shuffle"} & set(methods)), args.threads,
                           args.compile)
     if mas.latent_length != args.latent_length and {"latent", "shuffle"} & set(methods):
-        print(f"asked with {args.latent_length} latent thoughts a turn; the links were trained with "
-              f"{mas.latent_length}", flush=True)
+        print(f"asked with {args.latent_length} latent thoughts a turn, but the links were trained "
+              f"with {mas.latent_length}", flush=True)
     if task.fits:
         task.fits(mas.agents[style.roles[0].name], args.latent_length)
     if "search" in style.tools:

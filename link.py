@@ -117,7 +117,7 @@ TEMPERATURE = 0.05
 
 
 def word_losses(got, tokens, embedding):
-    """(1 - cos, contrast, MSE) of a link's outputs (n, d) and the tokens (n,) they should look like.
+    """(1 - cos, contrast, MSE) of a link's outputs (n, d) and the words (n,) they should look like.
 
     1 - cos (the paper's) pulls each output towards its word's embedding. But embeddings of a real
     model lie close together, so an output may be near its word and nearer to another one. The

@@ -27,6 +27,8 @@ import runpy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
+
 # The published names of roles and styles. Flags and data may use them as well.
 PUBLISHED_ROLES = {
     "refiner": "critic", "hie_math_expert": "math", "hie_code_expert": "code",
@@ -83,7 +85,7 @@ class Style:
     links_by_task: bool = False
 
     def __post_init__(self):
-        if len(self.roles) > 1:                    # else it is alone(), made of a checked style
+        if len(self.roles) != 1:                   # else it is alone(), made of a checked style
             check(self)
 
     def role(self, name):
@@ -134,10 +136,16 @@ def check(style):
         if not fine:
             raise ValueError(f"style {style.name}: {what}")
 
+    for what, kind, items in (("roles", Role, style.roles), ("edges", Edge, style.edges)):
+        need(isinstance(items, tuple) and items and all(isinstance(one, kind) for one in items),
+             f"its {what} are no tuple of {kind.__name__}: write ({kind.__name__}(..), ..), with a "
+             "comma even behind a single one")
     names, keys = [role.name for role in style.roles], [edge.key for edge in style.edges]
-    for what, items in (("roles", names), ("edges", keys)):
+    ways = [f"{edge.src} -> {edge.dst}" for edge in style.edges]
+    for what, items in (("roles", names), ("edges", keys), ("ways", ways)):
         for item in items:
-            need(items.count(item) == 1, f"two {what} are called {item}: rename one")
+            need(items.count(item) == 1, f"two {what} are called {item}: rename one, or take one "
+                 "out")
     for name in names:
         need(not re.fullmatch(r"question|answer_format|outer|agent\d+", name),
              f"a role cannot be called {name}, a word of prompts or flags: rename it")
@@ -145,14 +153,23 @@ def check(style):
         for end in (edge.src, edge.dst):
             need(end in names, f"edge {edge.key} names role {end}, which does not exist: use one "
                  "of " + ", ".join(names))
-        need(re.fullmatch(r"\w+", edge.key), f"edge key '{edge.key}' is no file name: use letters, "
-             "digits and _")
+        # The key names a file, a flag and a module of a ModuleDict.
+        need(re.fullmatch(r"\w+", edge.key) and not hasattr(torch.nn.ModuleDict, edge.key)
+             and edge.key not in ("training", "outer_adapter", "lr_scheduler"),
+             f"edge key '{edge.key}' is taken, or no file name: use other letters, digits and _")
     need(style.heard_by(names[-1]), f"nobody is heard by {names[-1]}, the last role, which writes: "
          "add an edge to it")
     # Every prompt that a run can ask for is asked for now: once everyone was heard, in round 1, and
     # where a role that hears only earlier ones is asked alone.
     asked = []
     for role in style.roles:
+        need(role.model, f"role {role.name} has no model: name a hub id or a folder")
+        need(isinstance(role.target, tuple), f"role {role.name}: target is no tuple of columns, "
+             "like ('plan',)")
+        for prompts in (role.prompt, role.first, role.own):
+            odd = sorted(set(prompts) - set(KINDS)) if isinstance(prompts, dict) else []
+            need(not odd, f"role {role.name} has prompts for the unknown kinds {', '.join(odd)}: "
+                 f"use {', '.join(KINDS)}")
         heard, early = style.heard_by(role.name), style.heard_first(role.name)
         alone = [[]] if role.first and heard == early else []
         asked += [(style, role, told) for told in (heard, early, *alone)]

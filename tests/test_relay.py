@@ -330,7 +330,8 @@ def test_a_relay_is_asked_by_the_command(bare_style, tmp_path, monkeypatch):
     style.write_text(
         f"from dataclasses import replace\nfrom styles import Edge, get_style\n"
         f"bare = get_style({str(bare_style)!r})\n"
-        "told = replace(bare, name='told', edges=(Edge('outer_12', 'planner', 'solver'),), roles=(\n"
+        "edges = (Edge('outer_12', 'planner', 'solver'),)\n"
+        "told = replace(bare, name='told', edges=edges, roles=(\n"
         "    replace(bare.role('planner'), prompt='{told}'), replace(bare.role('solver'),\n"
         "    first='{question}', prompt='{question} <|notes|> {planner}')))\n")
     monkeypatch.setattr(sys, "argv", [

@@ -33,6 +33,11 @@ def style(roles=(A, B), edges=(AB, BA), **settings):
 
 # ---- what is refused ----------------------------------------------------------------------------
 
+def test_a_single_role_without_a_comma_is_named():
+    with pytest.raises(ValueError, match="style duo: its edges are no tuple of Edge: .* comma"):
+        Style("duo", (A, B), AB)
+
+
 def test_the_unbroken_style_is_fine():
     """So that each error below is due to its one change."""
     assert style().name == "duo"
@@ -40,6 +45,20 @@ def test_the_unbroken_style_is_fine():
 
 
 BROKEN = {
+    "no roles": (
+        dict(roles=[], edges=[]), ["roles are no tuple", "(Role(..), ..)"]),
+    "two edges of one way": (
+        dict(edges=[AB, BA, change(AB, key="again")]), ["two ways", "a -> b", "take one out"]),
+    "edge key that a module has": (
+        dict(edges=[AB, change(BA, key="to")]), ["edge key 'to'", "taken", "other letters"]),
+    "no model": (
+        dict(roles=[change(A, model=""), B]), ["role a", "no model", "hub id"]),
+    "target that is no tuple": (
+        dict(roles=[change(A, target="plan"), B]), ["role a", "target", "('plan',)"]),
+    "unknown kind": (
+        dict(roles=[A, change(B, prompt={"maths": B.prompt})]), ["role b", "maths", *KINDS]),
+    "unknown kind in a first": (
+        dict(roles=[change(A, first={"maths": "{question}"}), B]), ["role a", "maths", *KINDS]),
     "two of one name": (
         dict(roles=[A, B, B]), ["two roles", " b", "rename"]),
     "role named question": (

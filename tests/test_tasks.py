@@ -984,7 +984,8 @@ def test_live_function_verdicts(tmp_path, code, right):
 
 
 @pytest.mark.parametrize("given, expected", [
-    ('"ab"', ""), ('"ab"', "ab"), ('"ab"', "[1, 2"), ('"ab"', "None"), ('"ab"', "'a'"), ("ab", "1")])
+    ('"ab"', ""), ('"ab"', "ab"), ('"ab"', "[1, 2"), ('"ab"', "None"), ('"ab"', "'a'"),
+    ("ab", "1")])
 def test_a_test_that_is_no_json_is_damaged(tmp_path, given, expected):
     row = live_row(json.dumps([call_test(given, expected)]), metadata='{"func_name": "f"}',
                    public_test_cases="[]")

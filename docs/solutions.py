@@ -1,0 +1,156 @@
+"""Solutions of docs/exercises.md. Each is a function that measures, prints, and checks.
+
+    python docs/solutions.py            all of them, 2 minutes
+    python docs/solutions.py 1 5        only exercises 1 and 5
+"""
+import dataclasses
+import random
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+
+from link import KINDS, InnerLink, OuterLink, word_losses  # noqa: E402
+from recurse import MAS, load_mas_system  # noqa: E402
+from styles import Edge, get_style  # noqa: E402
+from tasks import Example, get_task  # noqa: E402
+from warm_start import as_thoughts, shared_tokens  # noqa: E402
+
+EXAMPLES = get_task("tiny").load(100)
+
+
+def accuracy(mas, rounds=3, m=6, examples=EXAMPLES):
+    """The share of problems that the latent system answers rightly."""
+    answers = mas.answer([one.question for one in examples], rounds, m, max_new_tokens=32)
+    score = get_task("tiny").score
+    return sum(score(*pair).correct for pair in zip(examples, answers)) / len(examples)
+
+
+def exercise_1(mas):
+    """The number of thoughts: the agents' notes have six words."""
+    found = {m: accuracy(mas, m=m) for m in (4, 5, 6, 7, 8)}
+    print("1. accuracy by m: " + "  ".join(f"{m}: {share:.2f}" for m, share in found.items()))
+    return max(found, key=found.get) == 6
+
+
+def exercise_2(mas):
+    """A fourth round, which no link was trained for: nothing is left to do, and nothing breaks."""
+    three, four = accuracy(mas, 3), accuracy(mas, 4)
+    print(f"2. three rounds {three:.2f}, four rounds {four:.2f}")
+    return abs(three - four) < .05
+
+
+def exercise_3(mas):
+    """No scale matching: an inner link whose LayerNorm starts at 1 sends vectors that are too long.
+
+    Six thoughts of the planner, read as words, and what it writes: how often are they the same?"""
+    planner, style = mas.agents["planner"], mas.style
+    words = style.prompt(style.role("planner"), "math", [])
+    rows = planner.prompt("", words, {"question": [one.question for one in EXAMPLES]})
+    with torch.no_grad():
+        context = planner.read_prompt(rows, {})
+        written = torch.tensor(planner.write(context, 6))                        # (B, 6)
+        found = {}
+        for name, gain in (("gain 1", 1.0), ("matched", planner.embedding_rms)):
+            torch.manual_seed(0)
+            other = dataclasses.replace(mas).agents["planner"]
+            trained, other.inner = other.inner, InnerLink(planner.width, gain=gain)
+            read = planner.head(planner.think(context, 6)).argmax(-1)            # (B, 6)
+            found[name] = (read == written).float().mean(0)[2:].mean().item()
+            other.inner = trained
+    print("3. untrained, thoughts 3 to 6 read as written: "
+          + "  ".join(f"{name}: {share:.2f}" for name, share in found.items()))
+    return found["matched"] > found["gain 1"]
+
+
+def dictionary(source, target, kind, steps=300):
+    """An outer link of a kind, trained as in cell 5 of the lesson: (link, its last loss)."""
+    torch.manual_seed(0)
+    link = OuterLink(source.width, target.width, kind, target.embedding_rms)
+    ours, theirs = torch.tensor(shared_tokens(source, target)).T
+    optimizer = torch.optim.AdamW(link.parameters(), lr=2e-3)
+    x = as_thoughts(source, ours, True)
+    for _ in range(steps):
+        noise = .3 * source.embedding_rms * torch.randn_like(x)
+        cosine, contrast, _ = word_losses(link(x + noise), theirs, target.embedding)
+        optimizer.zero_grad()
+        (cosine + contrast).backward()
+        optimizer.step()
+    return link.requires_grad_(False), (cosine + contrast).item()
+
+
+def exercise_4(mas):
+    """Other kinds of outer links, all trained as dictionaries. There is no difference here: a
+    single matrix is enough to translate 44 words."""
+    found = {}
+    for kind in KINDS:
+        links = {edge.key: dictionary(mas.agents[edge.src], mas.agents[edge.dst], kind)[0]
+                 for edge in mas.style.edges}
+        found[kind] = accuracy(dataclasses.replace(mas, outer=torch.nn.ModuleDict(links)))
+    print("4. accuracy by kind: " + "  ".join(f"{kind}: {found[kind]:.2f}" for kind in KINDS))
+    return min(found.values()) > .9
+
+
+class Liar(MAS):
+    """A system whose critic sends the notes about the next problem of the batch."""
+
+    def send(self, edge, said, method="latent"):
+        """See MAS.send."""
+        return super().send(edge, said, "shuffle" if edge.src == "critic" else method)
+
+
+def exercise_5(mas):
+    """A role that lies: the solver believes what it hears, so the system falls to chance."""
+    told = accuracy(mas)
+    lied = accuracy(Liar(**{field.name: getattr(mas, field.name)
+                            for field in dataclasses.fields(mas)}))
+    print(f"5. honest critic {told:.2f}, lying critic {lied:.2f}")
+    return lied < .3 < told
+
+
+def exercise_6(mas):
+    """A new style of the same agents: the planner speaks to the solver, and nobody criticises."""
+    tiny = get_style("tiny")
+    planner, solver = tiny.role("planner"), tiny.role("solver")
+    pair = dataclasses.replace(
+        tiny, name="pair", repo="", edges=(Edge("pair_12", "planner", "solver"),
+                                           Edge("pair_21", "solver", "planner")),
+        roles=(planner, dataclasses.replace(solver, prompt=solver.prompt.replace("critic",
+                                                                                 "planner"))))
+    links = {edge.key: dictionary(mas.agents[edge.src], mas.agents[edge.dst], "2layer_ln_res")[0]
+             for edge in pair.edges}
+    system = MAS(pair, mas.agents, torch.nn.ModuleDict(links))
+    found = [accuracy(system, rounds) for rounds in (1, 2, 3, 4)]
+    print("6. planner and solver alone, 1 to 4 rounds: " + " ".join(f"{a:.2f}" for a in found))
+    return found[0] < found[1] < found[2] < found[3]
+
+
+def exercise_7(mas):
+    """A task of one's own: chains of a given length, made here and scored like the tiny task."""
+    from tasks.tiny import OPERATIONS
+    draw, found = random.Random(0), {}
+    for length in (2, 4, 8, 12):
+        examples = []
+        for i in range(50):
+            value = start = draw.randrange(10)
+            events = [draw.choice(list(OPERATIONS)) for _ in range(length)]
+            for event in events:
+                value = OPERATIONS[event](value)
+            steps = " ".join(f"s{n} {event}" for n, event in enumerate(events, start=1))
+            examples.append(Example(f"chain-{i}", f"start {start} {steps}", str(value), "math"))
+        found[length] = [accuracy(mas, rounds, examples=examples) for rounds in (1, 2, 3)]
+    for length, shares in found.items():
+        print(f"7. chains of {length:2d} events, 1 to 3 rounds: "
+              + " ".join(f"{share:.2f}" for share in shares))
+    return found[4][0] > .9 and found[8][0] < .4 < found[8][1] and found[12][2] > .9
+
+
+SOLUTIONS = (exercise_1, exercise_2, exercise_3, exercise_4, exercise_5, exercise_6, exercise_7)
+
+if __name__ == "__main__":
+    system = load_mas_system("tiny")
+    chosen = [int(number) for number in sys.argv[1:]] or range(1, len(SOLUTIONS) + 1)
+    as_expected = [SOLUTIONS[number - 1](system) for number in chosen]
+    sys.exit(0 if all(as_expected) else 1)

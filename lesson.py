@@ -1,0 +1,288 @@
+# %% [markdown]
+"""The method, built up in eight cells: python lesson.py
+
+Run the file from top to bottom (2 minutes on a laptop), or open it in an editor that knows cells
+(`# %%`: VS Code, PyCharm, Spyder, Jupyter with jupytext). Each cell makes a claim, measures it,
+prints it and asserts it. What comes before the lesson: a little PyTorch, and reference.py, which is
+the whole method on one page. All of it runs on the shipped tiny system; tasks/tiny.py says what its
+three agents do. The pictures go to out/lesson. Exercises stand in docs/exercises.md.
+"""
+# %%
+import re
+from pathlib import Path
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+
+import reference
+from link import InnerLink, OuterLink, word_losses
+from recurse import load_mas_system
+from tasks import get_task
+
+matplotlib.use("Agg")                                # draw into files, so no window is needed
+import matplotlib.pyplot as plt  # noqa: E402
+
+torch.manual_seed(0)
+torch.set_num_threads(1)                             # these models are too small for more
+OUT = Path("out/lesson")
+OUT.mkdir(parents=True, exist_ok=True)
+mas = load_mas_system("tiny", device="cpu")
+planner, critic, solver = mas.agents.values()
+task = get_task("tiny")
+examples = task.load(100)                            # 100 problems of the test
+rows = task.train_rows(300, seed=0)                  # 300 other problems, to train on
+
+
+def prompt(role, heard, question):
+    """A role's prompt as parts for reference.embed: texts, and messages (m, d) in their slots."""
+    role = mas.style.role(role)
+    words = mas.style.prompt(role, "math", list(heard)).replace("{question}", question)
+    parts = re.split(r"\{(\w+)\}", mas.agents[role.name].render(role.system, words))
+    return [heard.get(part, part) for part in parts if part]
+
+
+def in_words(agent, states):
+    """Hidden states (m, d) read through the vocabulary head: which word would each one choose?"""
+    return agent.tokenizer.decode(agent.head(states).argmax(-1))
+
+
+# %% [markdown]
+"""1. A language model is a function from embeddings to a hidden state.
+
+The prompt's embeddings go in, and a hidden state comes out at each position. The vocabulary head
+reads the last one and gives a score to each word. Writing means: take the best word, put its
+embedding behind the prompt, and run again. Nothing in the model asks for a *word* there. It asks
+for a vector of width d."""
+# %%
+question = examples[0].question
+with torch.no_grad():
+    embeds = reference.embed(planner, prompt("planner", {}, question))           # (T, d)
+    h = reference.hidden_states(planner, embeds)[-1]                             # (d,)
+    written = reference.write(planner, embeds, 6)
+print(f"1. the question   {question}")
+print(f"   embeddings     {tuple(embeds.shape)}, the last hidden state {tuple(h.shape)}")
+print(f"   in words       {planner.tokenizer.decode(written)}")
+assert h.shape == (planner.width,) and int(planner.head(h).argmax()) == written[0]
+
+# %% [markdown]
+"""2. So let the model read its own hidden state. What goes wrong without a link?
+
+Two things. Length: a hidden state comes out of a norm, and an embedding does not, so a hidden state
+is many times longer. Direction: the hidden state points near the next word's embedding, but also
+elsewhere. We let the planner think six thoughts with three inner links: none (the hidden state as
+it is), the hidden state cut to the embeddings' length, and the trained link. A thought is right if
+it reads as the word that the planner would have written there."""
+# %%
+class Shorter(torch.nn.Module):
+    """h as long as an embedding: h / rms(h) * rms(embeddings)."""
+
+    def forward(self, h):
+        """(.., d) -> (.., d)."""
+        return h / h.pow(2).mean(-1, keepdim=True).sqrt() * planner.embedding_rms
+
+
+@torch.no_grad()
+def readable(agent, link, role="planner", m=6, count=40):
+    """The share of problems whose i-th thought reads as the i-th written word: m numbers."""
+    trained, right = agent.inner, torch.zeros(m)
+    agent.inner = link
+    for example in examples[:count]:
+        embeds = reference.embed(agent, prompt(role, {}, example.question))
+        words = reference.write(agent, embeds, m)
+        thoughts = reference.think(agent, embeds, m)                             # (m, d)
+        right += agent.head(thoughts).argmax(-1) == torch.tensor(words)
+    agent.inner = trained
+    return right / count
+
+
+links = {"no link": torch.nn.Identity(), "right length": Shorter(), "trained": planner.inner}
+curves = {name: readable(planner, link) for name, link in links.items()}
+size = h.pow(2).mean().sqrt().item()
+print(f"2. rms of the hidden state {size:.2f}, of an embedding {planner.embedding_rms:.2f}")
+for name, curve in curves.items():
+    print(f"   {name:13s} reads as written, by thought: "
+          + " ".join(f"{share:.2f}" for share in curve.tolist()))
+assert size > 2 * planner.embedding_rms
+assert curves["no link"][-1] < .5 < curves["right length"][-1] < .95 < curves["trained"].min()
+
+# %% [markdown]
+"""3. The inner link, trained in twenty lines.
+
+Along a text, the hidden state at each word predicts the next word. The link should turn it into
+that word's embedding. The model is frozen, so its hidden states along a text never change. They are
+computed once. Then only the small link is run:
+
+    loss = 1 - cos(R_in(h_t), Emb(word_(t+1)))"""
+# %%
+def states_and_words(agent, role, column, rows):
+    """Hidden states along the role's texts, and the words that they predict: (n, d) and (n,)."""
+    states, words = [], []
+    for row in rows:
+        text = row[column][0] if isinstance(row[column], list) else row[column]
+        tokens = agent.tokenize([text])[0]
+        embeds = reference.embed(agent, prompt(role, {}, row["question"]))       # (T, d)
+        along = torch.cat([embeds, agent.embedding(torch.tensor(tokens[:-1]))])
+        states.append(reference.hidden_states(agent, along)[-len(tokens):])
+        words.append(torch.tensor(tokens))
+    return torch.cat(states), torch.cat(words)
+
+
+with torch.no_grad():
+    states, words = states_and_words(planner, "planner", "plan", rows)
+R_in = InnerLink(planner.width, gain=planner.embedding_rms)
+before = readable(planner, R_in)
+optimizer = torch.optim.AdamW(R_in.parameters(), lr=4e-3)
+for step in range(500):
+    pick = torch.randint(len(words), (256,))
+    wanted = planner.embedding(words[pick])                                      # Emb(word) (n, d)
+    loss = 1 - F.cosine_similarity(R_in(states[pick]), wanted, dim=-1).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+after = readable(planner, R_in)
+print(f"3. an inner link of our own, {len(words)} states, 500 steps: 1 - cos = {loss.item():.3f}")
+for name, curve in {"untrained": before, "trained": after}.items():
+    print(f"   {name:13s} reads as written, by thought: "
+          + " ".join(f"{share:.2f}" for share in curve.tolist()))
+assert after.min() > .95 > before.min()
+
+# %% [markdown]
+"""4. One thought goes to another agent.
+
+The planner's thoughts have 96 entries, and the critic reads embeddings of 80. So something has to
+translate. The outer link does: R_out(R_in(H)). Its vectors stand in the critic's prompt where the
+planner's words would stand. We ask how often the critic then writes what it writes behind the
+planner's words."""
+# %%
+@torch.no_grad()
+def understood(link, count=40):
+    """The share of problems where the critic writes the same behind latents as behind words."""
+    same = 0
+    for example in examples[:count]:
+        embeds = reference.embed(planner, prompt("planner", {}, example.question))
+        said = planner.tokenizer.decode(reference.write(planner, embeds, 6))
+        message = link(planner.inner(reference.think(planner, embeds, 6)))       # (6, 80)
+        answers = [reference.write(critic, reference.embed(
+            critic, prompt("critic", {"planner": heard}, example.question)), 6)
+            for heard in (said, message)]
+        same += answers[0] == answers[1]
+    return same / count
+
+
+new_link = OuterLink(planner.width, critic.width, gain=critic.embedding_rms)
+shares = {"a new link": understood(new_link), "the shipped link": understood(mas.outer["outer_12"])}
+print("4. the critic writes the same behind the planner's latents as behind its words:")
+for name, share in shares.items():
+    print(f"   {name:18s} {share:.2f}")
+assert shares["a new link"] < .5 < .95 < shares["the shipped link"]
+
+# %% [markdown]
+"""5. The outer link, trained in twenty lines.
+
+Behind the inner link, a thought that predicts a word looks like that word's embedding. So the outer
+link can begin as a dictionary: the planner's embedding of a word goes in, the critic's embedding of
+the same word should come out. No model is run for this. A thought never equals an embedding, so
+some noise is added to what goes in. (warm_start.py does this for all links. train_outer.py goes on
+from there with the paper's loss, through the whole recursion.)"""
+# %%
+theirs = critic.tokenizer.get_vocab()
+pairs = [(token, theirs[word]) for word, token in planner.tokenizer.get_vocab().items()]
+source, target = torch.tensor(pairs).T
+R_out = OuterLink(planner.width, critic.width, gain=critic.embedding_rms)
+optimizer = torch.optim.AdamW(R_out.parameters(), lr=2e-3)
+with torch.no_grad():
+    x = F.normalize(planner.embedding(source), dim=-1)
+    x = x * planner.width ** .5 * planner.embedding_rms       # as long as what R_in puts out
+for step in range(400):
+    noise = .3 * planner.embedding_rms * torch.randn_like(x)
+    cosine, contrast, _ = word_losses(R_out(x + noise), target, critic.embedding)
+    loss = cosine + contrast                                  # near the word, and nearest to it
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+share = understood(R_out)
+print(f"5. our own dictionary link, 400 steps: understood {share:.2f}")
+assert share > .9
+
+# %% [markdown]
+"""6. Rounds. The solver's thoughts go back to the planner, and all of it starts again.
+
+The loop is reference.recurse (slow and plain) and recurse.recurse (fast). Both give the same
+vectors. One round does four of a problem's 2 to 12 events, so accuracy has to rise with the
+rounds."""
+# %%
+with torch.no_grad():
+    agent, embeds, sent = reference.recurse(
+        mas, lambda role, heard: prompt(role.name, heard, question), rounds=2, m=6)
+    plain = agent.tokenizer.decode(reference.write(agent, embeds, 32), skip_special_tokens=True)
+fast = mas.answer([question], rounds=2, latent_length=6)[0]
+print(f"6. two rounds sent {len(sent)} messages: {', '.join(f'{r} {key}' for r, key in sent)}")
+print(f"   the answer: {fast}")
+
+
+def accuracy(method="latent", rounds=3, system=mas):
+    """The share of the 100 problems that are answered rightly."""
+    answers = system.answer([one.question for one in examples], rounds, 6, method=method,
+                            max_new_tokens=32)
+    return sum(task.score(*pair).correct for pair in zip(examples, answers)) / len(examples)
+
+
+by_rounds = [accuracy(rounds=rounds) for rounds in (1, 2, 3)]
+print("   accuracy in 1, 2, 3 rounds: " + " ".join(f"{share:.2f}" for share in by_rounds))
+assert plain.strip() == fast and by_rounds[0] + .2 < by_rounds[1] < by_rounds[2] - .2
+
+# %% [markdown]
+"""7. Controls. Does anything travel, or does the solver do the work alone?
+
+A number means little without its controls. `single` asks the solver alone. `zero` sends zeros.
+`shuffle` sends the thoughts about another problem. `untrained` sends through new outer links. All
+four are near chance (one in ten), and `text` is as good as the latents."""
+# %%
+controls = {method: accuracy(method) for method in ("text", "single", "zero", "shuffle")}
+controls["untrained"] = accuracy(system=mas.with_fresh_outer())
+print("7. three rounds: " + ", ".join(f"{name} {share:.2f}" for name, share in controls.items()))
+assert controls["text"] > .9 and sorted(controls.values())[-2] < .3
+
+# %% [markdown]
+"""8. Where gradients go.
+
+The only loss is the cross-entropy of the last answer. It flows back through the frozen solver into
+the messages that it heard, through the links, through the rollouts that made them, round by round.
+We ask how large dL/d(message) is for each message of three rounds. It shrinks from round to round
+on its way back, so the first messages hardly learn. Frozen weights keep no gradient at all."""
+# %%
+row = rows[0]
+mas.outer.requires_grad_(True)
+last, embeds, sent = reference.recurse(
+    mas, lambda role, heard: prompt(role.name, heard, row["question"]), rounds=3, m=6)
+for message in sent.values():
+    message.retain_grad()
+gold = last.tokenize([row["answer"][2]])[0]                # the text of round 3
+along = torch.cat([embeds, last.embedding(torch.tensor(gold[:-1]))])
+logits = last.head(reference.hidden_states(last, along)[-len(gold):])
+F.cross_entropy(logits, torch.tensor(gold)).backward()
+sizes = {f"{key} in round {r}": message.grad.norm().item() for (r, key), message in sent.items()}
+print("8. |dL/d(message)|:")
+for name, size in sizes.items():
+    print(f"   {name}  {size:.1e}")
+mas.outer.requires_grad_(False)
+assert sizes["outer_12 in round 1"] < sizes["outer_23 in round 3"]
+assert all(link.proj1.weight.grad is not None for link in mas.outer.values())
+assert all(p.grad is None for agent in mas.agents.values() for p in agent.model.parameters())
+
+# %%
+figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6))
+for name, curve in {**curves, "our own": after}.items():
+    left.plot(range(1, 7), curve, marker="o", label=name)
+left.set(xlabel="thought", ylabel="reads as written", ylim=(0, 1.05), title="2, 3: inner links")
+left.legend()
+bars = {"1 round": by_rounds[0], "2 rounds": by_rounds[1], "3 rounds": by_rounds[2], **controls}
+middle.bar(list(bars), list(bars.values()))
+middle.set(ylim=(0, 1.05), ylabel="accuracy", title="6, 7: rounds and controls")
+middle.tick_params(axis="x", rotation=45)
+right.barh(list(sizes), list(sizes.values()))
+right.set(xscale="log", title="8: |dL/d(message)|")
+figure.tight_layout()
+figure.savefig(OUT / "lesson.png", dpi=120)
+print(f"the picture is {OUT / 'lesson.png'}")

@@ -1,0 +1,21 @@
+"""The lesson runs from top to bottom, and says what it claims. Its own asserts are the oracle."""
+import subprocess
+import sys
+
+from conftest import PROJECT
+
+
+def test_the_lesson_runs(tmp_path):
+    done = subprocess.run([sys.executable, PROJECT / "lesson.py"], cwd=tmp_path, text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr
+    for cell in range(1, 9):
+        assert f"\n{cell}. " in f"\n{done.stdout}"
+    assert (tmp_path / "out/lesson/lesson.png").stat().st_size > 10_000
+
+
+def test_the_lesson_has_cells():
+    """Each cell of code stands behind one of text, as editors and jupytext read them."""
+    marks = [line for line in (PROJECT / "lesson.py").read_text().splitlines()
+             if line.startswith("# %%")]
+    assert marks.count("# %% [markdown]") == 9 and marks.count("# %%") == 10

@@ -18,7 +18,7 @@ The sections. Each prints a table, and the figures of all of them come last, as 
     step        a latent step against its floor
     rollout     m thoughts behind a prompt
     answer      the whole recursion, up to the last agent's answer
-    training    a step of outer training
+    training    inner links, and a step of outer training
     decoding    our way of writing words against the library's
     memory      what the real styles take, worked out from their dimensions
 
@@ -36,6 +36,7 @@ Times are medians (fastest .. slowest). The ratio is the reference's time over o
 
 Shapes: B questions, T tokens of a prompt, m latent thoughts, R rounds, n tokens of a text, d width.
 """
+import copy
 import json
 import time
 from functools import partial
@@ -46,6 +47,7 @@ import torch
 import torch.nn.functional as F
 
 import reference
+from link import word_losses
 from recurse import MAS, recurse
 from styles import get_style
 from support import flags, report
@@ -64,6 +66,7 @@ GPU = SimpleNamespace(T=128, long_T=1024, m=16, B=4, R=2, n=64, layers=0,
 TINY = SimpleNamespace(T=8, long_T=12, m=3, B=2, R=2, n=4, layers=0,
                        rollouts=[(12, 4, 1), (12, 4, 3)])
 SECTIONS = ("step", "rollout", "answer", "training", "decoding", "memory")
+EPOCHS = 21        # as published: 20,000 steps of 2 rows, on 1,904 rows
 STEPS = 32         # latent steps in a row, from which the time of one follows
 PATIENCE = 15      # seconds after which a comparison that was repeated once is not again
 # Flags of train_outer.py, as far as its loss looks at them: the published values.
@@ -96,6 +99,28 @@ def our_messages(mas, questions, R, m):
     """The same messages in the same order, from one batch."""
     sent = recurse(mas, questions, R, m, trace=True).sent           # {(round, edge): (B, m, d_dst)}
     return [message for of_one in zip(*sent.values()) for message in of_one]
+
+
+def inner_losses(agent, texts, again):
+    """Train an inner link along texts for EPOCHS epochs, and return the losses.
+
+    The base model is frozen, so its hidden states never change. They are computed once, as in
+    train_inner.py, or `again` in each epoch, as published. How many texts an epoch has does not
+    change the ratio."""
+    tokens = torch.tensor(agent.tokenize(texts), device=agent.device)          # (B, T)
+    link, losses = copy.deepcopy(agent.inner).float().requires_grad_(True), []
+    optimizer = torch.optim.AdamW(link.parameters(), lr=5e-4)
+    for epoch in range(EPOCHS):
+        if again or epoch == 0:
+            with torch.no_grad():
+                states = reference.hidden_states(agent, agent.embedding(tokens))   # (B, T, d)
+        got = link(states[:, :-1].float().flatten(0, 1))                       # (B (T - 1), d)
+        loss, *_ = word_losses(got, tokens[:, 1:].flatten(), agent.embedding)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return losses
 
 
 def plain_loss(mas, rows, R, m):
@@ -225,19 +250,22 @@ class Bench:
                      partial(plain_messages, *what), partial(our_messages, *what))
 
     def training(self):
-        """A step of outer training, forward and backward.
+        """Inner links; and a step of outer training, forward and backward.
 
-        The reference unrolls one row after the other, and ours takes all at once. The second row is
-        our own code in two ways: all turns kept for the backward pass, or each turn run again there
+        Outer links: the reference unrolls one row after the other, and ours takes all at once. The
+        last row is our own code in two ways: all turns kept for the backward pass, or each turn run again there
         (checkpointed), which takes less memory."""
         mas, size = self.mas, self.size
+        inner = partial(inner_losses, self.agent, some_texts(size.T + size.n, 2))
+        self.compare(f"inner, {EPOCHS} epochs of 2 texts: states again; once",
+                     partial(inner, True), partial(inner, False))
         rows = [{"question": question, "answer": answer} for question, answer in zip(
             some_texts(size.T, size.B), some_texts(size.n, size.B, seed=1))]
         plain, kept, checkpointed = (
             lambda: gradient(plain_loss(mas, rows, size.R, size.m), mas),
             lambda: gradient(our_loss(mas, rows, size.R, size.m), mas),
             lambda: gradient(our_loss(mas, rows, size.R, size.m, checkpointing=1), mas))
-        self.compare(f"R={size.R} T={size.T} m={size.m} n={size.n}, a row of {size.B}",
+        self.compare(f"outer, R={size.R} T={size.T} m={size.m} n={size.n}, a row of {size.B}",
                      plain, kept, size.B)
         self.compare("turns kept; checkpointed", kept, checkpointed, size.B)
 

@@ -56,7 +56,7 @@ def test_every_section_runs(ask):
                 assert row["apart"] is None or 0 <= row["apart"] <= 1e-3
                 assert (row["apart"] is None) == (name == "step")
     counts = {name: len(rows) for name, rows in figures["sections"].items()}
-    assert counts == {"step": 2, "rollout": 2, "answer": 1, "training": 2, "decoding": 1,
+    assert counts == {"step": 2, "rollout": 2, "answer": 1, "training": 3, "decoding": 1,
                       "memory": 10}
 
 
@@ -94,7 +94,7 @@ def test_each_agent_may_have_other_dimensions(ask, monkeypatch):
     monkeypatch.setattr(dimensions, "real_dims", lambda: configs)
     monkeypatch.setitem(bench.DIMS, "tiny", list(configs))
     _, figures, code = ask("--sections", "answer", "training")
-    assert code == 0 and len(figures["sections"]["training"]) == 2
+    assert code == 0 and len(figures["sections"]["training"]) == 3
 
 
 def test_light_is_the_models_of_sequential_light():
@@ -170,6 +170,15 @@ def wrong_write(agent, context, *arguments, **options):
     return [[*tokens[:-1], (tokens[-1] + 99) % 256] for tokens in written]
 
 
+def test_the_inner_losses_are_of_a_link_that_learns(ask):
+    """Both sides of that row: the same losses, and they fall."""
+    agent = new_agent("qwen3")
+    texts = [" ".join(["w1 w2 w3 w4"] * 3)] * 2
+    again, once = (bench.inner_losses(agent, texts, way) for way in (True, False))
+    assert len(once) == bench.EPOCHS and torch.equal(torch.stack(again), torch.stack(once))
+    assert once[-1] < once[0]
+
+
 def wrong_loss(agent, context, targets):
     """A cross-entropy that is 1 % too large."""
     return [1.01 * losses for losses in RIGHT["answer_loss"](agent, context, targets)]
@@ -186,7 +195,7 @@ def test_a_wrong_result_is_an_error(section, name, wrong, ask, monkeypatch):
     assert code == 1 and f"section {section} FAILED: RuntimeError: " in printed
     *before, last = figures["sections"][section]
     assert "no time is worth anything" in last["why"] and "ours_s" not in last
-    assert not before
+    assert all(row["case"].startswith("inner") for row in before)      # rows that are right
     assert len(figures["sections"]["step"]) == 2
 
 

@@ -113,7 +113,7 @@ def inner_losses(agent, texts, again):
     for epoch in range(EPOCHS):
         if again or epoch == 0:
             with torch.no_grad():
-                states = reference.hidden_states(agent, agent.embedding(tokens))   # (B, T, d)
+                states = reference.hidden_states(agent, agent.embedding(tokens))  # (B, T, d)
         got = link(states[:, :-1].float().flatten(0, 1))                       # (B (T - 1), d)
         loss, *_ = word_losses(got, tokens[:, 1:].flatten(), agent.embedding)
         optimizer.zero_grad()
@@ -253,8 +253,8 @@ class Bench:
         """Inner links; and a step of outer training, forward and backward.
 
         Outer links: the reference unrolls one row after the other, and ours takes all at once. The
-        last row is our own code in two ways: all turns kept for the backward pass, or each turn run again there
-        (checkpointed), which takes less memory."""
+        last row is our own code in two ways: all turns kept for the backward pass, or each turn run
+        again there (checkpointed), which takes less memory."""
         mas, size = self.mas, self.size
         inner = partial(inner_losses, self.agent, some_texts(size.T + size.n, 2))
         self.compare(f"inner, {EPOCHS} epochs of 2 texts: states again; once",

@@ -86,6 +86,11 @@ def parse():
     add("--out", default="out/evaluate")
     add("--show", type=flags.at_least(0), default=0, metavar="N",
         help="instead of scoring, print N problems with the latents in words")
+    return with_settings(parser)
+
+
+def with_settings(parser):
+    """(flags, style), with the settings of style, data set and trained links as defaults."""
     style = get_style(flags.early(parser).style)
     settings = style.settings.get("evaluate", {})
     parser.set_defaults(dataset=settings.get("dataset", "tiny"))

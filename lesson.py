@@ -48,12 +48,12 @@ def in_words(agent, states):
 
 
 # %% [markdown]
-"""1. A language model is a function from embeddings to a hidden state.
-
-The prompt's embeddings go in, and a hidden state comes out at each position. The vocabulary head
-reads the last one and gives a score to each word. Writing means: take the best word, put its
-embedding behind the prompt, and run again. Nothing in the model asks for a *word* there. It asks
-for a vector of width d."""
+# 1. A language model is a function from embeddings to a hidden state.
+#
+# The prompt's embeddings go in, and a hidden state comes out at each position. The vocabulary head
+# reads the last one and gives a score to each word. Writing means: take the best word, put its
+# embedding behind the prompt, and run again. Nothing in the model asks for a *word* there. It asks
+# for a vector of width d.
 # %%
 question = examples[0].question
 with torch.no_grad():
@@ -66,13 +66,13 @@ print(f"   in words       {planner.tokenizer.decode(written)}")
 assert h.shape == (planner.width,) and int(planner.head(h).argmax()) == written[0]
 
 # %% [markdown]
-"""2. So let the model read its own hidden state. What goes wrong without a link?
-
-Two things. Length: a hidden state comes out of a norm, and an embedding does not, so a hidden state
-is many times longer. Direction: the hidden state points near the next word's embedding, but also
-elsewhere. We let the planner think six thoughts with three inner links: none (the hidden state as
-it is), the hidden state cut to the embeddings' length, and the trained link. A thought is right if
-it reads as the word that the planner would have written there."""
+# 2. So let the model read its own hidden state. What goes wrong without a link?
+#
+# Two things. Length: a hidden state comes out of a norm, and an embedding does not, so a hidden
+# state is many times longer. Direction: the hidden state points near the next word's embedding, but
+# also elsewhere. We let the planner think six thoughts with three inner links: none (the hidden
+# state as it is), the hidden state cut to the embeddings' length, and the trained link. A thought
+# is right if it reads as the word that the planner would have written there.
 # %%
 class Shorter(torch.nn.Module):
     """h as long as an embedding: h / rms(h) * rms(embeddings)."""
@@ -98,8 +98,11 @@ def readable(agent, link, role="planner", m=6, count=40):
 
 links = {"no link": torch.nn.Identity(), "right length": Shorter(), "trained": planner.inner}
 curves = {name: readable(planner, link) for name, link in links.items()}
+with torch.no_grad():
+    thoughts = reference.think(planner, embeds, 6)                               # (6, d)
 size = h.pow(2).mean().sqrt().item()
 print(f"2. rms of the hidden state {size:.2f}, of an embedding {planner.embedding_rms:.2f}")
+print(f"   six thoughts, read as words: {in_words(planner, thoughts)}")
 for name, curve in curves.items():
     print(f"   {name:13s} reads as written, by thought: "
           + " ".join(f"{share:.2f}" for share in curve.tolist()))
@@ -107,13 +110,13 @@ assert size > 2 * planner.embedding_rms
 assert curves["no link"][-1] < .5 < curves["right length"][-1] < .95 < curves["trained"].min()
 
 # %% [markdown]
-"""3. The inner link, trained in twenty lines.
-
-Along a text, the hidden state at each word predicts the next word. The link should turn it into
-that word's embedding. The model is frozen, so its hidden states along a text never change. They are
-computed once. Then only the small link is run:
-
-    loss = 1 - cos(R_in(h_t), Emb(word_(t+1)))"""
+# 3. The inner link, trained in twenty lines.
+#
+# Along a text, the hidden state at each word predicts the next word. The link should turn it into
+# that word's embedding. The model is frozen, so its hidden states along a text never change. They
+# are computed once. Then only the small link is run:
+#
+#     loss = 1 - cos(R_in(h_t), Emb(word_(t+1)))
 # %%
 def states_and_words(agent, role, column, rows):
     """Hidden states along the role's texts, and the words that they predict: (n, d) and (n,)."""
@@ -148,12 +151,12 @@ for name, curve in {"untrained": before, "trained": after}.items():
 assert after.min() > .95 > before.min()
 
 # %% [markdown]
-"""4. One thought goes to another agent.
-
-The planner's thoughts have 96 entries, and the critic reads embeddings of 80. So something has to
-translate. The outer link does: R_out(R_in(H)). Its vectors stand in the critic's prompt where the
-planner's words would stand. We ask how often the critic then writes what it writes behind the
-planner's words."""
+# 4. One thought goes to another agent.
+#
+# The planner's thoughts have 96 entries, and the critic reads embeddings of 80. So something has to
+# translate. The outer link does: R_out(R_in(H)). Its vectors stand in the critic's prompt where the
+# planner's words would stand. We ask how often the critic then writes what it writes behind the
+# planner's words.
 # %%
 @torch.no_grad()
 def understood(link, count=40):
@@ -178,13 +181,13 @@ for name, share in shares.items():
 assert shares["a new link"] < .5 < .95 < shares["the shipped link"]
 
 # %% [markdown]
-"""5. The outer link, trained in twenty lines.
-
-Behind the inner link, a thought that predicts a word looks like that word's embedding. So the outer
-link can begin as a dictionary: the planner's embedding of a word goes in, the critic's embedding of
-the same word should come out. No model is run for this. A thought never equals an embedding, so
-some noise is added to what goes in. (warm_start.py does this for all links. train_outer.py goes on
-from there with the paper's loss, through the whole recursion.)"""
+# 5. The outer link, trained in twenty lines.
+#
+# Behind the inner link, a thought that predicts a word looks like that word's embedding. So the
+# outer link can begin as a dictionary: the planner's embedding of a word goes in, the critic's
+# embedding of the same word should come out. No model is run for this. A thought never equals an
+# embedding, so some noise is added to what goes in. (warm_start.py does this for all links.
+# train_outer.py goes on from there with the paper's loss, through the whole recursion.)
 # %%
 theirs = critic.tokenizer.get_vocab()
 pairs = [(token, theirs[word]) for word, token in planner.tokenizer.get_vocab().items()]
@@ -206,11 +209,11 @@ print(f"5. our own dictionary link, 400 steps: understood {share:.2f}")
 assert share > .9
 
 # %% [markdown]
-"""6. Rounds. The solver's thoughts go back to the planner, and all of it starts again.
-
-The loop is reference.recurse (slow and plain) and recurse.recurse (fast). Both give the same
-vectors. One round does four of a problem's 2 to 12 events, so accuracy has to rise with the
-rounds."""
+# 6. Rounds. The solver's thoughts go back to the planner, and all of it starts again.
+#
+# The loop is reference.recurse (slow and plain) and recurse.recurse (fast). Both give the same
+# vectors. One round does four of a problem's 2 to 12 events, so accuracy has to rise with the
+# rounds.
 # %%
 with torch.no_grad():
     agent, embeds, sent = reference.recurse(
@@ -233,11 +236,11 @@ print("   accuracy in 1, 2, 3 rounds: " + " ".join(f"{share:.2f}" for share in b
 assert plain.strip() == fast and by_rounds[0] + .2 < by_rounds[1] < by_rounds[2] - .2
 
 # %% [markdown]
-"""7. Controls. Does anything travel, or does the solver do the work alone?
-
-A number means little without its controls. `single` asks the solver alone. `zero` sends zeros.
-`shuffle` sends the thoughts about another problem. `untrained` sends through new outer links. All
-four are near chance (one in ten), and `text` is as good as the latents."""
+# 7. Controls. Does anything travel, or does the solver do the work alone?
+#
+# A number means little without its controls. `single` asks the solver alone. `zero` sends zeros.
+# `shuffle` sends the thoughts about another problem. `untrained` sends through new outer links. All
+# four are near chance (one in ten), and `text` is as good as the latents.
 # %%
 controls = {method: accuracy(method) for method in ("text", "single", "zero", "shuffle")}
 controls["untrained"] = accuracy(system=mas.with_fresh_outer())
@@ -245,12 +248,13 @@ print("7. three rounds: " + ", ".join(f"{name} {share:.2f}" for name, share in c
 assert controls["text"] > .9 and sorted(controls.values())[-2] < .3
 
 # %% [markdown]
-"""8. Where gradients go.
-
-The only loss is the cross-entropy of the last answer. It flows back through the frozen solver into
-the messages that it heard, through the links, through the rollouts that made them, round by round.
-We ask how large dL/d(message) is for each message of three rounds. It shrinks from round to round
-on its way back, so the first messages hardly learn. Frozen weights keep no gradient at all."""
+# 8. Where gradients go.
+#
+# The only loss is the cross-entropy of the last answer. It flows back through the frozen solver
+# into the messages that it heard, through the links, through the rollouts that made them, round by
+# round. We ask how large dL/d(message) is for each message of three rounds. It shrinks from round
+# to round on its way back, so the first messages hardly learn. Frozen weights keep no gradient at
+# all.
 # %%
 row = rows[0]
 mas.outer.requires_grad_(True)

@@ -5,6 +5,7 @@ links are trained, so they stay in float32 (agents.apply_link runs them under au
 """
 import os
 import re
+from pathlib import Path
 
 import torch
 
@@ -22,19 +23,29 @@ def pick_device(device="auto", dtype="auto"):
     asked, gpus = str(device), torch.cuda.device_count()
     if asked in ("auto", "cuda") and gpus:
         asked = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    why = {"auto": "no GPU found" if asked == "auto" else "a GPU is there"}.get(device, "asked for")
+    why = {"auto": "no GPU found" if asked == "auto" else "a GPU is there"}.get(str(device), "asked for")
     need(re.fullmatch(r"auto|cpu|cuda(:\d+)?", asked), f"unknown device '{device}': use auto, cpu, "
          "cuda or cuda:N")
     device = torch.device("cpu" if asked == "auto" else asked)
     need(device.type == "cpu" or (device.index or 0) < gpus, f"there is no {device}: torch sees "
          f"{gpus} GPUs on this machine")
+    dtype = str(dtype).removeprefix("torch.")                  # a torch.dtype will do as well
     if dtype == "auto":
         dtype = "float32"
+        if device.type == "cpu" and "avx512_bf16" in cpu_flags():
+            why += "; real models are 2 to 3 times as fast here with --dtype bfloat16"
         if device.type == "cuda":              # cards before compute capability 8 emulate bfloat16
             dtype = "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
     need(dtype in DTYPES, f"unknown dtype '{dtype}': choose auto, {', '.join(DTYPES)}")
     print(f"device {device} ({why}), frozen models in {dtype}, links in float32", flush=True)
     return device, DTYPES[dtype]
+
+
+def cpu_flags():
+    """What the processor can do, in Linux's words. Nothing on other systems."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.is_file() else ""
+    return text.partition("flags")[2].partition("\n")[0].split()
 
 
 def settle(style, device="auto", threads=0):

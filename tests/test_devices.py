@@ -10,6 +10,7 @@ import train_inner
 import train_outer
 from recurse import load_mas_system
 from styles import get_style
+from support import devices
 from support.devices import settle
 
 TINY, OTHER = get_style("tiny"), get_style("duo")
@@ -80,3 +81,19 @@ def test_a_system_asks_its_style(monkeypatch, capsys):
     assert torch.get_num_threads() == 1 and "the style's" in capsys.readouterr().out
     load_mas_system("tiny", threads=2)
     assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("dtype, flags, said", [
+    ("auto", ["fma", "avx512_bf16"], True), ("auto", ["fma"], False),
+    ("float32", ["avx512_bf16"], False), ("bfloat16", ["avx512_bf16"], False)])
+def test_a_processor_with_bfloat16_is_named(dtype, flags, said, monkeypatch, capsys):
+    """float32 stays what auto means on a CPU."""
+    monkeypatch.setattr(devices, "cpu_flags", lambda: flags)
+    assert devices.pick_device("cpu", dtype)[1] == getattr(torch, dtype.replace("auto", "float32"))
+    assert ("--dtype bfloat16" in capsys.readouterr().out) == said
+
+
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu")])
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_devices_and_dtypes_may_be_torchs_own(device, dtype):
+    assert devices.pick_device(device, dtype) == (torch.device("cpu"), torch.bfloat16)

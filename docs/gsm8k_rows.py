@@ -1,0 +1,27 @@
+r"""GSM8K's rows with a box around the result, as train_outer.py and `--measure loss` want them.
+
+    python docs/gsm8k_rows.py train > gsm8k_train.jsonl               rows from the hub
+    python docs/gsm8k_rows.py rows.jsonl > gsm8k_train.jsonl          rows from a file
+
+    from    {"question": "..", "answer": "He has <<2+3=5>>5 eggs.\n#### 5"}
+    to      {"question": "..", "plan": "He has 5 eggs.",
+             "answer": "He has 5 eggs.\nThe answer is \\boxed{5}.\n#### 5"}
+
+The plan is the first step of the solution. It is what `--text gold` trains the planner on, and what
+`--latents teacher` sends. The number behind #### is what the data set `gsm8k` scores by.
+"""
+import json
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tasks import read_rows  # noqa: E402
+
+source = sys.argv[1]
+is_file = source.endswith((".json", ".jsonl"))
+for _, row in read_rows(source) if is_file else read_rows("openai/gsm8k", "main", source):
+    steps, _, result = re.sub("<<.*?>>", "", row["answer"]).partition("\n#### ")
+    answer = f"{steps}\nThe answer is \\boxed{{{result}}}.\n#### {result}"
+    print(json.dumps({"question": row["question"], "plan": steps.split("\n")[0], "answer": answer}))

@@ -68,8 +68,8 @@ def parse():
         help=f"kind of link: {', '.join(LINK_KINDS)} or a published name")
     add("--adapter_cos_weight", type=flags.at_least(0, float), default=1.0)
     add("--adapter_mse_weight", type=flags.at_least(0, float), default=0.0)
-    add("--adapter_contrast_weight", type=flags.at_least(0, float), default=1.0,
-        help="0 for the published loss")
+    add("--adapter_contrast_weight", type=flags.at_least(0, float), default=0.0,
+        help="of the contrast among words (ours: see link.py)")
     known = flags.early(parser)
     design = PUBLISHED_DESIGNS.get(known.mas_design, "")
     style = get_style(design if design and known.style == "tiny" else known.style)

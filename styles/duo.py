@@ -4,14 +4,8 @@ Both models are small enough for a laptop's CPU, so one can see here what the me
 real models before one pays for large ones. README's "On real models" was made with it.
 """
 from styles import Edge, Role, Style
+from styles.sequential import PLAN
 from styles.words import SOLVE, TASK, per_kind
-
-PLAN = {
-    "math": "Say in a few words which steps lead to the result. Do not compute anything.",
-    "choice": "Say in a few words which fact decides. Do not choose yet.",
-    "code": "Say in a few words which algorithm to use. Do not write the program.",
-    "search": "Say in a few words which facts to look for. Do not answer yet.",
-}
 
 duo = Style(
     name="duo",

@@ -23,7 +23,7 @@ duo = Style(
         "train_inner": {"latent_length": 8, "num_samples": 300, "own_length": 24, "max_steps": 300,
                         "batch_size": 16},
         "train_outer": {"latent_length": 8, "num_recursive_rounds": 1, "batch_size": 4,
-                        "warm_start_steps": 3000, "gradient_checkpointing": 0},
+                        "warm_start_steps": 1000, "gradient_checkpointing": 0},
         "evaluate": {"latent_length": 8, "num_recursive_rounds": [1], "temperature": 0.0},
         "gsm8k": {"max_new_tokens": 300}, "humaneval": {"max_new_tokens": 300},
     },

@@ -23,7 +23,8 @@ def pick_device(device="auto", dtype="auto"):
     asked, gpus = str(device), torch.cuda.device_count()
     if asked in ("auto", "cuda") and gpus:
         asked = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    why = {"auto": "no GPU found" if asked == "auto" else "a GPU is there"}.get(str(device), "asked for")
+    why = "asked for" if str(device) != "auto" else (
+        "no GPU found" if asked == "auto" else "a GPU is there")
     need(re.fullmatch(r"auto|cpu|cuda(:\d+)?", asked), f"unknown device '{device}': use auto, cpu, "
          "cuda or cuda:N")
     device = torch.device("cpu" if asked == "auto" else asked)

@@ -120,4 +120,5 @@ def test_a_rank_that_skips_keeps_nobody_waiting(tmp_path):
 
 def test_an_error_of_all_ranks_is_one_line(tmp_path):
     output = run(2, *OUTER, "--dataset_name", tmp_path / "none.jsonl", fails=True)
-    assert "No such file" in output and "none.jsonl" in output and 'File "' not in output.split("error:")[0]
+    assert "No such file" in output and "none.jsonl" in output
+    assert 'File "' not in output.split("error:")[0]

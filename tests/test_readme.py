@@ -14,6 +14,7 @@ import train_outer
 from styles import get_style
 
 README = (PROJECT / "README.md").read_text()
+PAGES = "\n".join([README, *(page.read_text() for page in sorted(PROJECT.glob("docs/*.md")))])
 SCRIPTS = {"train_inner.py": train_inner, "train_outer.py": train_outer, "evaluate.py": evaluate}
 # Added to the README's commands, so that they take seconds.
 SHORTER = {"train_inner.py": ["--max_steps", "20"],
@@ -64,10 +65,16 @@ def test_the_code_of_the_readme():
     assert names["run"].sent[1, "outer_12"].shape == (1, 6, 80)
 
 
+def test_files_that_the_pages_name_exist():
+    folders = "docs|support|styles|tasks|tiny|tests"
+    for name in re.findall(rf"\]\(([\w./]+)\)|\b((?:{folders})/\w+\.\w+)", PAGES):
+        assert (PROJECT / "".join(name)).exists(), name
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_flags_of_the_readme_exist(script, monkeypatch, capsys):
-    """Every flag in a command of the README is a flag of that script."""
-    commands = re.findall(rf"^python {script}.*$", README.replace("\\\n", " "), re.MULTILINE)
+    """Every flag in a command of README and docs is a flag of that script."""
+    commands = re.findall(rf"^python {script}.*$", PAGES.replace("\\\n", " "), re.MULTILINE)
     assert commands
     for command in commands:
         arguments = shlex.split(command.split("#")[0])[2:]

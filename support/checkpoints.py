@@ -50,6 +50,9 @@ def write_whole(path, write):
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
     write(beside)
+    mask = os.umask(0)                       # safetensors makes files that only their owner reads
+    os.umask(mask)
+    os.chmod(beside, 0o666 & ~mask)
     os.replace(beside, path)
 
 

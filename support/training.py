@@ -27,6 +27,8 @@ import functools
 import json
 import math
 import random
+import signal
+import sys
 from pathlib import Path
 
 import torch
@@ -68,7 +70,7 @@ class Training:
 
     def __init__(self, links, args, learning_rate, folder, items, dtype=torch.float32):
         self.links, self.args, self.folder = links.requires_grad_(True), args, Path(folder)
-        self.done, self.skipped, self.skipped_in_a_row = 0, 0, 0
+        self.done, self.skipped, self.skipped_in_a_row, self.stopping = 0, 0, 0, False
         per_step = args.batch_size * args.grad_accum_steps * RANKS
         self.total_steps = args.max_steps or math.ceil(items * args.num_train_epochs / per_step)
         self.logged = {}                  # the last step's values
@@ -96,10 +98,25 @@ class Training:
             write_whole(self.folder / "log.jsonl", lambda part: part.write_text(""))
 
     def steps(self, name):
-        """The numbers of the steps still to do, with a progress bar. Then the links are frozen."""
-        yield from flags.progress(range(self.done, self.total_steps), name, initial=self.done,
-                            total=self.total_steps)
+        """The numbers of the steps still to do, with a progress bar. Then the links are frozen.
+
+        Ctrl-C and SIGTERM end the run behind the step that is running, with its state saved."""
+        before = {number: signal.signal(number, self.stop)
+                  for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield from flags.progress(range(self.done, self.total_steps), name, initial=self.done,
+                                      total=self.total_steps)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
         self.links.requires_grad_(False)
+
+    def stop(self, *_):
+        """Stop behind this step. Asked twice, stop at once."""
+        if self.stopping:
+            raise KeyboardInterrupt
+        self.stopping = True
+        print("stopping behind this step (once more: at once)", file=sys.stderr, flush=True)
 
     def batches(self, items, step):
         """This rank's micro-batches of a step. All ranks together take batch_size x RANKS items."""
@@ -145,8 +162,10 @@ class Training:
         self.done += 1
         self._log(norm)
         every = self.args.save_steps or self.total_steps
-        if self.done == self.total_steps or self.done % every == 0:
+        if self.done == self.total_steps or self.done % every == 0 or self.stopping:
             self.save()
+        if self.stopping:
+            raise KeyboardInterrupt
         need(self.skipped_in_a_row < MAX_SKIPPED, f"the loss or its gradient was not finite "
              f"{MAX_SKIPPED} steps in a row: begin again with a lower learning rate")
 

@@ -2,6 +2,8 @@
 import argparse
 import json
 import math
+import os
+import signal
 import sys
 
 import pytest
@@ -16,7 +18,7 @@ from link import InnerLink, word_losses
 from recurse import Turn, load_mas_system
 from styles.tiny import tiny as tiny_style
 from support import rows as data
-from support.checkpoints import load_inner, load_outer, save_outer
+from support.checkpoints import load_inner, load_outer, save_inner, save_outer
 from support.training import Training, batch_of
 from tasks import tiny
 
@@ -226,6 +228,40 @@ def test_a_resumed_outer_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="another run"):      # a state of the other script
         run_script(train_inner, monkeypatch, "--save_dir", tmp_path / "whole", "--resume",
                    "--num_samples", 60)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_told_to_stop_saves_first(number, tmp_path, monkeypatch, capsys):
+    """Ctrl-C in the middle of step 2 of 3, where nothing was saved yet; the rest gives the same."""
+    flags = ["--max_steps", 3, "--save_steps", 0, "--warm_start_steps", 2, "--num_samples", 20,
+             "--batch_size", 3, "--eval_samples", 0, "--latent_length", 2]
+    handlers = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    run_script(train_outer, monkeypatch, *flags, "--save_dir", tmp_path / "whole")
+    assert handlers == [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    backward = Training.backward
+
+    def told(self, *arguments, **values):
+        if self.done == 1:
+            os.kill(os.getpid(), number)
+        return backward(self, *arguments, **values)
+
+    with monkeypatch.context() as interrupted, pytest.raises(KeyboardInterrupt):
+        interrupted.setattr(Training, "backward", told)
+        run_script(train_outer, interrupted, *flags, "--save_dir", tmp_path / "halves")
+    for one, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
+        signal.signal(one, handler)
+    assert torch.load(tmp_path / "halves/state.pt", weights_only=True)["done"] == 2
+    assert "stopping behind this step" in capsys.readouterr().err
+    run_script(train_outer, monkeypatch, *flags, "--save_dir", tmp_path / "halves", "--resume")
+    names = [f"outer_{edge}.safetensors" for edge in (12, 23, 31)]
+    assert weights(tmp_path / "whole", *names) == weights(tmp_path / "halves", *names)
+
+
+def test_links_may_be_read_by_whom_the_umask_lets(tmp_path):
+    before = os.umask(0o027)
+    save_inner(InnerLink(4), tmp_path)
+    os.umask(before)
+    assert (tmp_path / "adapter(math).safetensors").stat().st_mode & 0o777 == 0o640
 
 
 def test_a_resumed_inner_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):

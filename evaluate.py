@@ -29,7 +29,7 @@ from recurse import load_mas_system
 from styles import get_style
 from support import flags, report
 from support.answers import Plan, answer_batch, in_batches, possible_methods, show
-from support.checkpoints import read_json, write_json, write_whole
+from support.checkpoints import fingerprint, read_json, write_json, write_whole
 from support.errors import need, need_same, need_saved
 from support.flags import RANK, RANKS, wait_for_ranks
 from support.sampling import Sampling
@@ -211,7 +211,8 @@ def main():
         report.need_matplotlib()
         if args.resume:
             earlier = need_saved(Path(args.out) / "summary.json")
-            need_same(earlier, read_json(earlier).get("settings", {}), settings)
+            before = read_json(earlier).get("settings", {})
+            need_same(earlier, before, settings)
         if task.ready and args.measure == "accuracy":
             task.ready(args.allow_unsafe_code)
 
@@ -231,6 +232,11 @@ def main():
     if args.show:
         return show(mas, examples[:args.show], plan)
     fresh = mas.with_fresh_outer(seed=args.seed)
+    links = [*mas.outer.values(), *(agent.inner for agent in mas.agents.values())]
+    settings["links_prompts_data"] = fingerprint(links, style.roles, style.edges, [
+        (example.id, example.question, example.gold) for example in examples])
+    if args.resume:
+        need_same(earlier, before, {"links_prompts_data": settings["links_prompts_data"]})
 
     # 3. The answers and their table.
     lines = evaluate(mas, fresh, task, examples, plan, Path(args.out), settings, args.resume)

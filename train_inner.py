@@ -34,7 +34,8 @@ from recurse import chunks
 from styles import KINDS, PUBLISHED_DESIGNS, get_style
 from support import flags
 from support import rows as data
-from support.checkpoints import load_agent, load_inner, local_folder, save_inner, write_json
+from support.checkpoints import (fingerprint, load_agent, load_inner, local_folder, save_inner,
+                                 write_json)
 from support.compiled import set_compile
 from support.devices import pick_device, settle
 from support.errors import need
@@ -212,7 +213,8 @@ def main():
     pairs = hidden_states(agent, style, role, *zip(*pairs), args)
 
     # 3. The loop.
-    training = Training(agent.inner, args, args.adapter_lr, args.save_dir, len(pairs))
+    training = Training(agent.inner, args, args.adapter_lr, args.save_dir, len(pairs),
+                        contents=fingerprint([], role, texts, tokens))
     for step in training.steps("inner link"):
         for batch in training.batches(pairs, step):
             states = torch.cat([h for h, _ in batch]).to(device)            # (n, d)

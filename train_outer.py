@@ -37,7 +37,7 @@ from recurse import MAS, recurse
 from styles import KINDS, get_style
 from support import flags, report
 from support import rows as data
-from support.checkpoints import load_agents, save_outer
+from support.checkpoints import fingerprint, load_agents, save_outer
 from support.compiled import set_compile
 from support.devices import settle
 from support.errors import need
@@ -216,7 +216,8 @@ def main():
 
     # 3. The loop.
     training = Training(mas.outer, args, args.outer_lr, args.save_dir, len(rows),
-                        mas.agents[style.roles[-1].name].dtype)
+                        mas.agents[style.roles[-1].name].dtype, fingerprint(
+                            [agent.inner for agent in mas.agents.values()], style.roles, rows))
     for step in training.steps("outer links"):
         rounds = args.num_recursive_rounds
         if args.random_rounds:                 # drawn by seed and step, so all ranks draw the same

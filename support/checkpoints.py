@@ -20,6 +20,7 @@ float32. Links that were trained here have a train_args.json beside them, which 
 models they were trained on.
 """
 import copy
+import hashlib
 import json
 import os
 import shutil
@@ -192,6 +193,16 @@ def load_outer(folder, widths, task="math"):
         need(found == widths, f"it holds the links {told(found)}, but this system needs "
              f"{told(widths)}: they belong to another style or to other models")
     return links
+
+
+def fingerprint(links, *data):
+    """A short hash of links' weights and of plain data. A run that goes on compares it: flags may be
+    the same where a link, a prompt or a row is another one."""
+    digest = hashlib.sha256(repr(data).encode())
+    for link in links:
+        for value in link.state_dict().values():
+            digest.update(value.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 # ---- frozen models ------------------------------------------------------------------------------

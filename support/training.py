@@ -66,9 +66,10 @@ class Training:
     """AdamW over links, with warm-up and cosine, clipping, fp16 scaling, ranks and resuming.
 
     args: the flags of flags.add_training_flags. folder: where train_args.json, log.jsonl and
-    state.pt go. items: how many rows make an epoch. dtype: of the frozen models."""
+    state.pt go. items: how many rows make an epoch. dtype: of the frozen models. contents: the
+    fingerprint of what is trained on, which a resumed run compares."""
 
-    def __init__(self, links, args, learning_rate, folder, items, dtype=torch.float32):
+    def __init__(self, links, args, learning_rate, folder, items, dtype=torch.float32, contents=""):
         self.links, self.args, self.folder = links.requires_grad_(True), args, Path(folder)
         self.done, self.skipped, self.skipped_in_a_row, self.stopping = 0, 0, 0, False
         per_step = args.batch_size * args.grad_accum_steps * RANKS
@@ -90,6 +91,7 @@ class Training:
                                            enabled=dtype == torch.float16)
         self.settings = {name: value for name, value in vars(args).items() if name not in FREE}
         self.settings["ranks"] = RANKS                    # they decide which rows make a step
+        self.settings["links_prompts_data"] = contents
         if args.resume:
             self.load()
         elif RANK == 0:

@@ -7,13 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import PROJECT
 
 import evaluate
 import train_inner
 import train_outer
 from recurse import chunks
-from support.flags import run
 from support import report
+from support.checkpoints import load_outer, save_outer
+from support.flags import run
+from tasks import get_task
 
 QUICK = ["--num_samples", 6, "--batch_size", 3, "--num_recursive_rounds", 2, "--method", "text",
          "latent", "shuffle"]
@@ -46,6 +50,55 @@ def test_results_and_summary_hold_what_is_promised(tmp_path, monkeypatch):
         assert row["latent_steps"] == (0 if row["method"] == "text" else 5 * 6)   # five turns think
     assert (tmp_path / "summary.png").read_bytes()[:4] == b"\x89PNG"
     assert summary["settings"]["latent_length"] == 6          # tiny's own, no flag was given
+
+
+@pytest.fixture
+def own_system(tmp_path):
+    """A copy of the shipped links, a style file with tiny's words, and eight of its problems."""
+    shutil.copytree(PROJECT / "tiny/outer", tmp_path / "outer")
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import replace\nfrom styles.tiny import tiny\n"
+        "mine = replace(tiny, name='mine')\n")
+    rows = [{"problem": example.question, "answer": example.gold}
+            for example in get_task("tiny").load(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def other_link(folder):
+    links = load_outer(folder / "outer", {"outer_12": (96, 80), "outer_23": (80, 112),
+                                          "outer_31": (112, 96)})
+    torch.nn.init.zeros_(links["outer_12"].proj1.weight)
+    save_outer(links, folder / "outer")
+
+
+def other_words(folder):
+    (folder / "mine.py").write_text((folder / "mine.py").read_text().replace(
+        "name='mine'", "name='mine', roles=(replace(tiny.roles[0], system='Go.'), *tiny.roles[1:])"))
+
+
+def other_data(folder):
+    rows = (folder / "rows.jsonl").read_text()
+    (folder / "rows.jsonl").write_text(rows.replace('"answer": "', '"answer": "1', 1))
+
+
+@pytest.mark.parametrize("change", [other_link, other_words, other_data])
+def test_a_run_does_not_go_on_with_another_system(change, own_system, monkeypatch):
+    """The flags are the same, and the links, the prompts or the data are not."""
+    def ask(*flags):
+        monkeypatch.setattr(sys, "argv", [
+            "evaluate.py", "--style", str(own_system / "mine.py"), "--ckpt_override",
+            f"outer={own_system / 'outer'}", "--dataset", str(own_system / "rows.jsonl"), "--task",
+            "math500", "--method", "latent", "--num_recursive_rounds", "1", "--latent_length", "6",
+            "--max_new_tokens", "4", "--answer_retry", "0", "--out", str(own_system / "out"),
+            *flags])
+        evaluate.main()
+
+    ask()
+    ask("--resume")
+    change(own_system)
+    with pytest.raises(ValueError, match="of another run .links_prompts_data differ."):
+        ask("--resume")
 
 
 def test_an_interrupted_run_resumes_to_the_same_results(tmp_path, monkeypatch):

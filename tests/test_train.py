@@ -257,6 +257,21 @@ def test_a_run_that_is_told_to_stop_saves_first(number, tmp_path, monkeypatch, c
     assert weights(tmp_path / "whole", *names) == weights(tmp_path / "halves", *names)
 
 
+@pytest.mark.parametrize("script", [train_inner, train_outer])
+def test_training_does_not_go_on_with_other_rows(script, tmp_path, monkeypatch):
+    rows = [{**row, "solver": "none"} for row in tiny.train_rows(20, 3)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    flags = ["--dataset_name", tmp_path / "rows.json", "--max_steps", 2, "--batch_size", 3,
+             "--latent_length", 2, "--save_dir", tmp_path / "out", "--num_samples", -1]
+    if script is train_outer:
+        flags += ["--warm_start_steps", 1, "--eval_samples", 0]
+    run_script(script, monkeypatch, *flags)
+    run_script(script, monkeypatch, *flags, "--resume")
+    (tmp_path / "rows.json").write_text(json.dumps(rows[1:]))
+    with pytest.raises(ValueError, match="of another run .links_prompts_data differ."):
+        run_script(script, monkeypatch, *flags, "--resume")
+
+
 def test_links_may_be_read_by_whom_the_umask_lets(tmp_path):
     before = os.umask(0o027)
     save_inner(InnerLink(4), tmp_path)

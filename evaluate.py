@@ -132,7 +132,7 @@ def evaluate(mas, fresh, task, examples, plan, out, settings, resume=False):
         shutil.rmtree(out / "parts", ignore_errors=True)
         write_json(out / "summary.json", {"settings": settings, "rows": []})
     wait_for_ranks()
-    todo = [(part, *job) for part, job in zip(parts, jobs) if not finished(part, batches[job[2]])]
+    todo = [(part, *job) for part, job in zip(parts, jobs) if not finished(part)]
     with contextlib.suppress(RuntimeError):     # the first call is slow (imports, choosing kernels)
         first = batches[0][:2]                   # so it happens before the clock starts
         mas.respond([example.question for example in first], 1, 1, first[0].kind,
@@ -150,12 +150,9 @@ def evaluate(mas, fresh, task, examples, plan, out, settings, resume=False):
     return lines
 
 
-def finished(part, batch):
-    """Whether a part is there, without an error. Raises ValueError if it is of other questions."""
+def finished(part):
+    """Whether a part is there, without an error in it."""
     lines = read_json(part).get("lines", [])
-    asked = [line.get("question") for line in lines]
-    need(not lines or asked == [example.question for example in batch], f"{part} holds answers to "
-         "other questions: use the same data, or another --out")
     return bool(lines) and not any("error" in line for line in lines)
 
 

@@ -503,7 +503,7 @@ def test_resuming_with_other_questions_is_refused(no_keys, monkeypatch, tmp_path
     lines = untimed(Path("out/results.jsonl"))
     Path("out/parts/single_1_00001.json").unlink()
     write_rows(tmp_path / "rows.jsonl", rows_of("math500", 9)[5:])
-    assert "answers to other questions" in refused(monkeypatch, *flags, "--resume")
+    assert "links_prompts_data differ" in refused(monkeypatch, *flags, "--resume")
     assert untimed(Path("out/results.jsonl")) == lines
 
 

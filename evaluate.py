@@ -132,7 +132,7 @@ def evaluate(mas, fresh, task, examples, plan, out, settings, resume=False):
         shutil.rmtree(out / "parts", ignore_errors=True)
         write_json(out / "summary.json", {"settings": settings, "rows": []})
     wait_for_ranks()
-    todo = [(part, *job) for part, job in zip(parts, jobs) if not finished(part)]
+    todo = [(part, *job) for part, job in zip(parts, jobs) if not finished(part, batches[job[2]])]
     with contextlib.suppress(RuntimeError):     # the first call is slow (imports, choosing kernels)
         first = batches[0][:2]                   # so it happens before the clock starts
         mas.respond([example.question for example in first], 1, 1, first[0].kind,
@@ -150,10 +150,11 @@ def evaluate(mas, fresh, task, examples, plan, out, settings, resume=False):
     return lines
 
 
-def finished(part):
-    """Whether a part is there, without an error in it."""
+def finished(part, batch):
+    """Whether a part is there, with an answer to each question and without an error."""
     lines = read_json(part).get("lines", [])
-    return bool(lines) and not any("error" in line for line in lines)
+    return [line.get("question") for line in lines] == [one.question for one in batch] and not any(
+        "error" in line for line in lines)
 
 
 def compare(mas, task, args, out):

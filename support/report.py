@@ -166,11 +166,15 @@ def write_report(rows, out, settings, task=None, examples=()):
         print(f"{row['method']:12s} {row['rounds']:6d} {row[measure]:8.3f}  {low:.3f} - {high:.3f}"
               f"    {row.get('unparsed', 0):8.3f} {row['decoded_tokens']:7.1f} "
               f"{row['latent_steps']:6.0f} {1000 * row['seconds']:7.2f}{more}")
-    print_comparison(rows, task, examples)
-    plot(rows, out / "summary.png")
+    # The ceiling is that of the system that was made for the task, and of no other.
+    depths, ceiling = sorted({row["rounds"] for row in rows}), {}
+    if task and task.ceiling and measure == "accuracy" and rows[0]["style"] == task.name:
+        ceiling = {depth: task.ceiling(examples, depth) for depth in depths}
+    print_comparison(rows, ceiling)
+    plot(rows, out / "summary.png", ceiling)
 
 
-def print_comparison(rows, task, examples):
+def print_comparison(rows, ceiling):
     """Print latents minus every other method at the deepest rounds, over the same questions, what
     they save against text, and the best accuracy that a method could reach."""
     depths = sorted({row["rounds"] for row in rows})
@@ -190,9 +194,9 @@ def print_comparison(rows, task, examples):
             fewer = 100 - 100 * ours["decoded_tokens"] / theirs["decoded_tokens"]
             print(f"latent against {other} at {depths[-1]} rounds: {fewer:.1f} % fewer decoded "
                   f"tokens, {theirs['seconds'] / ours['seconds']:.2f} x as fast")
-    if task and task.ceiling and measure_of(rows) == "accuracy":
+    if ceiling:
         print("expected of a perfect system by rounds (what does not fit is guessed): "
-              + ", ".join(f"{depth}: {task.ceiling(examples, depth):.3f}" for depth in depths))
+              + ", ".join(f"{depth}: {best:.3f}" for depth, best in ceiling.items()))
 
 
 def new_figure(width):
@@ -206,29 +210,32 @@ def save_figure(figure, path):
     write_whole(path, lambda part: figure.savefig(part, format="png", dpi=120))
 
 
-def plot(rows, path):
-    """Draw accuracy and decoded tokens by rounds, a line a method. Controls are dotted."""
-    figure = new_figure(width=10)
-    left, right = figure.subplots(1, 2)
-    methods, measure = list(dict.fromkeys(row["method"] for row in rows)), measure_of(rows)
+def plot(rows, path, ceiling=None):
+    """Draw what each method reaches and costs, by rounds, as bars side by side.
+
+    ceiling: {rounds: the best accuracy possible}, drawn as dashed lines. Controls are pale."""
+    measure = measure_of(rows)
+    spread = "lowest to highest run" if "runs" in rows[0] else "95 % intervals"
+    panels = {measure: f"{measure} ({spread})", "decoded_tokens": "decoded tokens a question",
+              "seconds": "seconds a question"}
+    figure = new_figure(width=15)
+    axes = dict(zip(panels, figure.subplots(1, 3)))
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    width = 0.8 / len(methods)
     for place, method in enumerate(methods):
         mine = [row for row in rows if row["method"] == method]
-        shift = 0.04 * (place - (len(methods) - 1) / 2)       # side by side where they coincide
-        rounds = [row["rounds"] + shift for row in mine]
+        middles = [row["rounds"] + width * (place - (len(methods) - 1) / 2) for row in mine]
         color = "black" if method == "latent" else f"C{METHODS.index(method)}"
-        look = {"color": color, "marker": "osD^vP*X"[place], "markersize": 5, "label": method,
-                "linestyle": ":" if method in CONTROLS else "-"}
-        left.plot(rounds, [row[measure] for row in mine], **look)
-        left.vlines(rounds, *zip(*(row["ci95"] for row in mine)), color=color)
-        right.plot(rounds, [row["decoded_tokens"] for row in mine], **look)
-    spread = "lowest to highest run" if "runs" in rows[0] else "95 % intervals"
-    left.set(xlabel="rounds", ylabel=measure, title=f"{measure} ({spread})",
-             ylim=(0, 1.02 if measure == "accuracy" else None))
-    right.set(xlabel="rounds", ylabel="tokens per question", title="decoded tokens")
-    for axes in (left, right):
-        axes.set_xticks(sorted({row["rounds"] for row in rows}))
-        axes.grid(alpha=0.3)
-    right.legend(fontsize=8, loc="upper left")
+        for name, panel in axes.items():
+            panel.bar(middles, [row[name] for row in mine], width, color=color, label=method,
+                      alpha=0.4 if method in CONTROLS else 1.0)
+        axes[measure].vlines(middles, *zip(*(row["ci95"] for row in mine)), color="gray")
+    for depth, best in (ceiling or {}).items():
+        axes[measure].hlines(best, depth - 0.45, depth + 0.45, color="black", linestyle="--")
+    for name, panel in axes.items():
+        panel.set(xlabel="rounds", title=panels[name], ylim=(0, None),
+                  xticks=sorted({row["rounds"] for row in rows}))
+    axes["seconds"].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     save_figure(figure, path)
 
 

@@ -52,6 +52,16 @@ def test_results_and_summary_hold_what_is_promised(tmp_path, monkeypatch):
     assert summary["settings"]["latent_length"] == 6          # tiny's own, no flag was given
 
 
+def test_the_ceiling_is_that_of_the_system_made_for_the_task(tmp_path, monkeypatch, capsys):
+    """Another style over the same questions may reach more, or less."""
+    run_evaluate(monkeypatch, *QUICK, "--out", tmp_path)
+    assert "expected of a perfect system" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    rows = [{**row, "style": "debate"} for row in summary["rows"]]
+    report.write_report(rows, tmp_path, {}, get_task("tiny"), get_task("tiny").load(6))
+    assert "expected" not in capsys.readouterr().out
+
+
 @pytest.fixture
 def own_system(tmp_path):
     """A copy of the shipped links, a style file with tiny's words, and eight of its problems."""

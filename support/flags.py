@@ -160,11 +160,12 @@ def run(main):
         sys.stdout = open(os.devnull, "w")            # one rank speaks; all of them tell errors
     try:
         main()
-    except (ValueError, OSError, torch.OutOfMemoryError) as problem:
-        if os.environ.get("TRACEBACK"):
-            raise
+    except (ValueError, OSError, RuntimeError) as problem:
         says = " ".join(str(problem).split())
-        if isinstance(problem, torch.OutOfMemoryError):
+        memory = isinstance(problem, torch.OutOfMemoryError) or "DefaultCPUAllocator" in says
+        if os.environ.get("TRACEBACK") or isinstance(problem, RuntimeError) and not memory:
+            raise
+        if memory:
             says = f"{says[:200]} .. Lower --batch_size, or see --device and --offload"
         print(f"error: {says}", file=sys.stderr)
         raise SystemExit(2) from None

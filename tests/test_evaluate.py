@@ -52,6 +52,22 @@ def test_results_and_summary_hold_what_is_promised(tmp_path, monkeypatch):
     assert summary["settings"]["latent_length"] == 6          # tiny's own, no flag was given
 
 
+@pytest.mark.parametrize("problem", [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: can't allocate memory")])
+def test_too_little_memory_is_one_line(problem, capsys):
+    """On a GPU and on a CPU. Any other RuntimeError is a bug, and keeps its traceback."""
+    def broken(error):
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        run(lambda: broken(problem))
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and "Lower --batch_size" in said and said.count("\n") == 1
+    with pytest.raises(RuntimeError, match="shapes"):
+        run(lambda: broken(RuntimeError("shapes do not fit")))
+
+
 def test_the_ceiling_is_that_of_the_system_made_for_the_task(tmp_path, monkeypatch, capsys):
     """Another style over the same questions may reach more, or less."""
     run_evaluate(monkeypatch, *QUICK, "--out", tmp_path)

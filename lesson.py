@@ -3,8 +3,8 @@
 
 Run the file from top to bottom (2 minutes on a laptop), or open it in an editor that knows cells
 (`# %%`: VS Code, PyCharm, Spyder, Jupyter with jupytext). Each cell makes a claim, measures it,
-prints it and asserts it. What comes before the lesson: a little PyTorch, and reference.py, which is
-the whole method on one page. All of it runs on the shipped tiny system; tasks/tiny.py says what its
+prints it and asserts it. You need a little PyTorch. Read reference.py first, which is the
+whole method on one page. All of it runs on the shipped tiny system; tasks/tiny.py says what its
 three agents do. The pictures go to out/lesson. Exercises stand in docs/exercises.md.
 """
 # %%
@@ -154,7 +154,7 @@ assert after.min() > .95 > before.min()
 # 4. One thought goes to another agent.
 #
 # The planner's thoughts have 96 entries, and the critic reads embeddings of 80. So something has to
-# translate. The outer link does: R_out(R_in(H)). Its vectors stand in the critic's prompt where the
+# translate. The outer link translates: R_out(R_in(H)). Its vectors stand in the critic's prompt where the
 # planner's words would stand. We ask how often the critic then writes what it writes behind the
 # planner's words.
 # %%
@@ -253,7 +253,7 @@ assert controls["text"] > .9 and sorted(controls.values())[-2] < .3
 # The only loss is the cross-entropy of the last answer. It flows back through the frozen solver
 # into the messages that it heard, through the links, through the rollouts that made them, round by
 # round. We ask how large dL/d(message) is for each message of three rounds. It shrinks from round
-# to round on its way back, so the first messages hardly learn. Frozen weights keep no gradient at
+# to round on its way back, so the first round hardly trains the links. Frozen weights keep no gradient at
 # all.
 # %%
 row = rows[0]

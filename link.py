@@ -79,7 +79,7 @@ class InnerLink(nn.Module):
 
 
 class OuterLink(nn.Module):
-    """R_out: one agent's thought -> another agent's input embedding.
+    """R_out: the sender's R_in(h) -> the receiver's input embedding.
 
     Input is (.., src_width), output (.., dst_width). kind and gain are as in InnerLink. The agents
     differ in width, so the residual goes through a matrix W3. The hidden width is 2 dst_width with
@@ -121,11 +121,11 @@ def word_losses(got, tokens, embedding):
 
     1 - cos (the paper's) pulls each output towards its word's embedding. But embeddings of a real
     model lie close together, so an output may be near its word and nearer to another one. The
-    contrast (ours) asks which of the batch's words the output is nearest to:
+    contrast (ours, in the warm start) asks which of the batch's words the output is nearest to:
 
         contrast = - log softmax_w( cos(got, Emb(w)) / .05 )[the right word]
 
-    train_inner.py and warm_start.py have figures of what it is worth."""
+    warm_start.py has a figure of what it is worth."""
     words, place = torch.unique(tokens, return_inverse=True)
     vectors = embedding(words).float()                                             # (words, d)
     cosines = F.normalize(got, dim=-1) @ F.normalize(vectors, dim=-1).T            # (n, words)

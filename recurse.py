@@ -129,7 +129,7 @@ def write_turn(mas, run, turn, questions, writing):
 
 @dataclass
 class MAS:
-    """A multi-agent system: agents by role, outer links by edge key (none while untrained).
+    """A multi-agent system: agents by role, outer links by edge key.
 
     offload: only the agent whose turn it is has its weights on its device. The weights of all
     others are in main memory. search: query -> text, for a style with that tool. rounds and

@@ -1,7 +1,7 @@
 """The whole method on one page: slow, plain, one question at a time. Read this file first.
 
     h       = body(e_1 .. e_T)[-1]     a prompt's embeddings go in, its last hidden state comes out
-    e_(T+1) = R_in(h)                  the inner link makes it the next input: a thought, no word
+    e_(T+1) = R_in(h)                  the inner link turns this thought into the next input
     message = R_out(R_in(h_1 .. h_m))  the outer link makes m thoughts readable to another agent
 
 Three things happen, and each is one function here. An agent *thinks*: it feeds its own hidden state

@@ -15,7 +15,7 @@ point of the inner link: the model thinks on without choosing a word.
 Which text? `--text gold`, as published, takes the role's text in the training rows. `--text own`
 takes what the frozen agent itself writes for the same prompt. On a real model this decides: along
 words that the model would not say, h_t does not predict the next word, and the link learns an
-average. link.py has the figures. Own texts are written once and kept in --save_dir.
+average. docs/real.md has the figures. Own texts are written once and kept in --save_dir.
 
 The base model never changes, so its hidden states never change either. They are computed once and
 kept for all epochs, in a file that is mapped into memory and may be larger than memory.

@@ -9,8 +9,8 @@ inner links into the outer links (the paper's outer loop; recurse.py says where 
 
     loss = CE_final                                           as published, and for real styles
 
-Three things that are not in the paper make it converge in 150 steps instead of 20,000. Real styles
-leave them off. The README shows what each is worth on the tiny system.
+Three additions are ours. The published styles leave them off. docs/training.md measures what each is
+worth on the tiny system.
 
     --role_loss_weight w    Every role that hears latents is also asked for its own gold text:
                             loss = (CE_final + w sum_k CE_k) / (1 + w K), over K such turns
@@ -183,7 +183,7 @@ def thoughts(turn, context, role, rows, args):
 # ---- one run ------------------------------------------------------------------------------------
 
 def new_system(args, style):
-    """(the system with new outer links, {role: folder of its inner link} that flags named)."""
+    """The system of the flags, with new outer links."""
     given = vars(args)
     inner, models = ({role.name: given[f"{role.name}_{what}"] for role in style.roles
                       if given[f"{role.name}_{what}"]} for what in ("inner", "model"))
@@ -194,7 +194,7 @@ def new_system(args, style):
     set_compile(agents.values(), args.compile)
     kinds = {edge.key: kind_name(given[f"{edge.key}_type"] or args.outer_adapter_type)
              for edge in style.edges}
-    return MAS(style, agents, None).with_fresh_outer(kinds, args.scale_match, args.seed), inner
+    return MAS(style, agents, None).with_fresh_outer(kinds, args.scale_match, args.seed)
 
 
 def main():
@@ -208,7 +208,7 @@ def main():
     rows = data.keep_usable(rows, style.roles if all_roles else style.roles[-1:])
 
     # 2. Frozen agents, new outer links.
-    mas, overrides = new_system(args, style)
+    mas = new_system(args, style)
     if task and task.fits:
         task.fits(mas.agents[style.roles[0].name], args.latent_length)
     if args.warm_start_steps and not args.resume:
@@ -242,10 +242,8 @@ def main():
         report.plot_gradients(Path(args.save_dir))
     if args.eval_samples and task:
         evaluate.compare(mas, task, args, Path(args.save_dir))
-    overrides["outer"] = args.save_dir
     print(f"{time.time() - started:.0f} s in all; links and log.jsonl are in {args.save_dir}. Ask "
-          f"them:\npython evaluate.py --style {args.style} --ckpt_override "
-          + " ".join(f"{name}={folder}" for name, folder in overrides.items())
+          f"them:\npython evaluate.py --style {args.style} --ckpt_override outer={args.save_dir}"
           + (" --show 2" if task else " --dataset math500"))
 
 

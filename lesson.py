@@ -154,9 +154,9 @@ assert after.min() > .95 > before.min()
 # 4. One thought goes to another agent.
 #
 # The planner's thoughts have 96 entries, and the critic reads embeddings of 80. So something has to
-# translate. The outer link translates: R_out(R_in(H)). Its vectors stand in the critic's prompt where the
-# planner's words would stand. We ask how often the critic then writes what it writes behind the
-# planner's words.
+# translate. The outer link translates: R_out(R_in(H)). Its vectors stand in the critic's prompt
+# where the planner's words would stand. We ask how often the critic then writes what it writes
+# behind the planner's words.
 # %%
 @torch.no_grad()
 def understood(link, count=40):
@@ -253,8 +253,8 @@ assert controls["text"] > .9 and sorted(controls.values())[-2] < .3
 # The only loss is the cross-entropy of the last answer. It flows back through the frozen solver
 # into the messages that it heard, through the links, through the rollouts that made them, round by
 # round. We ask how large dL/d(message) is for each message of three rounds. It shrinks from round
-# to round on its way back, so the first round hardly trains the links. Frozen weights keep no gradient at
-# all.
+# to round on its way back, so the first round hardly trains the links. Frozen weights keep no
+# gradient at all.
 # %%
 row = rows[0]
 mas.outer.requires_grad_(True)

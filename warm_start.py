@@ -9,9 +9,9 @@ should get its own embedding of the same word:
     loss = 1 - cos(R_out(Emb_src(word) + noise), Emb_dst(word)) + contrast        (see link.py)
 
 over all words that both vocabularies hold. A thought never equals an embedding, so the input gets
-noise of .3 of its own size. (On the tiny system, 400 steps with noise give .396 .698 1.000 at
-R = 1, 2, 3 before any other training, and without noise .39 .69 .99.) The contrast matters between
-real models: from SmolLM2 to Qwen2.5, 3,000 steps of the cosine alone bring .43 of 500 held-out words
+noise of .3 of its own size. (On the tiny system, 400 steps with noise give .396 .698 1.000 at R =
+1, 2, 3 before any other training, and without noise .39 .69 .99.) The contrast matters between real
+models: from SmolLM2 to Qwen2.5, 3,000 steps of the cosine alone bring .43 of 500 held-out words
 nearest to their own embedding, of 151,936. With the contrast it is .82.
 """
 import torch

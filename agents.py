@@ -22,7 +22,6 @@ import re
 import jinja2
 import torch
 import torch.nn.functional as F
-import transformers
 from torch.nn.utils.rnn import pad_sequence
 
 from cache import Context, Growing, Recorded, new_cache

@@ -115,7 +115,7 @@ def inner_losses(agent, texts, again):
             with torch.no_grad():
                 states = reference.hidden_states(agent, agent.embedding(tokens))  # (B, T, d)
         got = link(states[:, :-1].float().flatten(0, 1))                       # (B (T - 1), d)
-        loss, *_ = word_losses(got, tokens[:, 1:].flatten(), agent.embedding)
+        loss, _ = word_losses(got, tokens[:, 1:].flatten(), agent.embedding)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -29,7 +29,7 @@ from recurse import load_mas_system
 from styles import get_style
 from support import flags, report
 from support.answers import Plan, answer_batch, in_batches, possible_methods, show
-from support.checkpoints import fingerprint, read_json, write_json, write_whole
+from support.checkpoints import fingerprint, notes_of, read_json, write_json, write_whole
 from support.errors import need, need_same, need_saved
 from support.flags import RANK, RANKS, wait_for_ranks
 from support.sampling import Sampling
@@ -97,18 +97,19 @@ def with_settings(parser):
     known = flags.early(parser)
     name = known.task or known.dataset
     data_settings = style.settings.get(name, {}) if name in task_names() else {}
-    trained = as_trained(known.ckpt_override)
-    return flags.parse(parser, {**settings, **data_settings, **trained}), style
-
-
-def as_trained(ckpt_override):
-    """Defaults of m and R: those that the outer links in outer=FOLDER were trained with."""
-    folder = dict(pair.partition("=")[::2] for pair in ckpt_override).get("outer")
-    notes = read_json(Path(folder) / "train_args.json") if folder else {}
-    if not {"latent_length", "num_recursive_rounds"} <= notes.keys():
-        return {}
-    return {"latent_length": notes["latent_length"],
-            "num_recursive_rounds": list(range(1, notes["num_recursive_rounds"] + 1))}
+    settings = {**settings, **data_settings}
+    # What the links were trained with counts more than what the style says of all links.
+    override = dict(pair.partition("=")[::2] for pair in known.ckpt_override)
+    notes = notes_of(override.get("outer") or style.repo)
+    trained = {}
+    if "latent_length" in notes:
+        trained = {"latent_length": notes["latent_length"],
+                   "num_recursive_rounds": list(range(1, notes["num_recursive_rounds"] + 1))}
+        print("the links were trained with " + " ".join(
+            f"{name}={value}" for name, value in trained.items()), flush=True)
+    parser.set_defaults(**trained)
+    return flags.parse(parser, {name: value for name, value in settings.items()
+                                if name not in trained}), style
 
 
 # ---- all batches --------------------------------------------------------------------------------
@@ -220,7 +221,7 @@ def main():
                           args.allow_unsafe_code,
                           bool(args.show or {"latent", "shuffle"} & set(methods)), args.threads,
                           args.compile)
-    if mas.latent_length != args.latent_length and {"latent", "shuffle"} & set(methods):
+    if mas.latent_length not in (None, args.latent_length) and {"latent", "shuffle"} & set(methods):
         print(f"asked with {args.latent_length} latent thoughts a turn, but the links were trained "
               f"with {mas.latent_length}", flush=True)
     if task.fits:
@@ -232,7 +233,7 @@ def main():
     fresh = mas.with_fresh_outer(seed=args.seed)
     links = [*mas.outer.values(), *(agent.inner for agent in mas.agents.values())]
     settings["links_prompts_data"] = fingerprint(links, style.roles, style.edges, [
-        (example.id, example.question, example.gold) for example in examples])
+        (example.id, example.question, example.gold, example.row) for example in examples])
     if args.resume:
         need_same(earlier, before, {"links_prompts_data": settings["links_prompts_data"]})
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import reference
-from link import InnerLink, OuterLink, word_losses
+from link import InnerLink, OuterLink, contrast, word_losses
 from recurse import load_mas_system
 from tasks import get_task
 
@@ -199,8 +199,9 @@ with torch.no_grad():
     x = x * planner.width ** .5 * planner.embedding_rms       # as long as what R_in puts out
 for step in range(400):
     noise = .3 * planner.embedding_rms * torch.randn_like(x)
-    cosine, contrast, _ = word_losses(R_out(x + noise), target, critic.embedding)
-    loss = cosine + contrast                                  # near the word, and nearest to it
+    got = R_out(x + noise)
+    cosine, _ = word_losses(got, target, critic.embedding)
+    loss = cosine + contrast(got, target, critic.embedding)   # near the word, and nearest to it
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

@@ -117,17 +117,21 @@ TEMPERATURE = 0.05
 
 
 def word_losses(got, tokens, embedding):
-    """(1 - cos, contrast, MSE) of a link's outputs (n, d) and the words (n,) they should look like.
+    """(1 - cos, MSE) of a link's outputs (n, d) and the words (n,) they should look like."""
+    wanted = embedding(tokens).float()                                             # (n, d)
+    return 1 - F.cosine_similarity(got, wanted, dim=-1).mean(), F.mse_loss(got, wanted)
 
-    1 - cos (the paper's) pulls each output towards its word's embedding. But embeddings of a real
-    model lie close together, so an output may be near its word and nearer to another one. The
-    contrast (ours, in the warm start) asks which of the batch's words the output is nearest to:
+
+def contrast(got, tokens, embedding):
+    """How surely each of a link's outputs (n, d) is nearest to the right one of the batch's words.
+
+    1 - cos (the paper's) pulls an output towards its word's embedding. But embeddings of a real
+    model lie close together, so the output may be near its word and nearer to another one. So we
+    ask which of the batch's words it is nearest to, as in a classification:
 
         contrast = - log softmax_w( cos(got, Emb(w)) / .05 )[the right word]
 
     warm_start.py has a figure of what it is worth."""
     words, place = torch.unique(tokens, return_inverse=True)
-    vectors = embedding(words).float()                                             # (words, d)
-    cosines = F.normalize(got, dim=-1) @ F.normalize(vectors, dim=-1).T            # (n, words)
-    return (1 - cosines.gather(1, place[:, None]).mean(),
-            F.cross_entropy(cosines / TEMPERATURE, place), F.mse_loss(got, vectors[place]))
+    vectors = F.normalize(embedding(words).float(), dim=-1)                        # (words, d)
+    return F.cross_entropy(F.normalize(got, dim=-1) @ vectors.T / TEMPERATURE, place)

@@ -133,19 +133,20 @@ class MAS:
 
     offload: only the agent whose turn it is has its weights on its device. The weights of all
     others are in main memory. search: query -> text, for a style with that tool. rounds and
-    latent_length: those that the links were trained with."""
+    latent_length: those that the links were trained with, None where nobody knows."""
     style: object
     agents: dict
     outer: torch.nn.ModuleDict
     offload: bool = False
     search: object = None
-    rounds: int = 3
-    latent_length: int = 32
+    rounds: int | None = None
+    latent_length: int | None = None
 
     def as_trained(self, rounds=None, latent_length=None):
-        """(rounds, latent_length). What is not given is as in the links' training."""
-        return (self.rounds if rounds is None else rounds,
-                self.latent_length if latent_length is None else latent_length)
+        """(rounds, latent_length). What is not given is as the links were trained, else 3 and 32.
+        """
+        return ((self.rounds or 3) if rounds is None else rounds,
+                (self.latent_length or 32) if latent_length is None else latent_length)
 
     def agent(self, role):
         """The agent of a role, its weights on its device."""
@@ -261,12 +262,12 @@ def load_mas_system(style, device="auto", dtype="auto", task="math", trust_remot
     # The links know the system they were trained in: models, inner links, m, R.
     notes, models, inner = trained_with(folder, style, override)
     agents = load_agents(style, device, dtype, task, trust_remote_code, {**override, **inner},
-                         revision, models, thinking=thinking, offload=offload,
-                         need_links=need_links)
+                         revision, models, notes.get("inner_adapter_type_fallback", RELEASED),
+                         thinking, offload, need_links)
     set_compile(agents.values(), compile)
     notes = {**style.settings.get("train_outer", {}), **notes}
-    mas = MAS(style, agents, None, offload, rounds=notes.get("num_recursive_rounds", 3),
-              latent_length=notes.get("latent_length", 32))
+    mas = MAS(style, agents, None, offload, rounds=notes.get("num_recursive_rounds"),
+              latent_length=notes.get("latent_length"))
     if folder is None:
         return mas.with_fresh_outer()
     return dataclasses.replace(mas, outer=load_outer_links(folder, style, agents, task))

@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 
 from link import KINDS as LINK_KINDS
-from link import InnerLink, word_losses
+from link import InnerLink, contrast, kind_name, word_losses
 from recurse import chunks
 from styles import KINDS, PUBLISHED_DESIGNS, get_style
 from support import flags
@@ -76,8 +76,9 @@ def parse():
     style = get_style(design if design and known.style == "tiny" else known.style)
     need(style.name.startswith(design.split("_")[0]), f"--mas_design {known.mas_design} is not the "
          f"design of --style {known.style}: leave one of them away")
+    role = style.role(known.mas_role)
+    parser.set_defaults(style=style.name if design else known.style, model_name_or_path=role.model)
     args = flags.parse(parser, style.settings.get("train_inner", {}))
-    role = style.role(args.mas_role)
     if args.text_field:
         role = dataclasses.replace(role, target=(args.text_field,))
     return args, style, role
@@ -90,7 +91,8 @@ def own_tokens(agent, style, role, texts, args):
     file = Path(args.save_dir) / f"own_texts.rank{RANK}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     keys = [text_seed(agent.name, role, one.question, one.kind, one.heard, one.row,
-                      args.own_length, args.own_temperature, args.seed) for one in texts]
+                      args.own_length, args.own_temperature, args.seed, agent.thinking, agent.dtype)
+            for one in texts]
     lines = file.read_text().split("\n") if file.is_file() else []
     whole = [json.loads(line) for line in lines if line.endswith("}")]     # one may be torn
     written = {line["key"]: line["tokens"] for line in whole}
@@ -165,7 +167,8 @@ def new_link(agent, args):
     """The link to train: a new one, or the one in --load_dir."""
     if args.load_dir:
         folder = local_folder(args.load_dir, who="--load_dir")
-        return load_inner(folder, agent.width, args.mas_task).to(agent.device)
+        return load_inner(folder, agent.width, args.mas_task,
+                          kind_name(args.adapter_type)).to(agent.device)
     torch.manual_seed(args.seed)
     gain = agent.embedding_rms if args.scale_match else 1.0               # see link.py
     return InnerLink(agent.width, args.adapter_type, gain).to(agent.device)
@@ -220,10 +223,11 @@ def main():
             states = torch.cat([h for h, _ in batch]).to(device)            # (n, d)
             targets = torch.cat([ids for _, ids in batch])                  # (n,)
             got = agent.inner(states.float())                               # R_in(h_t)   (n, d)
-            cosine, contrast, mse = word_losses(got, targets, agent.embedding)
-            loss = (args.adapter_cos_weight * cosine + args.adapter_mse_weight * mse
-                    + args.adapter_contrast_weight * contrast)
-            training.backward(loss, len(states), cosine=cosine, contrast=contrast, mse=mse)
+            cosine, mse = word_losses(got, targets, agent.embedding)
+            loss = args.adapter_cos_weight * cosine + args.adapter_mse_weight * mse
+            if args.adapter_contrast_weight:
+                loss = loss + args.adapter_contrast_weight * contrast(got, targets, agent.embedding)
+            training.backward(loss, len(states), cosine=cosine, mse=mse)
         training.step()
 
     # 4. The link, and what it is worth.

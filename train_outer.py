@@ -215,9 +215,10 @@ def main():
         warm_start(mas, args, task.leave_out if task else ())
 
     # 3. The loop.
+    inner = [agent.inner for agent in mas.agents.values()]
     training = Training(mas.outer, args, args.outer_lr, args.save_dir, len(rows),
-                        mas.agents[style.roles[-1].name].dtype, fingerprint(
-                            [agent.inner for agent in mas.agents.values()], style.roles, rows))
+                        mas.agents[style.roles[-1].name].dtype,
+                        fingerprint(inner, style.roles, style.edges, rows))
     for step in training.steps("outer links"):
         rounds = args.num_recursive_rounds
         if args.random_rounds:                 # drawn by seed and step, so all ranks draw the same

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from agents import apply_link
-from link import word_losses
+from link import contrast, word_losses
 from support.flags import progress
 
 BATCH, LEARNING_RATE, NOISE = 512, 2e-3, 0.3
@@ -81,8 +81,9 @@ def warm_start(mas, args, leave_out=()):
             noise = torch.randn(x.shape, generator=generator).to(x.device)
             x = (x + NOISE * rms * noise).to(target.device)
             got = apply_link(link, x, target.dtype).float()                            # (n, d_dst)
-            cosine, contrast, _ = word_losses(got, pairs[:, 1].to(target.device), target.embedding)
-            loss = cosine + contrast
+            words = pairs[:, 1].to(target.device)
+            cosine, _ = word_losses(got, words, target.embedding)
+            loss = cosine + contrast(got, words, target.embedding)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -17,11 +17,23 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from support.errors import need  # noqa: E402
+from support.flags import run  # noqa: E402
 from tasks import read_rows  # noqa: E402
 
-source = sys.argv[1]
-is_file = source.endswith((".json", ".jsonl"))
-for _, row in read_rows(source) if is_file else read_rows("openai/gsm8k", "main", source):
-    steps, _, result = re.sub("<<.*?>>", "", row["answer"]).partition("\n#### ")
-    answer = f"{steps}\nThe answer is \\boxed{{{result}}}.\n#### {result}"
-    print(json.dumps({"question": row["question"], "plan": steps.split("\n")[0], "answer": answer}))
+
+def main():
+    """Read, put the box in, print."""
+    need(len(sys.argv) == 2, "give a file of rows, or a split of the hub's (train, test)")
+    source = sys.argv[1]
+    is_file = source.endswith((".json", ".jsonl"))
+    for place, row in read_rows(source) if is_file else read_rows("openai/gsm8k", "main", source):
+        steps, _, result = re.sub("<<.*?>>", "", row.get("answer", "")).partition("\n#### ")
+        need(result, f"{place} has no answer with a number behind ####")
+        answer = f"{steps}\nThe answer is \\boxed{{{result}}}.\n#### {result}"
+        print(json.dumps({"question": row["question"], "plan": steps.split("\n")[0],
+                          "answer": answer}))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -85,7 +85,8 @@ class Style:
     links_by_task: bool = False
 
     def __post_init__(self):
-        if len(self.roles) != 1:                   # else it is alone(), made of a checked style
+        # alone() makes its style of one that was checked.
+        if not (len(self.roles) == 1 and self.edges and self.edges[0].src == self.edges[0].dst):
             check(self)
 
     def role(self, name):

@@ -184,7 +184,8 @@ def show(mas, examples, plan):
     """Print problems with the latents of every turn, read through the vocabulary head."""
     rounds = max(plan.rounds)
     for example in examples:
-        run = recurse(mas, [example.question], rounds, plan.latent_length, example.kind, trace=True)
+        run = recurse(mas, [example.question], rounds, plan.latent_length, example.kind,
+                      trace=True, columns=[example.row])
         print(f"\n{example.question}    (gold: {example.gold})")
         for (round, role), H in run.thoughts.items():
             agent = mas.agent(role)

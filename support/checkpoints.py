@@ -196,8 +196,8 @@ def load_outer(folder, widths, task="math"):
 
 
 def fingerprint(links, *data):
-    """A short hash of links' weights and of plain data. A run that goes on compares it: flags may be
-    the same where a link, a prompt or a row is another one."""
+    """A short hash of links' weights and of plain data. A run that goes on compares it: the flags
+    may be the same where a link, a prompt or a row is another one."""
     digest = hashlib.sha256(repr(data).encode())
     for link in links:
         for value in link.state_dict().values():
@@ -268,13 +268,21 @@ def base_model(folder):
     return read_json(folder / "train_args.json").get("model_name_or_path")
 
 
+def notes_of(name):
+    """train_args.json of the links in a folder here. {} where there is none, or on the hub."""
+    for folder in (Path(name).expanduser(), PROJECT / name) if name else ():
+        if (folder / "train_args.json").is_file():
+            return read_json(folder / "train_args.json")
+    return {}
+
+
 def trained_with(folder, style, override):
     """What the outer links in a folder were trained with: (notes, models, inner links).
 
     notes: its train_args.json, or {}. models: {role: base model}; an override that brings a model
     of its own counts more. inner links: {role: folder}; any override counts more, and one line says
     so where the two differ."""
-    notes, models, inner = read_json(folder / "train_args.json") if folder else {}, {}, {}
+    notes, models, inner = notes_of(folder), {}, {}
     for role in style.roles:
         given, trained = override.get(role.name), notes.get(f"{role.name}_inner")
         if not (Path(given or "/") / "config.json").is_file():

@@ -23,8 +23,8 @@ def pick_device(device="auto", dtype="auto"):
     asked, gpus = str(device), torch.cuda.device_count()
     if asked in ("auto", "cuda") and gpus:
         asked = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    why = "asked for" if str(device) != "auto" else (
-        "no GPU found" if asked == "auto" else "a GPU is there")
+    why = "" if str(device) != "auto" else (
+        " (no GPU found)" if asked == "auto" else " (a GPU is there)")
     need(re.fullmatch(r"auto|cpu|cuda(:\d+)?", asked), f"unknown device '{device}': use auto, cpu, "
          "cuda or cuda:N")
     device = torch.device("cpu" if asked == "auto" else asked)
@@ -33,12 +33,12 @@ def pick_device(device="auto", dtype="auto"):
     dtype = str(dtype).removeprefix("torch.")                  # a torch.dtype will do as well
     if dtype == "auto":
         dtype = "float32"
-        if device.type == "cpu" and "avx512_bf16" in cpu_flags():
-            why += "; real models are 2 to 3 times as fast here with --dtype bfloat16"
+        if why and device.type == "cpu" and "avx512_bf16" in cpu_flags():
+            why = " (no GPU found; this processor is 2 to 3 times as fast with --dtype bfloat16)"
         if device.type == "cuda":              # cards before compute capability 8 emulate bfloat16
             dtype = "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
     need(dtype in DTYPES, f"unknown dtype '{dtype}': choose auto, {', '.join(DTYPES)}")
-    print(f"device {device} ({why}), frozen models in {dtype}, links in float32", flush=True)
+    print(f"device {device}{why}, frozen models in {dtype}, links in float32", flush=True)
     return device, DTYPES[dtype]
 
 

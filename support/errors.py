@@ -39,5 +39,5 @@ def need_saved(path):
 def need_same(path, theirs, ours):
     """Raise ValueError if the settings of an earlier run, in `path`, are not those of this one."""
     odd = [name for name in ours if theirs.get(name) != ours[name]]
-    need(not odd, f"{path} is of another run ({', '.join(odd)} differ): use the same flags, or "
-         "another folder")
+    need(not odd, f"{path} is of another run ({', '.join(odd)} differ): use the same "
+         "flags, links, prompts and data, or another folder")

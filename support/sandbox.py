@@ -193,7 +193,8 @@ def sandbox_layers():
     for name in LAYERS:
         if bare and printed([*active, name]) == bare:
             active.append(name)
-    if bare and not {"namespaces", "landlock"} & set(active):       # /proc shows our environment
+    if sys.platform == "linux" and bare and not {"namespaces", "landlock"} & set(active):
+        # /proc shows our environment.
         ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)      # PR_SET_DUMPABLE: not to others of our user
     return tuple(active)
 
@@ -217,7 +218,8 @@ def confine(layers, memory, seconds):
     libc = ctypes.CDLL(None)
     if "process limits" in layers:
         import resource
-        libc.prctl(38, 1, 0, 0, 0)          # PR_SET_NO_NEW_PRIVS: set-uid programs give none
+        if sys.platform == "linux":
+            libc.prctl(38, 1, 0, 0, 0)      # PR_SET_NO_NEW_PRIVS: set-uid programs give none
         # NPROC counts all threads of this user (before Linux 5.14 also outside the namespace), so
         # it cannot be small. CPU is a second clock, in case the process that waits for this dies.
         for name, most in {"AS": memory, "CPU": seconds, "FSIZE": 32 << 20, "NOFILE": 128,

@@ -29,6 +29,7 @@ import math
 import random
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -103,8 +104,9 @@ class Training:
         """The numbers of the steps still to do, with a progress bar. Then the links are frozen.
 
         Ctrl-C and SIGTERM end the run behind the step that is running, with its state saved."""
+        main = threading.current_thread() is threading.main_thread()     # others get no signals
         before = {number: signal.signal(number, self.stop)
-                  for number in (signal.SIGINT, signal.SIGTERM)}
+                  for number in (signal.SIGINT, signal.SIGTERM) if main}
         try:
             yield from flags.progress(range(self.done, self.total_steps), name, initial=self.done,
                                       total=self.total_steps)
@@ -174,12 +176,14 @@ class Training:
     def _share(self):
         """Sum the gradients and the logged values over the ranks, and divide by all tokens."""
         if RANKS > 1:
+            self.sums["stopping"] = float(self.stopping)      # told on one rank, all of them stop
             sums = torch.tensor(list(self.sums.values()), device=self.weights[0].device)
             # With R = 1 the feedback link is unused and its gradient is None, on every rank alike.
             # It stays None: AdamW would move a link with a zero gradient by its momentum.
             for tensor in (sums, *(w.grad for w in self.weights if w.grad is not None)):
                 torch.distributed.all_reduce(tensor)
             self.sums = dict(zip(self.sums, sums.tolist()))
+            self.stopping = self.sums.pop("stopping") > 0
         for weight in self.weights:
             if weight.grad is not None:
                 weight.grad /= self.sums["tokens"]

@@ -78,7 +78,8 @@ def option_texts(place, options):
     if isinstance(options, list) and all(isinstance(one, dict) for one in options):
         options = {str(one.get("key")): one.get("value") for one in options}
     if isinstance(options, dict):
-        options = [f"{letter}. {options[letter]}" for letter in sorted(options) if options[letter]]
+        options = [f"{letter}. {text}" for letter, text in sorted(options.items())
+                   if text not in (None, "")]
     need(isinstance(options, list) and 2 <= len(options) <= len(LETTERS),
          f"{place} needs 'options': 2 to {len(LETTERS)} texts, or {{letter: text}}")
     options = [str(text).strip() for text in options]
@@ -108,7 +109,7 @@ def score(example, text):
     words = without_fonts(box or "")
     letter = letter_in(words.upper() if len(words) == 1 else words, options)
     if not letter:
-        behind = box + text.rpartition("{" + box)[2] if box else text
+        behind = box + text[max(text.rfind("boxed"), text.rfind("fbox")):] if box else text
         behind = IS_RIGHT.sub(r"answer: \1;", replaced(behind, STEPS))
         for found in STATED.finditer(behind):
             said = behind[found.end():found.end() + 200].partition("\n")[0]

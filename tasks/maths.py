@@ -15,7 +15,6 @@ math-verify hands the answer to sympy, which may think about \boxed{9^{9^{9^9}}}
 comparison runs in a process of its own, which is ended after SECONDS.
 """
 import contextlib
-import contextlib
 import functools
 import logging
 import multiprocessing

@@ -801,7 +801,7 @@ def test_load_agent_needs_no_writable_folder(tmp_path):
 def test_pick_device(capsys):
     assert pick_device("cpu") == (torch.device("cpu"), torch.float32)
     assert pick_device("cpu", "bfloat16")[1] is torch.bfloat16
-    assert "cpu (asked for)" in capsys.readouterr().out
+    assert "device cpu, frozen models in bfloat16" in capsys.readouterr().out
     for wrong in (("toaster", "auto"), ("cpu", "float12")):
         with pytest.raises(ValueError, match="unknown"):
             pick_device(*wrong)

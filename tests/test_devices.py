@@ -89,7 +89,8 @@ def test_a_system_asks_its_style(monkeypatch, capsys):
 def test_a_processor_with_bfloat16_is_named(dtype, flags, said, monkeypatch, capsys):
     """float32 stays what auto means on a CPU."""
     monkeypatch.setattr(devices, "cpu_flags", lambda: flags)
-    assert devices.pick_device("cpu", dtype)[1] == getattr(torch, dtype.replace("auto", "float32"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert devices.pick_device("auto", dtype)[1] == getattr(torch, dtype.replace("auto", "float32"))
     assert ("--dtype bfloat16" in capsys.readouterr().out) == said
 
 

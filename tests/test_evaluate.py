@@ -100,7 +100,8 @@ def other_link(folder):
 
 def other_words(folder):
     (folder / "mine.py").write_text((folder / "mine.py").read_text().replace(
-        "name='mine'", "name='mine', roles=(replace(tiny.roles[0], system='Go.'), *tiny.roles[1:])"))
+        "name='mine'",
+        "name='mine', roles=(replace(tiny.roles[0], system='Go.'), *tiny.roles[1:])"))
 
 
 def other_data(folder):

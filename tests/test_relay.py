@@ -17,6 +17,7 @@ import train_inner
 import train_outer
 import warm_start
 from agents import Agent
+from link import OuterLink
 from recurse import load_mas_system, recurse
 from styles import get_style, names_in
 from support import report
@@ -323,7 +324,7 @@ def test_a_styles_own_data_set_brings_its_settings(monkeypatch):
     assert evaluate.parse()[0].max_new_tokens == 2000
 
 
-def test_a_relay_is_asked_by_the_command(bare_style, tmp_path, monkeypatch):
+def test_a_relay_is_asked_by_the_command(bare_style, tmp_path, monkeypatch, capsys):
     """The rows' columns reach every prompt, from the first call on. (The words mean nothing to the
     tiny agents, so no answer is right.)"""
     style = tmp_path / "told.py"
@@ -342,6 +343,11 @@ def test_a_relay_is_asked_by_the_command(bare_style, tmp_path, monkeypatch):
     rows = json.loads((tmp_path / "out/summary.json").read_text())["rows"]
     assert [(row["method"], row["n"], row["errors"]) for row in rows] == [
         ("text", 4, 0), ("single", 4, 0), ("untrained", 4, 0)]
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:-4], "--show", "1"])
+    save_outer({"outer_12": OuterLink(96, 112)}, tmp_path / "links")
+    sys.argv += ["--ckpt_override", f"outer={tmp_path / 'links'}", "planner=tiny/planner"]
+    evaluate.main()
+    assert "planner    thinks" in capsys.readouterr().out
 
 
 def test_a_role_that_nobody_hears_needs_no_inner_link(bare_style, tmp_path, monkeypatch):

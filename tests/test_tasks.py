@@ -701,6 +701,18 @@ def test_program_in(text, program):
     assert time.perf_counter() - started < 20            # quadratic time would be minutes
 
 
+@pytest.mark.parametrize("box", [r"\boxed{12}", r"\boxed{ 12 }", r"\boxed{\boxed{12}}"])
+def test_a_letter_before_a_box_with_something_else_does_not_count(box):
+    example = Example("x", "q", "A", "choice", {"options": ["one", "two"]})
+    assert choice.score(example, f"The answer is (A).\nThe mass: {box}").parsed is None
+    assert choice.score(example, f"The mass: {box}\nSo the answer is (A).").correct
+
+
+def test_an_option_may_be_zero():
+    row = {"question": "How many?", "options": {"A": 0, "B": 1}, "answer_idx": "A"}
+    assert choice.make_example(Place("rows", 1), row).question == "How many?\nA. 0\nB. 1"
+
+
 @pytest.mark.parametrize("usage", ["print(f(1))", "assert f(1) == 1", "x = f(2)\nx", ">>> f(1)"])
 def test_usage_behind_a_function_is_not_the_program(usage):
     """Where a function is asked for. A program that reads its input may need no function."""

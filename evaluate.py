@@ -29,8 +29,9 @@ from recurse import load_mas_system
 from styles import get_style
 from support import flags, report
 from support.answers import Plan, answer_batch, in_batches, possible_methods, show
-from support.checkpoints import fingerprint, notes_of, read_json, write_json, write_whole
+from support.checkpoints import notes_of
 from support.errors import need, need_same, need_saved
+from support.files import fingerprint, read_json, write_json, write_whole
 from support.flags import RANK, RANKS, wait_for_ranks
 from support.sampling import Sampling
 from support.web import search_tool
@@ -187,41 +188,49 @@ def chosen_questions(args):
     return task, random.Random(args.sample_seed).sample(examples, min(count, len(examples)))
 
 
+def plan_of(args, style, task, examples):
+    """The Plan of the flags: by which methods, with how many rounds and thoughts, how written."""
+    alone = args.show or args.measure == "loss"              # one answer a question is enough
+    methods = [] if args.show else possible_methods(
+        style, task, in_batches(examples, args.batch_size), args.method)
+    writing = Writing(
+        args.max_new_tokens, Sampling(args.temperature, args.top_p, args.top_k, args.min_p,
+                                      args.repetition_penalty),
+        args.seed, 1 if alone else args.num_rollouts or task.samples, brief=task.brief)
+    return Plan(methods, args.num_recursive_rounds, args.latent_length, args.batch_size, writing,
+                args.answer_retry, args.measure)
+
+
+def need_as_before(out, settings):
+    """Raise if there is no run in `out`, or one with other settings than these."""
+    earlier = need_saved(Path(out) / "summary.json")
+    need_same(earlier, read_json(earlier).get("settings", {}), settings)
+
+
 def main():
     """Questions, system, answers and their table; or --show."""
     (args, style), started = parse(), time.time()
     # 1. What is asked. All complaints come now, and not after an hour of answers.
     task, examples = chosen_questions(args)
-    sampling = Sampling(args.temperature, args.top_p, args.top_k, args.min_p,
-                        args.repetition_penalty)
-    alone = args.show or args.measure == "loss"
-    samples = 1 if alone else args.num_rollouts or task.samples
-    methods = [] if args.show else possible_methods(
-        style, task, in_batches(examples, args.batch_size), args.method)
-    plan = Plan(methods, args.num_recursive_rounds, args.latent_length, args.batch_size,
-                Writing(args.max_new_tokens, sampling, args.seed, samples, brief=task.brief),
-                args.answer_retry, args.measure)
+    plan = plan_of(args, style, task, examples)
     override = dict(pair.split("=", 1) for pair in args.ckpt_override if all(pair.partition("=")))
     need(len(override) == len(args.ckpt_override), "--ckpt_override takes KEY=PATH, each key once, "
          "not " + " ".join(args.ckpt_override))
     settings = {name: value for name, value in vars(args).items() if name not in CHANGES_NO_ANSWER}
-    settings.update(method=methods, num_rollouts=samples)
-    if not args.show:
-        report.need_matplotlib()
-        if args.resume:
-            earlier = need_saved(Path(args.out) / "summary.json")
-            before = read_json(earlier).get("settings", {})
-            need_same(earlier, before, settings)
-        if task.ready and args.measure == "accuracy":
-            task.ready(args.allow_unsafe_code)
+    settings.update(method=plan.methods, num_rollouts=plan.writing.samples)
+    report.need_matplotlib()
+    if args.resume and not args.show:
+        need_as_before(args.out, settings)
+    if task.ready and args.measure == "accuracy" and not args.show:
+        task.ready(args.allow_unsafe_code)
 
     # 2. Who answers.
+    uses_links = {"latent", "shuffle"} & set(plan.methods)
     mas = load_mas_system(style, args.device, args.dtype, task.kind, bool(args.trust_remote_code),
                           override, args.revision, bool(args.enable_thinking), args.offload,
                           args.allow_unsafe_code,
-                          bool(args.show or {"latent", "shuffle"} & set(methods)), args.threads,
-                          args.compile)
-    if mas.latent_length not in (None, args.latent_length) and {"latent", "shuffle"} & set(methods):
+                          bool(args.show or uses_links), args.threads, args.compile)
+    if mas.latent_length not in (None, args.latent_length) and uses_links:
         print(f"asked with {args.latent_length} latent thoughts a turn, but the links were trained "
               f"with {mas.latent_length}", flush=True)
     if task.fits:
@@ -235,7 +244,7 @@ def main():
     settings["links_prompts_data"] = fingerprint(links, style.roles, style.edges, [
         (example.id, example.question, example.gold, example.row) for example in examples])
     if args.resume:
-        need_same(earlier, before, {"links_prompts_data": settings["links_prompts_data"]})
+        need_as_before(args.out, settings)
 
     # 3. The answers and their table.
     lines = evaluate(mas, fresh, task, examples, plan, Path(args.out), settings, args.resume)

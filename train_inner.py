@@ -34,11 +34,11 @@ from recurse import chunks
 from styles import KINDS, PUBLISHED_DESIGNS, get_style
 from support import flags
 from support import rows as data
-from support.checkpoints import (fingerprint, load_agent, load_inner, local_folder, save_inner,
-                                 write_json)
+from support.checkpoints import load_agent, load_inner, local_folder, save_inner
 from support.compiled import set_compile
 from support.devices import pick_device, settle
 from support.errors import need
+from support.files import fingerprint, write_json
 from support.flags import RANK
 from support.sampling import Sampling
 from support.training import Training
@@ -163,6 +163,16 @@ def readability(agent, style, role, texts, args):
     return (agreed / counted.clamp(min=1)).tolist(), words
 
 
+def frozen_agent(args, style, role):
+    """The role's base model as an Agent, without an inner link."""
+    device, dtype = pick_device(settle(style, args.device, args.threads), args.dtype)
+    base = local_folder(args.model_name_or_path, args.revision, f"role {role.name}")
+    agent = load_agent(base, device, dtype, bool(args.trust_remote_code),
+                       bool(args.enable_thinking))
+    set_compile([agent], args.compile)
+    return agent
+
+
 def new_link(agent, args):
     """The link to train: a new one, or the one in --load_dir."""
     if args.load_dir:
@@ -192,25 +202,21 @@ def main():
     rows = data.load_rows(args.dataset_name, args.dataset_split, args.dataset_json_field,
                           args.num_samples, args.seed)
     rows = data.keep_usable(rows, [role] if args.text == "gold" else [])
-    texts = data.role_texts_of(style, role, rows, args.mas_task)
-    held_out = texts[:args.held_out] if len(texts) >= 2 * args.held_out else texts
-    texts = texts[args.held_out:] if len(texts) >= 2 * args.held_out else texts
-    if held_out is texts:
+    texts = held_out = data.role_texts_of(style, role, rows, args.mas_task)
+    if len(texts) >= 2 * args.held_out:
+        held_out, texts = texts[:args.held_out], texts[args.held_out:]
+    else:
         print("too few texts to hold any out: readability is measured on the training texts")
 
     # 2. The frozen agent, its link, and its hidden states along the texts.
-    device, dtype = pick_device(settle(style, args.device, args.threads), args.dtype)
-    base = local_folder(args.model_name_or_path or role.model, args.revision, f"role {role.name}")
-    agent = load_agent(base, device, dtype, bool(args.trust_remote_code),
-                       bool(args.enable_thinking))
-    set_compile([agent], args.compile)
+    agent = frozen_agent(args, style, role)
     agent.inner = new_link(agent, args)
     if args.text == "own":
         print("texts: the agent's own, along which latents stay readable (--text gold: the rows')")
         tokens = own_tokens(agent, style, role, texts, args)
     else:
         tokens = [row[:args.max_length] for row in agent.tokenize([one.text for one in texts])]
-    pairs = [pair for pair in zip(texts, tokens) if pair[1]]
+    pairs = [pair for pair in zip(texts, tokens) if pair[1]]             # (text, its tokens)
     need(pairs, "--text own: the agent writes nothing for these prompts, try --text gold")
     before = readability(agent, style, role, held_out, args)
     pairs = hidden_states(agent, style, role, *zip(*pairs), args)
@@ -220,7 +226,7 @@ def main():
                         contents=fingerprint([], role, texts, tokens))
     for step in training.steps("inner link"):
         for batch in training.batches(pairs, step):
-            states = torch.cat([h for h, _ in batch]).to(device)            # (n, d)
+            states = torch.cat([h for h, _ in batch]).to(agent.device)      # (n, d)
             targets = torch.cat([ids for _, ids in batch])                  # (n,)
             got = agent.inner(states.float())                               # R_in(h_t)   (n, d)
             cosine, mse = word_losses(got, targets, agent.embedding)
@@ -232,8 +238,8 @@ def main():
 
     # 4. The link, and what it is worth.
     if RANK == 0:
-        task = args.mas_task if style.links_by_task else None
-        save_inner(agent.inner, args.save_dir, task, args.save_format)
+        save_inner(agent.inner, args.save_dir, args.mas_task if style.links_by_task else None,
+                   args.save_format)
         print(f"\n{style.name} {role.name}: 1-cos {training.logged['cosine']:.4f}, mse "
               f"{training.logged['mse']:.5f}, {training.summary()}, {time.time() - started:.0f} s")
         tell(len(held_out), before, readability(agent, style, role, held_out, args), args.save_dir)

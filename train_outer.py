@@ -37,10 +37,11 @@ from recurse import MAS, recurse
 from styles import KINDS, get_style
 from support import flags, report
 from support import rows as data
-from support.checkpoints import fingerprint, load_agents, save_outer
+from support.checkpoints import load_agents, save_outer
 from support.compiled import set_compile
 from support.devices import settle
 from support.errors import need
+from support.files import fingerprint
 from support.flags import RANK
 from support.training import Training
 from tasks import generated_task

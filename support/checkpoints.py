@@ -20,8 +20,6 @@ float32. Links that were trained here have a train_args.json beside them, which 
 models they were trained on.
 """
 import copy
-import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -36,38 +34,10 @@ from agents import Agent
 from link import KINDS, RELEASED, InnerLink, OuterLink
 from support.devices import pick_device
 from support.errors import blame, need
+from support.files import read_json, write_json, write_whole
 
 PROJECT = Path(__file__).resolve().parent.parent
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
-
-
-# ---- files --------------------------------------------------------------------------------------
-
-def write_whole(path, write):
-    """Write a file by write(temporary path), then rename it.
-
-    A rename happens at once or not at all. So nobody ever sees half a file, also after a crash."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    write(beside)
-    mask = os.umask(0)                       # safetensors makes files that only their owner reads
-    os.umask(mask)
-    os.chmod(beside, 0o666 & ~mask)
-    os.replace(beside, path)
-
-
-def write_json(path, value):
-    """Write `value` as indented JSON."""
-    write_whole(path, lambda part: part.write_text(json.dumps(value, indent=2) + "\n"))
-
-
-def read_json(path):
-    """The object in a JSON file, or {} if there is no such file. Raises ValueError, naming it."""
-    if not Path(path).is_file():
-        return {}
-    with blame(f"{path} is not a JSON object: write it again"):
-        return {**json.loads(Path(path).read_text())}   # a list or a number is an error here
 
 
 # ---- links --------------------------------------------------------------------------------------
@@ -193,16 +163,6 @@ def load_outer(folder, widths, task="math"):
         need(found == widths, f"it holds the links {told(found)}, but this system needs "
              f"{told(widths)}: they belong to another style or to other models")
     return links
-
-
-def fingerprint(links, *data):
-    """A short hash of links' weights and of plain data. A run that goes on compares it: the flags
-    may be the same where a link, a prompt or a row is another one."""
-    digest = hashlib.sha256(repr(data).encode())
-    for link in links:
-        for value in link.state_dict().values():
-            digest.update(value.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 # ---- frozen models ------------------------------------------------------------------------------

@@ -27,8 +27,8 @@ from statistics import fmean
 import torch
 
 from support import flags
-from support.checkpoints import read_json, write_json, write_whole
 from support.errors import need
+from support.files import read_json, write_json, write_whole
 from tasks import pass_at_k
 
 # The methods in the order of the table: baselines in words, controls, the system itself.

@@ -36,8 +36,8 @@ import torch
 import transformers
 
 from support import flags
-from support.checkpoints import write_json, write_whole
 from support.errors import blame, need, need_same, need_saved
+from support.files import write_json, write_whole
 from support.flags import RANK, RANKS
 
 PARTS = ("links", "optimizer", "schedule", "scaler")      # of a Training, that state.pt holds

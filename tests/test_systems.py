@@ -1033,7 +1033,7 @@ def test_the_trainers_last_line_can_be_run(debate, tmp_path, monkeypatch, capsys
         tmp_path / "outer", "--agent1_inner_aligner_path", tmp_path / "mine")
     command = capsys.readouterr().out.strip().splitlines()[-1].split()
     assert command[:2] == ["python", "evaluate.py"]
-    assert str(debate) in command and f"left={tmp_path / 'mine'}" in command
+    assert str(debate) in command and f"outer={tmp_path / 'outer'}" in command
     run(evaluate, monkeypatch, *command[2:])
 
 

@@ -144,11 +144,12 @@ def losses_of(mas, task, batch, method, rounds, plan):
 
 def gold_text(role, example, round):
     """The gold answer as the last role should write it: a solution from the row's columns, where
-    they say more than the answer, else the answer in a box."""
+    they say more than the answer, else the answer, in a box where prompts ask for one."""
     for text in (example.row.get("solution"), role_text(role, example.row, round)):
         if isinstance(text, str) and len(text) > len(example.gold):
             return text
-    return f"\\boxed{{{example.gold}}}"
+    words = role.prompt if isinstance(role.prompt, str) else role.prompt.get(example.kind, "")
+    return f"\\boxed{{{example.gold}}}" if "{answer_format}" in words else example.gold
 
 
 def score(task, batch, texts, places):

@@ -21,7 +21,7 @@ from link import OuterLink
 from recurse import load_mas_system, recurse
 from styles import get_style, names_in
 from support import report
-from support.answers import Plan, answer_batch
+from support.answers import gold_text, Plan, answer_batch
 from support.checkpoints import save_outer
 from support.prompts import Prompts
 from tasks import Example, get_task, relay, tiny
@@ -228,6 +228,15 @@ def test_the_loss_is_that_of_the_gold_answer(shipped):
     latent, zero = ([line["nats"] for line in answer_batch(mas, task, batch, method, 3, plan)]
                     for method in ("latent", "zero"))
     assert sum(latent) < sum(zero) / 2
+
+
+def test_the_gold_text_is_boxed_where_the_prompt_asks_for_a_box():
+    word = get_task("relay").load(1)[0]
+    assert gold_text(get_style("relay").roles[-1], word, 1) == word.gold
+    number = Example("x", "1 + 1?", "2", "math", {"answer": "2"})
+    assert gold_text(get_style("duo").roles[-1], number, 1) == "\\boxed{2}"
+    solved = Example("x", "1 + 1?", "2", "math", {"solution": "1 + 1 = 2, so \\boxed{2}."})
+    assert gold_text(get_style("duo").roles[-1], solved, 1) == "1 + 1 = 2, so \\boxed{2}."
 
 
 def test_evaluate_measures_losses(tmp_path, monkeypatch, capsys):

@@ -109,7 +109,7 @@ def score(example, text):
     words = without_fonts(box or "")
     letter = letter_in(words.upper() if len(words) == 1 else words, options)
     if not letter:
-        behind = box + text[max(text.rfind("boxed"), text.rfind("fbox")):] if box else text
+        behind = re.split("boxed|fbox", text)[-1] if box else text
         behind = IS_RIGHT.sub(r"answer: \1;", replaced(behind, STEPS))
         for found in STATED.finditer(behind):
             said = behind[found.end():found.end() + 200].partition("\n")[0]

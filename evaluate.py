@@ -100,8 +100,7 @@ def with_settings(parser):
     data_settings = style.settings.get(name, {}) if name in task_names() else {}
     settings = {**settings, **data_settings}
     # What the links were trained with counts more than what the style says of all links.
-    override = dict(pair.partition("=")[::2] for pair in known.ckpt_override)
-    notes = notes_of(override.get("outer") or style.repo)
+    notes = notes_of(overrides(known.ckpt_override).get("outer") or style.repo)
     trained = {}
     if "latent_length" in notes:
         trained = {"latent_length": notes["latent_length"],
@@ -111,6 +110,14 @@ def with_settings(parser):
     parser.set_defaults(**trained)
     return flags.parse(parser, {name: value for name, value in settings.items()
                                 if name not in trained}), style
+
+
+def overrides(pairs):
+    """{key: path} of --ckpt_override."""
+    found = dict(pair.split("=", 1) for pair in pairs if all(pair.partition("=")))
+    need(len(found) == len(pairs), "--ckpt_override takes KEY=PATH, each key once, not "
+         + " ".join(pairs))
+    return found
 
 
 # ---- all batches --------------------------------------------------------------------------------
@@ -213,9 +220,6 @@ def main():
     # 1. What is asked. All complaints come now, and not after an hour of answers.
     task, examples = chosen_questions(args)
     plan = plan_of(args, style, task, examples)
-    override = dict(pair.split("=", 1) for pair in args.ckpt_override if all(pair.partition("=")))
-    need(len(override) == len(args.ckpt_override), "--ckpt_override takes KEY=PATH, each key once, "
-         "not " + " ".join(args.ckpt_override))
     settings = {name: value for name, value in vars(args).items() if name not in CHANGES_NO_ANSWER}
     settings.update(method=plan.methods, num_rollouts=plan.writing.samples)
     report.need_matplotlib()
@@ -227,8 +231,8 @@ def main():
     # 2. Who answers.
     uses_links = {"latent", "shuffle"} & set(plan.methods)
     mas = load_mas_system(style, args.device, args.dtype, task.kind, bool(args.trust_remote_code),
-                          override, args.revision, bool(args.enable_thinking), args.offload,
-                          args.allow_unsafe_code,
+                          overrides(args.ckpt_override), args.revision,
+                          bool(args.enable_thinking), args.offload, args.allow_unsafe_code,
                           bool(args.show or uses_links), args.threads, args.compile)
     if mas.latent_length not in (None, args.latent_length) and uses_links:
         print(f"asked with {args.latent_length} latent thoughts a turn, but the links were trained "

@@ -7,7 +7,6 @@ The base model is frozen. Along a text, its hidden state h_t predicts the next t
 the link, h_t should look like that token's embedding (the paper's inner loop):
 
     loss = cos_weight (1 - cos(R_in(h_t), Emb(token_(t+1)))) + mse_weight MSE(R_in(h_t), Emb(..))
-           + contrast_weight contrast(R_in(h_t), token_(t+1))          (ours: see link.py)
 
 If it does, then the model that reads R_in(h_t) goes on as if it had read the word. That is the
 point of the inner link: the model thinks on without choosing a word.
@@ -29,7 +28,7 @@ from pathlib import Path
 import torch
 
 from link import KINDS as LINK_KINDS
-from link import InnerLink, contrast, kind_name, word_losses
+from link import InnerLink, kind_name, word_losses
 from recurse import chunks
 from styles import KINDS, PUBLISHED_DESIGNS, get_style
 from support import flags
@@ -69,13 +68,11 @@ def parse():
         help=f"kind of link: {', '.join(LINK_KINDS)} or a published name")
     add("--adapter_cos_weight", type=flags.at_least(0, float), default=1.0)
     add("--adapter_mse_weight", type=flags.at_least(0, float), default=0.0)
-    add("--adapter_contrast_weight", type=flags.at_least(0, float), default=0.0,
-        help="of the contrast among words (ours: see link.py)")
     known = flags.early(parser)
     design = PUBLISHED_DESIGNS.get(known.mas_design, "")
     style = get_style(design if design and known.style == "tiny" else known.style)
     need(style.name.startswith(design.split("_")[0]), f"--mas_design {known.mas_design} is not the "
-         f"design of --style {known.style}: leave one of them away")
+         f"design of --style {known.style}: leave one of them out")
     role = style.role(known.mas_role)
     parser.set_defaults(style=style.name if design else known.style, model_name_or_path=role.model)
     args = flags.parse(parser, style.settings.get("train_inner", {}))
@@ -231,8 +228,6 @@ def main():
             got = agent.inner(states.float())                               # R_in(h_t)   (n, d)
             cosine, mse = word_losses(got, targets, agent.embedding)
             loss = args.adapter_cos_weight * cosine + args.adapter_mse_weight * mse
-            if args.adapter_contrast_weight:
-                loss = loss + args.adapter_contrast_weight * contrast(got, targets, agent.embedding)
             training.backward(loss, len(states), cosine=cosine, mse=mse)
         training.step()
 

@@ -10,7 +10,8 @@ bfloat16, behind 256 tokens, milliseconds a step:
     32 rows          28.6                9.1           2.80                       2.87
 
 The first calls took 4 to 6 s for each shape, and 13 to 21 s with tuning (Inductor tries several
-sizes of each kernel). So only single rows are tuned, and compiled steps come in few shapes.
+sizes of each kernel). Tuning does not help 32 rows, so only single rows are tuned. And compiled
+steps come in few shapes.
 
 The linear-attention layers of Qwen3.5 are not compiled. They run as the library has them.
 """
@@ -29,7 +30,7 @@ def set_compile(agents, choice):
     need(str(choice) in ("auto", "0", "1"), f"compile is auto, 0 or 1, not '{choice}'")
     on_gpu = any(agent.device.type != "cpu" for agent in agents)
     need(on_gpu or str(choice) != "1", "--compile 1 is for a GPU: on a CPU no step is recorded, so "
-         "none is compiled. Leave it away")
+         "none is compiled. Leave it out")
     for agent in agents:
         agent.compile, agent.compiled = str(choice), None
 
@@ -90,8 +91,8 @@ class CompiledForward:
         one is compiled: 1, 8, 32, 64, 96 .. rows, and 512, 1024, 2048 .. columns. Idle rows cost
         little, since a step of few rows spends its time on the weights.
 
-        An agent that has seen a batch gets no single rows any more: these are tuned, and the last
-        row of a batch does not pay for that."""
+        An agent that has seen a batch gets 8 rows for a single one. Tuning the code for one row
+        that is left over costs more than it saves."""
         self.most = max(self.most, rows)
         rows = 1 if self.most == 1 else 8 if rows <= 8 else -(-rows // 32) * 32
         return rows, max(512, 1 << (columns - 1).bit_length())
@@ -114,8 +115,10 @@ class CompiledForward:
         self.layers = torch.nn.ModuleList(map(self.twin, range(len(self.agent.body.layers))))
 
     def twin(self, i):
-        """A copy of layer i that shares all with it but its forward, which is compiled. (Not so a
-        layer of linear attention, or of another class than the first one.)"""
+        """A copy of layer i whose forward is compiled. It shares everything else with the layer.
+
+        A layer of linear attention, or of another class than the first one, keeps its own forward.
+        """
         layer, name = self.agent.body.layers[i], self.agent.cache_name
 
         def forward(hidden_states, **inputs):
@@ -130,8 +133,8 @@ class CompiledForward:
         return twin
 
     def __call__(self, x, cache, mask, positions):
-        """The same as Agent.forward. The body takes its layers and its attention from where these
-        lie, so for the time of this call others lie there."""
+        """The same as Agent.forward. For the time of this call, the body holds the compiled layers
+        and `one_position` in place of its own layers and attention."""
         if not self.layers:
             self.compile()
         body, config = self.agent.body, self.agent.body.config
@@ -140,7 +143,8 @@ class CompiledForward:
         if attention == "sdpa":                          # other attention may do more than this
             config._attn_implementation = "one_position"
         try:
-            with torch.inference_mode(False), torch.no_grad():       # one case, not two
+            # Always the same mode, because torch compiles each mode anew.
+            with torch.inference_mode(False), torch.no_grad():
                 return self.agent.forward(x, cache, mask, positions)
         finally:
             body.layers, config._attn_implementation = layers, attention

@@ -52,13 +52,13 @@ def cpu_flags():
 def settle(style, device="auto", threads=0):
     """The device that `style` runs on, as pick_device takes it. Sets the number of CPU threads.
 
-    What the user asks for counts first: a device other than auto, threads other than 0, else the
-    variable OMP_NUM_THREADS. Then counts what the style's settings say under "device":
+    A flag counts first. For threads, the variable OMP_NUM_THREADS counts second. Then the style's
+    settings count, under "device":
 
         settings={"device": {"device": "cpu", "threads": 1, "why": "its matrices are .."}}
 
-    Device and threads are settled one by one: on a GPU, tiny keeps its single thread. What nobody
-    asks for is left to pick_device and to torch. One line says what came out, and who said so."""
+    Device and threads are settled one by one: on a GPU, tiny keeps its single thread. pick_device
+    and torch choose what nobody asks for. One line says what was chosen, and by whom."""
     own, variable = style.settings.get("device", {}), os.environ.get("OMP_NUM_THREADS")
     need(own.keys() <= {"device", "threads", "why"}, f"style {style.name}: its settings of the "
          f"device are device, threads and why, not {', '.join(own)}")

@@ -32,7 +32,7 @@ def blame(what, kind=ValueError, hide="\0"):
 def need_saved(path):
     """The path of what a run has saved. Raises FileNotFoundError if there is nothing to resume."""
     if not path.is_file():
-        raise FileNotFoundError(f"nothing to resume: {path} is missing; leave --resume away")
+        raise FileNotFoundError(f"nothing to resume: {path} is missing; leave --resume out")
     return path
 
 

@@ -130,7 +130,7 @@ def row_task(name, kind, path, source, make_example, score, **more):
 
         Raises ValueError or OSError naming the row: for one that is no object, or has the id of
         another, and where nothing is left."""
-        need(not (path and split), f"{path} has no split '{split}': leave --dataset_split away")
+        need(not (path and split), f"{path} has no split '{split}': leave --dataset_split out")
         examples, left_out = {}, []
         for place, row in read_rows(path) if path else read_rows(*source[:2], split or source[2]):
             need(isinstance(row, dict), f"{place} is not an object: {str(row)[:60]!r}")

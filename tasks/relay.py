@@ -86,7 +86,7 @@ def fits(name, agent, m):
 
 def task(name, path=None):
     """The Task itself. There is nothing to read from a file."""
-    need(path is None, f"{name} makes its own facts: leave the path away")
+    need(path is None, f"{name} makes its own facts: leave the path out")
     words = [row["answer"] for row in rows(name)[:TEST_SIZE]] if name == "relay" else []
     return Task(name, "search", functools.partial(load, name), score,
                 functools.partial(train_rows, name), leave_out=tuple(words),

@@ -117,7 +117,7 @@ def train_rows(n, seed):
 
 def load(limit=None, split=None):
     """The test problems as Examples, the first `limit` of them. There is one split."""
-    need(split in (None, "test"), f"tiny has no split '{split}': leave --dataset_split away")
+    need(split in (None, "test"), f"tiny has no split '{split}': leave --dataset_split out")
     return [Example(f"tiny-{i}", problem.question, str(problem.values[-1]), "math",
                     {"events": len(problem.operations), "answer": gold_texts(problem, "solver")})
             for i, problem in enumerate(islice(test_problems(), limit))]
@@ -139,5 +139,5 @@ def ceiling(examples, rounds):
 
 def task(name, path=None):
     """The Task itself; there is nothing to read from a file."""
-    need(path is None, "the tiny task makes its own problems: leave the path away")
+    need(path is None, "the tiny task makes its own problems: leave the path out")
     return Task(name, "math", load, score, train_rows, brief=6, ceiling=ceiling)

@@ -154,7 +154,7 @@ def refused(monkeypatch, *argv):
 @pytest.mark.parametrize("flags, complaint", [
     (["--dataset", "ROWS.jsonl"], "--task says what a .json"),
     (["--dataset", "ROWS.jsonl", "--task", "nope"], "unknown data set 'nope'"),
-    (["--dataset", "ROWS.jsonl", "--task", "tiny"], "leave the path away"),
+    (["--dataset", "ROWS.jsonl", "--task", "tiny"], "leave the path out"),
     (["--dataset", "ROWS.jsonl", "--task", "medqa"], "has no column 'question' or 'query'"),
     (["--dataset", "ROWS.jsonl", "--task", "coding"], "has no column 'prompt'"),
     (["--dataset", "ROWS.jsonl", "--task", "math500", "--dataset_split", "test"], "has no split"),

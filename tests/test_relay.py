@@ -103,7 +103,7 @@ def test_the_tests_facts_are_in_no_training_row(name):
             assert row["answer"] in row["told"] and row["answer"] not in row["question"]
     with pytest.raises(ValueError, match="no split 'dev'"):
         task.load(split="dev")
-    with pytest.raises(ValueError, match="leave the path away"):
+    with pytest.raises(ValueError, match="leave the path out"):
         get_task(name, "rows.jsonl")
 
 

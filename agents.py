@@ -219,15 +219,8 @@ class Agent:
         compiled, old = self.compiled_forward(len(context.mask)), self.recorded
         if not (old and old.fits(context, count) and (old.compiled or not compiled)):
             old = self.recorded = None             # frees the old buffers before new ones are made
-            try:
-                with torch.inference_mode(False):  # later calls may write outside inference mode
-                    self.recorded = Recorded(self.forward, context, count, compiled=compiled)
-            except torch.OutOfMemoryError as problem:
-                if not compiled:
-                    raise
-                compiled.give_up(f"OutOfMemoryError: {problem}")
-            if not self.recorded:                  # compiled steps have idle rows, so try without
-                return self.recorded_steps(context, count)
+            with torch.inference_mode(False):      # later calls may write outside inference mode
+                self.recorded = Recorded(self.forward, context, count, compiled=compiled)
         self.recorded.load(context)
         return self.recorded
 

@@ -27,7 +27,6 @@ from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionLayer, StaticLayer
 
 ROOM = 256        # the length of recorded buffers is a multiple of this many positions
-IDLE = 8          # compiled steps serve batches of an eighth of their rows or more
 
 
 # ---- a prompt that was read ---------------------------------------------------------------------
@@ -127,15 +126,13 @@ class Recorded:
     yet. So all steps are the same kernels on the same addresses, which is what a graph can hold.
     load() copies a Context into the buffers; one recording serves every Context that fits.
     graph=False runs the same step without recording it, which is how a CPU can test it.
-    compiled: a CompiledForward, used in place of `forward` if it works. Its buffers come in few
-    shapes, so some of their rows may be idle."""
+    compiled: a CompiledForward, used in place of `forward` if it works."""
 
     def __init__(self, forward, context, count, graph=True, compiled=None):
         self.forward, self.compiled, self.ready = forward, compiled, False
         self.graph, self.wants_graph = None, graph
         rows, length = context.mask.shape
-        columns = -(-(length + count) // ROOM) * ROOM            # prompts differ a little in length
-        rows, self.capacity = compiled.shape(rows, columns) if compiled else (rows, columns)
+        self.capacity = -(-(length + count) // ROOM) * ROOM      # prompts differ a little in length
         self.mask = context.mask.new_zeros(rows, self.capacity)
         self.column = context.mask.new_zeros(1)                  # where the next position goes
         self.position = context.mask.new_zeros(rows, 1)          # its number within its own text
@@ -148,16 +145,16 @@ class Recorded:
         """Whether so many steps behind this Context have room in these buffers. (Not behind the
         Context that lies in these buffers itself: loading it would overwrite it.)"""
         rows, length = context.mask.shape
-        return (rows <= len(self.mask) <= rows * (IDLE if self.compiled else 1)
-                and length + count <= self.capacity and context.cache is not self.cache)
+        return (rows == len(self.mask) and length + count <= self.capacity
+                and context.cache is not self.cache)
 
     def load(self, context):
         """Copy a Context into the buffers, and clear the rest of them."""
-        self.rows, self.length = rows, length = context.mask.shape
+        self.length = length = context.mask.shape[1]
         self.room = self.capacity - length       # steps that can follow
-        self.mask.zero_()[:rows, :length] = context.mask
+        self.mask.zero_()[:, :length] = context.mask
         self.column.fill_(length)
-        self.position.zero_()[:rows] = context.mask.sum(1, keepdim=True)
+        self.position.copy_(context.mask.sum(1, keepdim=True))
         for fixed, layer in zip(self.cache.layers, context.cache.layers):
             fill(fixed, layer, length)
 
@@ -172,7 +169,7 @@ class Recorded:
     @torch.no_grad()
     def step(self, x):
         """The next position's hidden state. x (B, 1, d) -> h (B, 1, d)."""
-        self.x[:self.rows] = x
+        self.x.copy_(x)
         if not self.ready:
             self.prepare()
         if self.graph is None:
@@ -180,7 +177,7 @@ class Recorded:
         else:
             self.graph.replay()
         self.length += 1
-        return self.hidden[:self.rows].clone()   # a clone, because the next step overwrites it
+        return self.hidden.clone()               # a clone, because the next step overwrites it
 
     def prepare(self):
         """Choose the fastest way to take a step that works here: compiled layers and a graph, else
@@ -227,8 +224,7 @@ class Recorded:
 
     def context(self):
         """The Context of all that was read by now, to go on from in other buffers."""
-        whole = Context(self.cache, self.mask[:, :self.length], self.hidden)
-        return whole.rows(range(self.rows))      # without idle rows
+        return Context(self.cache, self.mask[:, :self.length], self.hidden)
 
 
 @functools.cache
@@ -257,13 +253,12 @@ def fill(fixed, layer, length):
     if isinstance(fixed, LinearAttentionLayer):
         conv, state = layer.conv_states[0], layer.recurrent_states[0]
         # A short prompt has fewer states to convolve: zeros stand before them.
-        fixed.conv_states[0].zero_()[:len(conv), :, -conv.shape[-1]:] = conv
-        fixed.recurrent_states[0].zero_()[:len(state)] = state
+        fixed.conv_states[0].zero_()[..., -conv.shape[-1]:] = conv
+        fixed.recurrent_states[0].copy_(state)
         return
     # Hidden columns get weight 0. But 0 x NaN is NaN, so what is left of an older text is cleared.
-    rows = len(layer.keys)
-    fixed.keys.zero_()[:rows, :, :length] = layer.keys[:, :, :length]
-    fixed.values.zero_()[:rows, :, :length] = layer.values[:, :, :length]
+    fixed.keys.zero_()[:, :, :length] = layer.keys[:, :, :length]
+    fixed.values.zero_()[:, :, :length] = layer.values[:, :, :length]
     fixed.cumulative_length.fill_(length)
 
 

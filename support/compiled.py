@@ -9,9 +9,9 @@ bfloat16, behind 256 tokens, milliseconds a step:
     1 row            28.2                5.2           2.66                       1.69
     32 rows          28.6                9.1           2.80                       2.87
 
-The first calls took 4 to 6 s for each shape, and 13 to 21 s with tuning (Inductor tries several
-sizes of each kernel). Tuning does not help 32 rows, so only single rows are tuned. And compiled
-steps come in few shapes.
+The first calls took 3 to 6 s, and 13 to 22 s with tuning (Inductor tries several sizes of each
+kernel). Tuning does not help 32 rows, so only single rows are tuned. Compiled code serves buffers
+of every length. (With code for one length alone, a step took 1.79 ms, with this one 1.73.)
 
 The linear-attention layers of Qwen3.5 are not compiled. They run as the library has them.
 """
@@ -84,18 +84,7 @@ class CompiledForward:
 
     def __init__(self, agent, backend="inductor"):
         self.agent, self.backend = agent, backend
-        self.layers, self.broken, self.most = None, False, 1
-
-    def shape(self, rows, columns):
-        """(rows, columns) of buffers with room for these. They come in few shapes, because each new
-        one is compiled: 1, 8, 32, 64, 96 .. rows, and 512, 1024, 2048 .. columns. Idle rows cost
-        little, since a step of few rows spends its time on the weights.
-
-        An agent that has seen a batch gets 8 rows for a single one. Tuning the code for one row
-        that is left over costs more than it saves."""
-        self.most = max(self.most, rows)
-        rows = 1 if self.most == 1 else 8 if rows <= 8 else -(-rows // 32) * 32
-        return rows, max(512, 1 << (columns - 1).bit_length())
+        self.layers, self.broken, self.tunes = None, False, True
 
     def give_up(self, why):
         """Say why there are no compiled steps from now on."""
@@ -103,14 +92,15 @@ class CompiledForward:
         self.broken = True
 
     def compile(self):
-        """Make the compiled layers. (torch compiles each shape at its first call.)"""
+        """Make the compiled layers. (torch compiles each case at its first call: a single row, and
+        batches. The length of the buffers may change without that: see twin.)"""
         import torch._dynamo                            # here, because importing it takes seconds
         torch._dynamo.config.allow_unspec_int_on_nn_module = True    # else each layer_idx is a case
         torch._dynamo.config.recompile_limit = 256      # of all models and shapes of a process
-        how = dict(fullgraph=True, dynamic=False, backend=self.backend)
+        how = dict(fullgraph=True, backend=self.backend)
         tunes = {"coordinate_descent_tuning": True} if self.backend == "inductor" else None
         self.kind = type(self.agent.body.layers[0])
-        self.step = {True: torch.compile(self.kind.forward, options=tunes, **how),   # a single row
+        self.step = {True: torch.compile(self.kind.forward, options=tunes, **how),   # single rows
                      False: torch.compile(self.kind.forward, **how)}
         self.layers = torch.nn.ModuleList(map(self.twin, range(len(self.agent.body.layers))))
 
@@ -125,8 +115,11 @@ class CompiledForward:
             own = inputs[name].layers[i]
             if type(layer) is not self.kind or not isinstance(own, StaticLayer):
                 return layer(hidden_states, **inputs)
-            step = self.step[len(hidden_states) == 1]
-            return step(layer, hidden_states, **{**inputs, name: OneLayer(own)})
+            for part, columns in ((own.keys, 2), (own.values, 2), (inputs["attention_mask"], 3)):
+                torch._dynamo.maybe_mark_dynamic(part, columns)        # one code for all lengths
+            # A single row that is left of a batch is not worth the tuning.
+            self.tunes = self.tunes and len(hidden_states) == 1
+            return self.step[self.tunes](layer, hidden_states, **{**inputs, name: OneLayer(own)})
 
         twin = copy.copy(layer)
         twin.forward = forward

@@ -289,9 +289,9 @@ def test_a_cuda_graph_is_the_step(family):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_old_buffers_are_freed_before_new_ones_are_made():
-    there = new_agent("qwen3")
+    there, here = new_agent("qwen3"), new_agent("qwen3")
     agent = Agent(there.model.cuda(), there.tokenizer, there.inner.cuda())
-    embeds, mask = (part.cuda() for part in left_pad([embed_words(there, [3] * 9)] * 4))
+    embeds, mask = left_pad([embed_words(here, [3] * 9)] * 4)
     with torch.no_grad():
         agent.think(agent.read(embeds.cuda(), mask.cuda()), M)
         old = weakref.ref(agent.recorded)

@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import agents
 from agents import Agent
-from cache import Recorded, say_once
+from cache import ROOM, Recorded, say_once
 from support.compiled import CompiledForward, one_position, set_compile
 
 M = 5
@@ -47,19 +47,23 @@ def recording(monkeypatch):
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compiled_layers_are_the_plain_step_and_one_graph(family, recording, capsys):
-    """Batches of other lengths and sizes go through the same graph. Oracle: reference.py for each
-    prompt alone, and the words that growing steps write."""
+    """All layers and lengths go through the same graph. There is one for the first batch, one for
+    batches of any other size and one for single rows. Oracle: reference.py for each prompt alone,
+    and the words that growing steps write."""
     agent, plain, counter = new_agent(family), new_agent(family), CompileCounterWithBackend("eager")
     recording(counter)
     agent.compile = "1"
-    for prompts in (PROMPTS, [ids[:5] for ids in PROMPTS[1:]], PROMPTS[:1], PROMPTS):
+    long = [(ids * 60)[:ROOM + 9] for ids in PROMPTS]
+    for prompts, graphs in ((PROMPTS, 1), (long, 1), ([ids[:5] for ids in PROMPTS[1:]], 2),
+                            (PROMPTS[:2], 2), (PROMPTS[:1], 3), (long[:1], 3), (PROMPTS, 3)):
         thoughts = agent.think(read(agent, prompts), M)
         for b, ids in enumerate(prompts):
             alone = plain_think(plain, embed_words(plain, ids), M)
             assert largest_difference(thoughts[b:b + 1], alone) < agent.close
-        agent.end_tokens = plain.end_tokens = {7, 8, 9}            # some rows end early, and leave
-        assert agent.write(read(agent, prompts), 12) == plain.write(read(plain, prompts), 12)
-        assert counter.frame_count == 1, "one graph for all layers, batches and turns"
+        assert counter.frame_count == graphs
+    agent.end_tokens = plain.end_tokens = {7, 8, 9}                # some rows end early, and leave
+    assert agent.write(read(agent, PROMPTS), 12) == plain.write(read(plain, PROMPTS), 12)
+    assert counter.frame_count == 3
     assert agent.recorded.compiled is agent.compiled
     assert capsys.readouterr().out.count("its layers are compiled from now") == 1
     assert agent.body.config._attn_implementation == "sdpa"
@@ -156,33 +160,6 @@ def test_what_fails_is_left_away(family, backend, graph, complaints, recording, 
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 1 + len(complaints) and "are compiled from now" in said[0], said
     assert all(complaint in line for complaint, line in zip(complaints, said[1:])), said
-
-
-@torch.no_grad()
-def test_too_little_memory_for_idle_rows(recording, monkeypatch, capsys):
-    """Compiled steps round the batch up. Where that is too much, the batch gets its own size."""
-    agent = new_agent("qwen2")
-    context = read(agent, PROMPTS)
-    wanted = agent.think(context, M)
-    recording("eager")
-    agent.compile = "1"
-
-    def little(self, rows, columns):
-        raise torch.OutOfMemoryError("8 rows are too many")
-
-    monkeypatch.setattr(CompiledForward, "shape", little)
-    assert largest_difference(agent.think(context, M), wanted) < agent.close
-    assert len(agent.recorded.mask) == len(PROMPTS) and agent.compiled.broken
-    assert "not compiled: OutOfMemoryError: 8 rows" in capsys.readouterr().out
-
-
-def test_shapes():
-    """Few of them, and all with room. Batches leave no single rows behind."""
-    compiled = CompiledForward(new_agent("llama"))
-    assert compiled.shape(1, 256) == (1, 512)
-    shapes = {compiled.shape(rows, 256 * k) for rows in range(2, 33) for k in range(1, 9)}
-    assert shapes == {(rows, columns) for rows in (8, 32) for columns in (512, 1024, 2048)}
-    assert compiled.shape(1, 256) == (8, 512) and compiled.shape(33, 2049) == (64, 4096)
 
 
 def test_attention_of_one_position():

@@ -1,4 +1,4 @@
-"""Who decides where a style runs: the user, the environment, the style, in this order."""
+"""Who decides where a style runs: the user, then the style, then the environment."""
 import dataclasses
 import sys
 
@@ -31,7 +31,7 @@ def two_threads(monkeypatch):
                                     "style's); its matrices are too small for a GPU"),
     (TINY, "cuda:1", 0, "", "cuda:1", 1, "device cuda:1 (asked for), CPU threads 1 (the style's)"),
     (TINY, "auto", 3, "2", "cpu", 3, "device cpu (the style's), CPU threads 3 (asked for)"),
-    (TINY, "cpu", 0, "2", "cpu", 2, "device cpu (asked for), CPU threads 2 (OMP_NUM_THREADS)"),
+    (TINY, "cpu", 0, "2", "cpu", 1, "device cpu (asked for), CPU threads 1 (the style's)"),
     (OTHER, "auto", 0, "", "auto", 2, ""),
     (OTHER, "auto", 0, "2", "auto", 2, ""),
     (OTHER, "cuda:0,cuda:1", 0, "", "cuda:0,cuda:1", 2, ""),

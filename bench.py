@@ -134,35 +134,37 @@ def inner_losses(agent, texts, again):
     return losses
 
 
-def plain_loss(mas, rows, R, m):
-    """The outer loss, summed over one row after the other, by reference.py.
+def plain_losses(mas, rows, R, m):
+    """The outer loss of one row after the other, by reference.py.
 
         loss = CE(head(states before each word of the gold answer), the gold answer)"""
-    total = 0.0
     for row in rows:
         agent, embeds, _ = reference.recurse(mas, partial(plain_prompt, row["question"]), R, m)
         gold = reference.embed(agent, [row["answer"]])                         # (n, d)
         states = reference.hidden_states(agent, torch.cat([embeds, gold]))     # (T + n, d)
         logits = agent.head(states[-len(gold) - 1:-1]).float()                 # (n, V)
         tokens = torch.tensor(agent.tokenize([row["answer"]])[0], device=agent.device)
-        total += F.cross_entropy(logits, tokens)
-    return total
+        yield F.cross_entropy(logits, tokens)
 
 
-def our_loss(mas, rows, R, m, checkpointing=0):
-    """The same by train_outer.py, of all rows at once. Its loss is a mean over all tokens, of which
-    each row here has equally many."""
+def our_losses(mas, rows, R, m, checkpointing=0):
+    """The same by train_outer.py, summed, of all rows at once. Its loss is a mean over all tokens,
+    of which each row here has equally many."""
     args = SimpleNamespace(**TRAINING, latent_length=m, gradient_checkpointing=checkpointing)
-    return outer_loss(mas, rows, R, args).loss * len(rows)
+    yield outer_loss(mas, rows, R, args).loss * len(rows)
 
 
-def gradient(loss_of, mas, **what):
-    """[a loss, its gradient in all outer links]."""
-    loss = loss_of(mas, **what)
-    loss.backward()
+def gradient(losses_of, mas, **what):
+    """[the sum of losses, its gradient in all outer links].
+
+    Each loss is taken back before the next one is computed, so that memory holds one at a time."""
+    total = 0.0
+    for loss in losses_of(mas, **what):
+        loss.backward()
+        total += loss.detach()
     flat = torch.cat([weight.grad.flatten() for weight in mas.outer.parameters()])
     mas.outer.zero_grad()
-    return [loss.detach(), flat]
+    return [total, flat]
 
 
 def in_float32(system):
@@ -304,7 +306,7 @@ class Bench:
         rows = [{"question": question, "answer": answer} for question, answer in zip(
             some_texts(size.T, size.B), some_texts(size.n, size.B, seed=1))]
         what = dict(rows=rows, R=size.R, m=size.m)
-        plain, kept = partial(gradient, plain_loss, **what), partial(gradient, our_loss, **what)
+        plain, kept = partial(gradient, plain_losses, **what), partial(gradient, our_losses, **what)
         checkpointed = partial(kept, checkpointing=1)
         self.compare(f"outer, R={size.R} T={size.T} m={size.m} n={size.n}, a row of {size.B}",
                      self.mas, plain, kept, size.B)

@@ -6,12 +6,16 @@ layer's forward is compiled and called with each layer's weights. Measured on an
 bfloat16, behind 256 tokens, milliseconds a step:
 
                      kernel by kernel    CUDA graph    compiled layers + graph    and tuned
-    1 row            28.2                5.2           2.66                       1.69
-    32 rows          28.6                9.1           2.80                       2.87
+    1 row            28.2                5.3           2.66                       1.77
+    32 rows          28.6                10.6          2.92                       2.87
 
-The first calls took 3 to 6 s, and 13 to 22 s with tuning (Inductor tries several sizes of each
-kernel). Tuning does not help 32 rows, so only single rows are tuned. Compiled code serves buffers
-of every length. (With code for one length alone, a step took 1.79 ms, with this one 1.73.)
+The first calls took 3 to 6 s, and 13 to 29 s with tuning (Inductor tries several sizes of each
+kernel). Tuning does not help 32 rows, so only single rows are tuned. The compiled code serves
+buffers of every length and batches of every size. (Code for one size alone is no faster.)
+
+Reading a prompt, and steps with gradients, are not compiled. It was tried with sizes that may
+change: reading became 1.2 to 1.8 times as fast, steps with gradients 1.5 times, the first calls of
+both took half a minute, and torch 2.11 failed on the backward pass of a batch.
 
 The linear-attention layers of Qwen3.5 are not compiled. They run as the library has them.
 """
@@ -38,8 +42,8 @@ def set_compile(agents, choice):
 def pays(choice, rows, steps):
     """Whether to compile, for a batch of so many rows and an agent that has taken so many steps."""
     # The steps so far are the best forecast of those to come. By the table above, 5000 steps of one
-    # row save what compiling costs (3.5 ms each against 13 to 21 s). For more rows, 1000 steps do
-    # (6.3 ms each against 4 to 6 s).
+    # row save what compiling costs (3.5 ms each against 13 to 29 s). For more rows, 1000 steps do
+    # (7.7 ms each against 3 to 6 s).
     return choice == "1" or choice == "auto" and steps >= (5000 if rows == 1 else 1000)
 
 

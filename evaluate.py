@@ -21,7 +21,6 @@ the parts come OUT/results.jsonl (a line for each question and method), OUT/summ
 import contextlib
 import json
 import random
-import shutil
 import time
 from pathlib import Path
 
@@ -31,7 +30,8 @@ from support import flags, report
 from support.answers import Plan, answer_batch, in_batches, possible_methods, show
 from support.checkpoints import notes_of
 from support.errors import need, need_same, need_saved
-from support.files import fingerprint, read_json, write_json, write_whole
+from support.files import (RESULTS, claim, fingerprint, move_aside, read_json, write_json,
+                           write_whole)
 from support.flags import RANK, RANKS, wait_for_ranks
 from support.sampling import Sampling
 from support.web import search_tool
@@ -135,10 +135,8 @@ def evaluate(mas, fresh, task, examples, plan, out, settings, resume=False):
             if method != "single" or rounds == min(plan.rounds)]
     parts = [out / "parts" / f"{method}_{rounds}_{number:05d}.json"
              for method, rounds, number in jobs]
-    if RANK == 0 and not resume:           # a new run: the results of an earlier one move aside
-        if (out / "results.jsonl").exists():
-            (out / "results.jsonl").replace(out / "results.previous.jsonl")
-        shutil.rmtree(out / "parts", ignore_errors=True)
+    if RANK == 0 and not resume:
+        move_aside(out, RESULTS)
         write_json(out / "summary.json", {"settings": settings, "rows": []})
     wait_for_ranks()
     todo = [(part, *job) for part, job in zip(parts, jobs) if not finished(part, batches[job[2]])]
@@ -162,8 +160,8 @@ def evaluate(mas, fresh, task, examples, plan, out, settings, resume=False):
 def finished(part, batch):
     """Whether a part is there, with an answer to each question and without an error."""
     lines = read_json(part).get("lines", [])
-    return [line.get("question") for line in lines] == [one.question for one in batch] and not any(
-        "error" in line for line in lines)
+    return all(isinstance(line, dict) and "error" not in line for line in lines) and (
+        [line.get("question") for line in lines] == [one.question for one in batch])
 
 
 def compare(mas, task, args, out):
@@ -223,6 +221,8 @@ def main():
     settings = {name: value for name, value in vars(args).items() if name not in CHANGES_NO_ANSWER}
     settings.update(method=plan.methods, num_rollouts=plan.writing.samples)
     report.need_matplotlib()
+    if RANK == 0 and not args.show:
+        claim(args.out)
     if args.resume and not args.show:
         need_as_before(args.out, settings)
     if task.ready and args.measure == "accuracy" and not args.show:

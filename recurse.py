@@ -32,7 +32,7 @@ import torch
 
 from agents import apply_link
 from link import RELEASED, OuterLink
-from styles import get_style
+from styles import KINDS, get_style
 from support.checkpoints import load_agents, load_outer_links, outer_folder, trained_with
 from support.compiled import set_compile
 from support.devices import settle
@@ -205,7 +205,6 @@ class MAS:
         agents exchange words, each sample is a run of its own."""
         rounds, latent_length = self.as_trained(rounds, latent_length)
         K = writing.samples
-        need(K >= 1, f"samples must be at least 1, not {K}")
         if K > 1 and method in ("text", "text_brief", "single_loop"):
             kinds = check_request(questions, rounds, latent_length, kind, method)
             questions = [question for question in questions for _ in range(K)]
@@ -223,8 +222,7 @@ class MAS:
         rounds, latent_length: by default, those that the links were trained with. A text does not
         depend on the batch it is in: sampling (temperature above 0) draws from a seed of the
         question's own."""
-        need(not isinstance(questions, str) and batch_size >= 1 and temperature >= 0, "answer() "
-             "takes a list of questions, a batch_size of at least 1, a temperature of at least 0")
+        need(batch_size >= 1, f"batch_size is at least 1, not {batch_size}")
         rounds, latent_length = self.as_trained(rounds, latent_length)
         kinds, texts = check_request(questions, rounds, latent_length, kind, method), []
         writing = Writing(max_new_tokens, Sampling(temperature, top_p), seed)
@@ -253,6 +251,7 @@ def load_mas_system(style, device="auto", dtype="auto", task="math", trust_remot
     compile: auto, 0 or 1, see support/compiled.py. Raises ValueError or OSError, naming the file.
     """
     style = get_style(style)
+    need(task in KINDS, f"unknown task '{task}': choose one of {', '.join(KINDS)}")
     device = settle(style, device, threads)
     override = {key if key == "outer" else style.role(key).name: folder
                 for key, folder in (ckpt_override or {}).items()}

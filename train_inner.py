@@ -37,7 +37,7 @@ from support.checkpoints import load_agent, load_inner, local_folder, save_inner
 from support.compiled import set_compile
 from support.devices import pick_device, settle
 from support.errors import need
-from support.files import fingerprint, write_json
+from support.files import claim, fingerprint, write_json
 from support.flags import RANK
 from support.sampling import Sampling
 from support.training import Training
@@ -205,6 +205,9 @@ def main():
     else:
         print("too few texts to hold any out: readability is measured on the training texts")
 
+    if RANK == 0:
+        claim(args.save_dir)
+
     # 2. The frozen agent, its link, and its hidden states along the texts.
     agent = frozen_agent(args, style, role)
     agent.inner = new_link(agent, args)
@@ -235,6 +238,7 @@ def main():
     if RANK == 0:
         save_inner(agent.inner, args.save_dir, args.mas_task if style.links_by_task else None,
                    args.save_format)
+        training.save()
         print(f"\n{style.name} {role.name}: 1-cos {training.logged['cosine']:.4f}, mse "
               f"{training.logged['mse']:.5f}, {training.summary()}, {time.time() - started:.0f} s")
         tell(len(held_out), before, readability(agent, style, role, held_out, args), args.save_dir)

@@ -41,7 +41,7 @@ from support.checkpoints import load_agents, save_outer
 from support.compiled import set_compile
 from support.devices import settle
 from support.errors import need
-from support.files import fingerprint
+from support.files import claim, fingerprint
 from support.flags import RANK
 from support.training import Training
 from tasks import generated_task
@@ -208,6 +208,9 @@ def main():
     all_roles = args.role_loss_weight or args.latents != "rollout"
     rows = data.keep_usable(rows, style.roles if all_roles else style.roles[-1:])
 
+    if RANK == 0:
+        claim(args.save_dir)
+
     # 2. Frozen agents, new outer links.
     mas = new_system(args, style)
     if task and task.fits:
@@ -238,6 +241,7 @@ def main():
     if RANK == 0:
         link_task = args.mas_task if style.links_by_task else None
         save_outer(mas.outer, args.save_dir, style.name, args.save_format, link_task)
+    training.save()
     print(f"{training.summary()}, {time.time() - started:.0f} s; the links are in {args.save_dir}",
           flush=True)
     if args.log_gradients and RANK == 0:

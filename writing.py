@@ -16,6 +16,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from support.errors import need
 from support.sampling import Sampling
 from support.sandbox import run_python
 
@@ -37,6 +38,10 @@ class Writing:
     repeats: int = 1
     stop: tuple = ()
     brief: int | None = None
+
+    def __post_init__(self):
+        need(self.max_new_tokens >= 1 and self.samples >= 1, "max_new_tokens and samples are at "
+             f"least 1, not {self.max_new_tokens} and {self.samples}")
 
 
 @dataclass

@@ -25,10 +25,10 @@ tiny = Style(
         "train_inner": {"dataset_name": "tiny", "num_samples": 2000, "max_steps": 2000,
                         "batch_size": 32, "adapter_lr": 4e-3, "latent_length": 6, "text": "gold",
                         "held_out": 200},
-        "train_outer": {"dataset_name": "tiny", "num_samples": 4800, "max_steps": 150,
+        "train_outer": {"dataset_name": "tiny", "num_samples": 3200, "max_steps": 100,
                         "batch_size": 32, "outer_lr": 1e-3, "max_grad_norm": 0.3,
                         "latent_length": 6, "role_loss_weight": 1.0, "warm_start_steps": 400,
-                        "random_rounds": 1, "gradient_checkpointing": 0},
+                        "random_rounds": 1, "gradient_checkpointing": 0, "eval_samples": 300},
         "tiny": {"latent_length": 6, "max_new_tokens": 32, "temperature": 0.0, "batch_size": 125},
     },
 )

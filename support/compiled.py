@@ -33,7 +33,7 @@ def set_compile(agents, choice):
     """Tell agents whether to compile their layers: auto, 0 or 1."""
     need(str(choice) in ("auto", "0", "1"), f"compile is auto, 0 or 1, not '{choice}'")
     on_gpu = any(agent.device.type != "cpu" for agent in agents)
-    need(on_gpu or str(choice) != "1", "--compile 1 is for a GPU: on a CPU no step is recorded, so "
+    need(on_gpu or str(choice) != "1", "compile 1 is for a GPU: on a CPU no step is recorded, so "
          "none is compiled. Leave it out")
     for agent in agents:
         agent.compile, agent.compiled = str(choice), None

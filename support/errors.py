@@ -16,13 +16,13 @@ def need(fine, what):
 def blame(what, kind=ValueError, hide="\0"):
     """Every exception in here becomes one error, of one line that begins with `what`.
 
-    Damaged files and foreign libraries may raise anything. A missing file stays the error that it
-    is. Our own kind of error keeps its words behind `what`. hide: a temporary path that would only
+    Damaged files and foreign libraries may raise anything. A file that is missing, or that may not
+    be read, stays the error that it is. Our own kind of error keeps its words behind `what`. hide: a temporary path that would only
     confuse."""
     try:
         yield
     except Exception as problem:
-        if type(problem) is FileNotFoundError:
+        if type(problem) in (FileNotFoundError, PermissionError) and kind is not OSError:
             raise
         says = " ".join(str(problem).split()).replace(hide, "..")[:400]
         name = "" if type(problem) is kind else f"{type(problem).__name__}: "

@@ -1,10 +1,19 @@
-"""Files that are whole or not there, and a hash by which a run knows what it was about."""
+"""Files that are whole or not there, one run a folder, and a hash of what a run was about."""
+import contextlib
 import hashlib
 import json
 import os
 from pathlib import Path
 
-from support.errors import blame
+from support.errors import blame, need
+
+try:
+    import fcntl
+except ImportError:          # Windows has none, so there a folder is not locked
+    fcntl = None
+
+RESULTS = ("results.jsonl", "summary.json", "summary.png", "parts")      # of an evaluation
+HELD = []                    # the lock on the folder of this process's run
 
 
 def write_whole(path, write):
@@ -12,13 +21,18 @@ def write_whole(path, write):
 
     A rename happens at once or not at all. So nobody ever sees half a file, also after a crash."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
-    write(beside)
-    mask = os.umask(0)                       # safetensors makes files that only their owner reads
-    os.umask(mask)
-    os.chmod(beside, 0o666 & ~mask)
-    os.replace(beside, path)
+    try:
+        with blame(f"{path} could not be written", OSError):      # torch says RuntimeError
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(beside)
+            mask = os.umask(0)               # safetensors makes files that only their owner reads
+            os.umask(mask)
+            os.chmod(beside, 0o666 & ~mask)
+            os.replace(beside, path)
+    finally:
+        with contextlib.suppress(OSError):   # half a file of a full disk; else nothing is there
+            beside.unlink()
 
 
 def write_json(path, value):
@@ -32,6 +46,51 @@ def read_json(path):
         return {}
     with blame(f"{path} is not a JSON object: write it again"):
         return {**json.loads(Path(path).read_text())}   # a list or a number is an error here
+
+
+def claim(folder):
+    """Take a folder for this run alone, before any work is done: release() gives it free.
+
+    Raises ValueError if another run writes to it, OSError if nothing can be written. A process that
+    dies leaves a file and no lock."""
+    release()
+    path = Path(folder) / ".lock"
+    with blame(f"{folder} cannot be written to: name another folder, or make room", OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path, "w")
+        lock.write("a run writes here\n" * 200)      # a full disk has room for an empty file
+        lock.flush()
+    try:
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        need(False, f"another run writes to {folder}: wait for its end, or name another folder")
+    HELD.append(lock)
+    if not path.exists():                     # its owner released it between our two steps
+        claim(folder)
+
+
+def release():
+    """Give the folder of this run free. A folder to which nothing was written goes away."""
+    for lock in HELD:
+        with contextlib.suppress(OSError):
+            os.unlink(lock.name)
+            os.rmdir(Path(lock.name).parent)
+        lock.close()
+    HELD.clear()
+
+
+def move_aside(folder, names):
+    """Move what an earlier run has left to a folder of its own, FOLDER/earlier_1, earlier_2, .. So
+    nothing of one run lies beside another's, and nothing is lost. names: of files, with wildcards.
+    """
+    found = [path for name in names for path in sorted(Path(folder).glob(name))]
+    if found:
+        aside = Path(folder) / f"earlier_{1 + len(list(Path(folder).glob('earlier_*')))}"
+        aside.mkdir()
+        for path in found:
+            path.rename(aside / path.name)
+        print(f"what an earlier run left in {folder} is in {aside} now", flush=True)
 
 
 def fingerprint(links, *data):

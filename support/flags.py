@@ -22,6 +22,7 @@ import transformers
 from tqdm import tqdm
 
 from support.errors import need
+from support.files import release
 
 # Under torchrun, several ranks (processes, one for each GPU) share the work. Else there is one.
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -172,5 +173,7 @@ def run(main):
     except KeyboardInterrupt:
         print("stopped; --resume goes on from what the run has saved", file=sys.stderr)
         raise SystemExit(130) from None
+    finally:
+        release()
     if RANKS > 1:
         torch.distributed.destroy_process_group()

@@ -134,14 +134,18 @@ def prompt_rows(agent, style, role, kind, questions, columns, texts, slots=()):
 
 def check_request(questions, rounds, latent_length, kind, method):
     """The kind of each question. Raises ValueError for a request that cannot be served."""
+    need(not isinstance(questions, str) and all(isinstance(one, str) and one.strip()
+                                                for one in questions),
+         "questions are a list of texts, none of them empty: for a single one write [question]")
     kinds = [kind] * len(questions) if isinstance(kind, str) else list(kind)
     need(questions, "there are no questions")
     need(len(kinds) == len(questions) and set(kinds) <= set(KINDS), f"kind {kind!r} "
          f"is none of {', '.join(KINDS)}, and no list of these with one for each question")
     need(method in LATENT + WORDS, f"unknown method '{method}': choose one of "
          + ", ".join(LATENT + WORDS))
-    need(rounds >= 1 and (latent_length >= 1 or method in WORDS), f"rounds and latent length must "
-         f"be at least 1, not {rounds} and {latent_length}: for an answer without latents use "
+    need(all(isinstance(one, int) for one in (rounds, latent_length)) and rounds >= 1
+         and (latent_length >= 1 or method in WORDS), "rounds and latent length are whole numbers "
+         f"of at least 1, not {rounds} and {latent_length}: for an answer without latents use "
          "method single")
     need(method != "shuffle" or len(questions) > 1, "method shuffle needs at least two questions "
          "in a batch")

@@ -49,7 +49,7 @@ def role_texts(role, row):
     for column in role.target:
         cell = row.get(column)
         texts = cell if isinstance(cell, list) else [cell]
-        if texts and all(isinstance(text, str) and text.strip() for text in texts):
+        if texts and all(map(is_text, texts)):
             return texts
     return []
 
@@ -62,22 +62,41 @@ def role_text(role, row, round=1):
 
 def keep_usable(rows, roles):
     """The rows that have a question and a text for each of `roles`. Prints how many others there
-    are and what they lack. Raises ValueError if no row is left, or for an unknown task_family."""
-    usable, missing = [], Counter()
+    are and what is wrong with them. Raises ValueError if no row is left, or for an unknown
+    task_family."""
+    usable, faults = [], Counter()
     for row in rows:
-        row = row if isinstance(row, dict) else {}
+        if not isinstance(row, dict):
+            faults["the row is no object {column: cell}"] += 1
+            continue
         need(kind_of(row, "math") in KINDS, f"a row has the task_family '{kind_of(row, '')}': known"
              f" are {', '.join(KINDS)}")
-        lacks = [] if isinstance(row.get("question"), str) else ["question"]
-        lacks += [" or ".join(role.target) for role in roles if not role_texts(role, row)]
-        missing.update(lacks)
-        if not lacks:
+        wrong = [] if is_text(row.get("question")) else [fault(row, ("question",))]
+        wrong += [fault(row, role.target) for role in roles if not role_texts(role, row)]
+        faults.update(wrong)
+        if not wrong:
             usable.append(row)
-    if missing:
-        print(f"left out {len(rows) - len(usable)} of {len(rows)} rows, which lack a column: "
-              + ", ".join(f"{column} ({count})" for column, count in missing.items()), flush=True)
-    need(usable, f"no usable row: every one lacks {', '.join(missing)}")
+    told = ", ".join(f"{what} ({count})" for what, count in faults.items())
+    if faults:
+        print(f"left out {len(rows) - len(usable)} of {len(rows)} rows: {told}", flush=True)
+    need(usable, f"no usable row: {told}")
     return usable
+
+
+def is_text(cell):
+    """Whether a cell holds a text with something in it."""
+    return isinstance(cell, str) and bool(cell.strip())
+
+
+def fault(row, columns):
+    """Why none of these columns of a row gives a text."""
+    there = [column for column in columns if row.get(column) is not None]
+    if not there:
+        return f"no column {' or '.join(columns) or '(the style names no target)'}"
+    cell = row[there[0]]
+    if isinstance(cell, (int, float)):
+        return f"{there[0]} is a number: write it as a text"
+    return f"{there[0]} is {'an empty text' if isinstance(cell, str) else 'no text'}"
 
 
 # ---- what a role is asked and says ---------------------------------------------------------------

@@ -5,10 +5,13 @@
 Each row of a batch brings its own random number u, so what a row draws does not depend on the rows
 beside it. The library's own sampling draws for the whole batch at once, and depends on it.
 """
+import math
 from dataclasses import dataclass
 
 import torch
 import transformers
+
+from support.errors import need
 
 
 @dataclass
@@ -20,6 +23,14 @@ class Sampling:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+
+    def __post_init__(self):
+        need(0 <= self.temperature < math.inf and self.repetition_penalty > 0, "temperature is at "
+             f"least 0 and repetition_penalty above 0, not {self.temperature} and "
+             f"{self.repetition_penalty}")                              # (and a NaN is neither)
+        need(0 <= self.top_p <= 1 and 0 <= self.min_p <= 1 and self.top_k >= 0, "top_p and min_p "
+             f"are between 0 and 1 and top_k is at least 0, not {self.top_p}, {self.min_p} and "
+             f"{self.top_k}")
 
     def choose(self, logits, so_far, u):
         """The next tokens (B,) from logits (B, V). so_far: B equally long lists of the tokens

@@ -36,13 +36,18 @@ import torch
 import transformers
 
 from support import flags
+from support.checkpoints import link_task
 from support.errors import blame, need, need_same, need_saved
-from support.files import write_json, write_whole
+from support.files import RESULTS, move_aside, read_json, write_json, write_whole
 from support.flags import RANK, RANKS
 
 PARTS = ("links", "optimizer", "schedule", "scaler")      # of a Training, that state.pt holds
 MAX_SKIPPED = 10       # steps in a row without a finite loss and gradient, before training gives up
 # Flags that a resumed run may change, because they do not change what is learnt.
+INNER_LINKS = ("adapter*", "innerlink_config.json")
+# What a training writes to its folder. (The manifest names the files of outer links.)
+WRITTEN = ("train_args.json", "log.jsonl", "state.pt", "readability.json", "gradients.png",
+           "outerlink_config.json", *RESULTS, *INNER_LINKS)
 FREE = ("resume", "save_dir", "log_every", "save_steps", "device", "threads", "compile",
         "eval_samples")
 
@@ -96,9 +101,21 @@ class Training:
         if args.resume:
             self.load()
         elif RANK == 0:
-            (self.folder / "state.pt").unlink(missing_ok=True)            # of an earlier run
+            self._move_aside()
             write_json(self.folder / "train_args.json", vars(args))
             write_whole(self.folder / "log.jsonl", lambda part: part.write_text(""))
+
+    def _move_aside(self):
+        """Move an earlier training in this folder aside. But an agent may have two inner links in
+        one folder, for code and for all other questions. So a link for another task stays."""
+        earlier = read_json(self.folder / "train_args.json")
+        if not earlier:
+            return
+        outer = read_json(self.folder / "outerlink_config.json").get("adapters", [])
+        names = [*WRITTEN, *(link["filename"] for link in outer)]
+        if not outer and link_task(earlier.get("mas_task")) != link_task(self.args.mas_task):
+            names = [name for name in names if name not in INNER_LINKS]
+        move_aside(self.folder, names)
 
     def steps(self, name):
         """The numbers of the steps still to do, with a progress bar. Then the links are frozen.
@@ -165,8 +182,9 @@ class Training:
         self.optimizer.zero_grad()
         self.done += 1
         self._log(norm)
-        every = self.args.save_steps or self.total_steps
-        if self.done == self.total_steps or self.done % every == 0 or self.stopping:
+        # At the end the script writes the links first, which are smaller, and then the state.
+        every, ends = self.args.save_steps or self.total_steps, self.done == self.total_steps
+        if self.stopping or self.done % every == 0 and not ends:
             self.save()
         if self.stopping:
             raise KeyboardInterrupt
@@ -218,11 +236,12 @@ class Training:
         path = need_saved(self.folder / "state.pt")
         with blame(f"{path} is not a state of this script, or damaged"):
             state = torch.load(path, map_location="cpu", weights_only=True)
-            theirs = dict(state["settings"])
+            theirs, parts = dict(state["settings"]), [state[name] for name in PARTS]
+            self.done, self.skipped = state["done"], state["skipped"]
         need_same(path, theirs, self.settings)
-        self.done, self.skipped = state["done"], state["skipped"]
-        for name in PARTS:
-            getattr(self, name).load_state_dict(state[name])
+        with blame(f"{path} is not a state of these links"):
+            for name, part in zip(PARTS, parts):
+                getattr(self, name).load_state_dict(part)
         if RANK == 0:                         # the log may be ahead of the state: cut it back
             log = self.folder / "log.jsonl"
             lines = [line + "\n" for line in log.read_text().split("\n")

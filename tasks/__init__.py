@@ -171,7 +171,8 @@ def read_rows(name, config=None, split=None, field="data"):
         rows = content.get(field) if isinstance(content, dict) else content
         need(isinstance(rows, list), f"{path} must hold a list of rows, or a list under '{field}'")
     else:
-        need(not path.is_file(), f"{path} is neither .json nor .jsonl: convert it")
+        need(not path.is_file() and path.suffix not in (".csv", ".tsv", ".parquet", ".txt"),
+             f"{path} is neither .json nor .jsonl: convert it")
         with blame(f"{name} could not be read from the hub: check the network (HF_HUB_OFFLINE); if "
                    "it is gated, accept its terms there and run `hf auth login`; or give a local "
                    "file of its rows", OSError):

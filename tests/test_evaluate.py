@@ -14,7 +14,7 @@ import evaluate
 import train_inner
 import train_outer
 from recurse import chunks
-from support import report
+from support import files, report
 from support.checkpoints import load_outer, save_outer
 from support.flags import run
 from tasks import get_task
@@ -163,9 +163,13 @@ def test_an_interrupted_run_resumes_to_the_same_results(tmp_path, monkeypatch):
 def test_a_new_run_keeps_the_old_results(tmp_path, monkeypatch):
     run_evaluate(monkeypatch, *QUICK, "--out", tmp_path)
     before = (tmp_path / "results.jsonl").read_text()
-    run_evaluate(monkeypatch, *QUICK, "--out", tmp_path)
-    assert (tmp_path / "results.previous.jsonl").read_text() == before
-    assert len(list((tmp_path / "parts").iterdir())) == 6
+    for number in (1, 2):
+        run_evaluate(monkeypatch, *QUICK, "--seed", number, "--out", tmp_path)
+        assert len(list((tmp_path / "parts").iterdir())) == 6
+        earlier = tmp_path / f"earlier_{number}"
+        assert (earlier / "results.jsonl").read_text() == before
+        assert sorted(one.name for one in earlier.iterdir()) == sorted(files.RESULTS)
+        before = (tmp_path / "results.jsonl").read_text()
 
 
 def test_greedy_results_do_not_depend_on_the_batch_size(tmp_path, monkeypatch):
@@ -290,7 +294,7 @@ BAD_ROWS = '{"question": "start 1 s1 +1 s2 +1"}\n'
     (train_inner, ["--mas_role", "judge"], "no role 'judge'"),
     (train_inner, ["--adapter_type", "3layer"], "3layer"),
     (train_inner, ["--dataset_name", "missing.json"], "No such file or directory: 'missing.json'"),
-    (train_inner, ["--dataset_name", "BAD"], "every one lacks plan"),
+    (train_inner, ["--dataset_name", "BAD"], "no usable row: no column plan (1"),
     (train_inner, ["--dataset_name", "EMPTY"], "holds no rows"),
     (train_inner, ["--dataset_name", "BROKEN"], "row 1 is not JSON"),
     (train_inner, ["--dataset_name", "LIST", "--dataset_json_field", "rows"],
@@ -298,7 +302,7 @@ BAD_ROWS = '{"question": "start 1 s1 +1 s2 +1"}\n'
     (train_inner, ["--load_dir", "tiny/critic"], "damaged, or it holds no 2layer_ln_res link"),
     (train_inner, ["--model_name_or_path", "missing/model"], "missing/model"),
     (train_outer, ["--latents", "dreams"], "invalid choice"),
-    (train_outer, ["--dataset_name", "BAD"], "every one lacks"),
+    (train_outer, ["--dataset_name", "BAD"], "no usable row: "),
     (train_outer, ["--num_recursive_rounds", "0"], "at least 1"),
     (train_outer, ["--outer_adapter_type", "3layer"], "unknown link kind"),
     (train_outer, ["--planner_inner_aligner_path", "missing/folder"], "missing/folder"),

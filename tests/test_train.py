@@ -341,7 +341,7 @@ def test_published_layout_from_the_trainer_loads_the_same(tmp_path, monkeypatch,
 def training(tmp_path, links, dtype=torch.float32, **changes):
     settings = dict(batch_size=1, num_train_epochs=1, max_steps=100, weight_decay=0.0,
                     lr_scheduler_type="constant", warmup_steps=0, grad_accum_steps=1,
-                    max_grad_norm=1.0, log_every=1, save_steps=0, resume=False)
+                    max_grad_norm=1.0, log_every=1, save_steps=0, resume=False, mas_task="math")
     args = argparse.Namespace(**{**settings, **changes})
     return Training(links, args, 0.1, tmp_path, 1, dtype)
 
@@ -396,7 +396,7 @@ def test_a_fresh_run_forgets_the_state_of_an_earlier_one(tmp_path):
     training(tmp_path, link).save()
     assert (tmp_path / "state.pt").exists()
     training(tmp_path, link)
-    assert not (tmp_path / "state.pt").exists()
+    assert not (tmp_path / "state.pt").exists() and (tmp_path / "earlier_1/state.pt").exists()
 
 
 def test_untrained_is_what_this_run_began_with(tmp_path, monkeypatch):
@@ -482,5 +482,7 @@ def test_odd_rows_are_left_out_and_counted(capsys):
             {"question": 3, "answer": "y"}, {"question": "x", "answer": " "}]
     solver = tiny_style.role("solver")
     assert data.keep_usable(rows, [solver]) == [ROWS[0]]
-    assert ("left out 6 of 7 rows, which lack a column: question (3), answer (5)"
-            in capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert said == ("left out 6 of 7 rows: no column question (1), no column answer (1), the row is "
+                    "no object {column: cell} (1), answer is no text (2), question is a number: "
+                    "write it as a text (1), answer is an empty text (1)\n")

@@ -22,6 +22,15 @@ SHORTER = {"train_inner.py": ["--max_steps", "20"],
            "evaluate.py": ["--num_samples", "8", "--num_recursive_rounds", "1"]}
 
 
+def expanded(line):
+    """The commands of a line: `for x in a b; do COMMAND; done` is COMMAND for a, and for b."""
+    loop = re.fullmatch(r"for (\w+) in ([^;]+); do (.*); done", line.split("  #")[0].strip())
+    if not loop:
+        return [line]
+    return [command for value in loop[2].split()
+            for command in expanded(loop[3].replace(f"${loop[1]}", value))]
+
+
 def section(title):
     """The text under a heading, up to the next one."""
     return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
@@ -74,7 +83,9 @@ def test_files_that_the_pages_name_exist():
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_flags_of_the_readme_exist(script, monkeypatch, capsys):
     """Every flag in a command of README and docs is a flag of that script."""
-    commands = re.findall(rf"^python {script}.*$", PAGES.replace("\\\n", " "), re.MULTILINE)
+    lines = PAGES.replace("\\\n", " ").split("\n")
+    commands = [command for line in lines for command in expanded(line)
+                if command.startswith(f"python {script}")]
     assert commands
     for command in commands:
         arguments = shlex.split(command.split("#")[0])[2:]

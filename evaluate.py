@@ -101,10 +101,11 @@ def with_settings(parser):
     settings = {**settings, **data_settings}
     # What the links were trained with counts more than what the style says of all links.
     notes = notes_of(overrides(known.ckpt_override).get("outer") or style.repo)
-    trained = {}
-    if "latent_length" in notes:
-        trained = {"latent_length": notes["latent_length"],
-                   "num_recursive_rounds": list(range(1, notes["num_recursive_rounds"] + 1))}
+    trained = {name: notes[name] for name in ("latent_length", "num_recursive_rounds")
+               if name in notes}
+    if "num_recursive_rounds" in trained:
+        trained["num_recursive_rounds"] = list(range(1, trained["num_recursive_rounds"] + 1))
+    if trained:
         print("the links were trained with " + " ".join(
             f"{name}={value}" for name, value in trained.items()), flush=True)
     parser.set_defaults(**trained)

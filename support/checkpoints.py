@@ -229,10 +229,16 @@ def base_model(folder):
 
 
 def notes_of(name):
-    """train_args.json of the links in a folder here. {} where there is none, or on the hub."""
+    """train_args.json of the links in a folder here. {} where there is none, or on the hub.
+
+    Without latent_length, if the training sent the states at whole texts, however long (teacher).
+    """
     for folder in (Path(name).expanduser(), PROJECT / name) if name else ():
         if (folder / "train_args.json").is_file():
-            return read_json(folder / "train_args.json")
+            notes = read_json(folder / "train_args.json")
+            if notes.get("latents") == "teacher":
+                notes.pop("latent_length", None)
+            return notes
     return {}
 
 

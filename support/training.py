@@ -44,10 +44,9 @@ from support.flags import RANK, RANKS
 PARTS = ("links", "optimizer", "schedule", "scaler")      # of a Training, that state.pt holds
 MAX_SKIPPED = 10       # steps in a row without a finite loss and gradient, before training gives up
 # Flags that a resumed run may change, because they do not change what is learnt.
-INNER_LINKS = ("adapter*", "innerlink_config.json")
-# What a training writes to its folder. (The manifest names the files of outer links.)
+# What a training writes to its folder, beside links.
 WRITTEN = ("train_args.json", "log.jsonl", "state.pt", "readability.json", "gradients.png",
-           "outerlink_config.json", *RESULTS, *INNER_LINKS)
+           "outerlink_config.json", *RESULTS)
 FREE = ("resume", "save_dir", "log_every", "save_steps", "device", "threads", "compile",
         "eval_samples")
 
@@ -107,15 +106,14 @@ class Training:
 
     def _move_aside(self):
         """Move an earlier training in this folder aside. But an agent may have two inner links in
-        one folder, for code and for all other questions. So a link for another task stays."""
-        earlier = read_json(self.folder / "train_args.json")
-        if not earlier:
+        one folder, for code and for all other questions. A link for another task stays."""
+        if not (self.folder / "train_args.json").is_file():
             return
         outer = read_json(self.folder / "outerlink_config.json").get("adapters", [])
-        names = [*WRITTEN, *(link["filename"] for link in outer)]
-        if not outer and link_task(earlier.get("mas_task")) != link_task(self.args.mas_task):
-            names = [name for name in names if name not in INNER_LINKS]
-        move_aside(self.folder, names)
+        own = f"adapter({link_task(self.args.mas_task)})*"
+        others = set(self.folder.glob("adapter(*")) - set(self.folder.glob(own))
+        inner = [own] if others else ["adapter*", "innerlink_config.json"]
+        move_aside(self.folder, [*WRITTEN, *(link["filename"] for link in outer), *inner])
 
     def steps(self, name):
         """The numbers of the steps still to do, with a progress bar. Then the links are frozen.

@@ -17,6 +17,7 @@ position ids counted from that mask (so that padding changes nothing), and the c
 Shapes: B questions, T tokens, m latent steps, d hidden width, V words of the vocabulary.
 """
 import inspect
+import math
 import re
 
 import jinja2
@@ -24,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from cache import Context, Growing, Recorded, new_cache
+from cache import Context, Growing, Recorded, new_cache, say_once
 from support.compiled import CompiledForward, pays
 from support.errors import need
 from support.sampling import Sampling
@@ -62,6 +63,7 @@ class Agent:
         self.steps_taken = 0
         self.name = tokenizer.name_or_path or "this model"
         config = self.body.config
+        self.positions = getattr(config, "max_position_embeddings", None) or math.inf
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         need(tokenizer.chat_template, f"{self.name} has no chat template: take the instruct model, "
              "or put a chat_template.jinja beside it")
@@ -190,6 +192,9 @@ class Agent:
         cache = new_cache(self.body.config) if context is None else context.fork()
         mask = mask if context is None else torch.cat([context.mask, mask], 1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -embeds.shape[1]:]         # (B, T)
+        if mask.shape[1] > self.positions:
+            say_once(f"{self.name} was made for texts of {self.positions} tokens, and a prompt is "
+                     "longer: what it says there may be nonsense")
         states = self.forward(embeds, cache, mask, positions)                       # (B, T, d)
         return Context(cache, mask, states[:, -1:])
 
@@ -233,7 +238,11 @@ class Agent:
         return self.compiled if self.compiled and not self.compiled.broken else None
 
     def think(self, context, m):
-        """m latent thoughts H = [h_1 .. h_m], (B, m, d): the paper's rollout. Differentiable."""
+        """m latent thoughts H = [h_1 .. h_m], (B, m, d): the paper's rollout. Differentiable.
+
+        Raises ValueError for more thoughts than the model has positions."""
+        need(m <= self.positions, f"{self.name} was made for texts of {self.positions} tokens: it "
+             f"cannot think {m} latent thoughts")
         steps, self.steps_taken = self.steps(context, m - 1), self.steps_taken + m - 1
         thoughts = [context.hidden]                                                 # h_1
         for _ in range(m - 1):

@@ -222,7 +222,8 @@ def main():
     inner = [agent.inner for agent in mas.agents.values()]
     training = Training(mas.outer, args, args.outer_lr, args.save_dir, len(rows),
                         mas.agents[style.roles[-1].name].dtype,
-                        fingerprint(inner, style.roles, style.edges, rows))
+                        fingerprint(inner, style.roles, style.edges, rows),
+                        prompts=fingerprint([], style.words()))
     for step in training.steps("outer links"):
         rounds = args.num_recursive_rounds
         if args.random_rounds:                 # drawn by seed and step, so all ranks draw the same

@@ -123,6 +123,10 @@ class Style:
                              "other slot: add it, or change the edges")
         return text
 
+    def words(self):
+        """Who is asked what, and who hears whom: what links get used to in training."""
+        return [(role.name, role.prompt, role.first, role.system) for role in self.roles], self.edges
+
     def alone(self):
         """The last role by itself, hearing its own last text: methods single and single_loop."""
         last = replace(self.roles[-1], prompt=self.roles[-1].own)

@@ -34,7 +34,7 @@ from agents import Agent
 from link import KINDS, RELEASED, InnerLink, OuterLink
 from support.devices import pick_device
 from support.errors import blame, need
-from support.files import read_json, write_json, write_whole
+from support.files import fingerprint, read_json, write_json, write_whole
 
 PROJECT = Path(__file__).resolve().parent.parent
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
@@ -247,8 +247,11 @@ def trained_with(folder, style, override):
 
     notes: its train_args.json, or {}. models: {role: base model}; an override that brings a model
     of its own counts more. inner links: {role: folder}; any override counts more, and one line says
-    so where the two differ."""
+    so where the two differ. One line says so, too, where the style's prompts are others now."""
     notes, models, inner = notes_of(folder), {}, {}
+    if notes.get("prompts") not in (None, fingerprint([], style.words())):
+        print(f"the links in {folder} were trained with other prompts or edges than those of style "
+              f"{style.name}", flush=True)
     for role in style.roles:
         given, trained = override.get(role.name), notes.get(f"{role.name}_inner")
         if not (Path(given or "/") / "config.json").is_file():

@@ -72,9 +72,11 @@ class Training:
 
     args: the flags of flags.add_training_flags. folder: where train_args.json, log.jsonl and
     state.pt go. items: how many rows make an epoch. dtype: of the frozen models. contents: the
-    fingerprint of what is trained on, which a resumed run compares."""
+    fingerprint of what is trained on, which a resumed run compares. notes: what train_args.json
+    says beside the flags."""
 
-    def __init__(self, links, args, learning_rate, folder, items, dtype=torch.float32, contents=""):
+    def __init__(self, links, args, learning_rate, folder, items, dtype=torch.float32, contents="",
+                 **notes):
         self.links, self.args, self.folder = links.requires_grad_(True), args, Path(folder)
         self.done, self.skipped, self.skipped_in_a_row, self.stopping = 0, 0, 0, False
         per_step = args.batch_size * args.grad_accum_steps * RANKS
@@ -101,7 +103,7 @@ class Training:
             self.load()
         elif RANK == 0:
             self._move_aside()
-            write_json(self.folder / "train_args.json", vars(args))
+            write_json(self.folder / "train_args.json", {**vars(args), **notes})
             write_whole(self.folder / "log.jsonl", lambda part: part.write_text(""))
 
     def _move_aside(self):

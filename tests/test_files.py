@@ -2,6 +2,7 @@
 
 The scripts run in processes of their own where a lock is concerned, as two users would start them.
 """
+import dataclasses
 import json
 import os
 import resource
@@ -17,6 +18,8 @@ import evaluate
 import train_inner
 import train_outer
 from link import InnerLink
+from recurse import load_mas_system
+from styles import get_style
 from support import files, flags
 from support.checkpoints import load_inner, save_inner
 
@@ -115,6 +118,30 @@ def test_links_for_two_tasks_share_a_folder(tmp_path, run):
                      "earlier_2/adapter(code).safetensors"}
     for kind in ("math", "code"):
         load_inner(tmp_path / "link", 96, kind)
+
+
+def test_links_know_their_prompts(tmp_path, capsys, run):
+    """A style with other words, asked with these links, is told apart in one line."""
+    assert run(train_outer, *OUTER, "--save_dir", tmp_path)[0] == 0
+    tiny = get_style("tiny")
+    other = dataclasses.replace(tiny.roles[1], prompt="{question} <|notes|> and {planner}")
+    changed = dataclasses.replace(tiny, roles=(tiny.roles[0], other, tiny.roles[2]))
+    for style, told in ((tiny, 0), (changed, 1)):
+        load_mas_system(style, ckpt_override={"outer": tmp_path})
+        line = f"the links in {tmp_path} were trained with other prompts or edges than those of"
+        assert capsys.readouterr().out.count(line) == told
+
+
+def test_links_that_sent_whole_texts_have_no_m(tmp_path, run):
+    """Then m is the style's (6), and not the flag's default (32)."""
+    assert run(train_outer, *OUTER, "--latents", "teacher", "--latent_length", 3, "--save_dir",
+               tmp_path)[0] == 0
+    assert load_mas_system("tiny", ckpt_override={"outer": tmp_path}).latent_length == 6
+    code, said, _ = run(evaluate, "--ckpt_override", f"outer={tmp_path}", "--num_samples", 2,
+                        "--method", "single", "--out", tmp_path / "asked")
+    settings = json.loads((tmp_path / "asked/summary.json").read_text())["settings"]
+    assert code == 0 and settings["latent_length"] == 6
+    assert settings["num_recursive_rounds"] == [1] and "trained with num_recursive_rounds" in said
 
 
 # ---- folders that cannot be written to ----------------------------------------------------------

@@ -13,11 +13,11 @@ from conftest import (QUESTIONS, THREE, byte_tokenizer, chat, embed_words, inner
 import reference
 import writing as writing_module
 from agents import Agent
-from support.sampling import Sampling
 from link import InnerLink, OuterLink
 from recurse import LATENT, MAS, WORDS, chunks, load_mas_system, recurse
 from styles import ANSWER_FORMAT, Edge, Role, Style
 from support.checkpoints import local_folder, save_inner, save_outer
+from support.sampling import Sampling
 from support.web import ServiceError
 from writing import Writing, insert, text_of, text_seed
 
@@ -410,12 +410,47 @@ def test_respond_needs_no_options(options):
 @pytest.mark.parametrize("change, named", [
     ({"latent_length": 0}, "latent length.*0"), ({"latent_length": -3}, "latent length.*-3"),
     ({"rounds": 0}, "rounds.*0"), ({"questions": []}, "no questions"),
+    ({"questions": "one text"}, "list of texts.*write .question."),
+    ({"questions": ["x", " "]}, "none of them empty"), ({"questions": ["x", 3]}, "list of texts"),
+    ({"rounds": 1.5}, "whole numbers.*1.5"), ({"latent_length": "6"}, "whole numbers.*6"),
+    ({"latent_length": 257}, "cannot think 257 latent thoughts"),
     ({"method": "telepathy"}, "telepathy.*latent.*single"), ({"method": "text_brief"}, "brief")])
 def test_requests_that_cannot_be_served(mas, change, named):
     request = {"questions": QUESTIONS[:2], "rounds": 2, "latent_length": M, **change}
     with pytest.raises(ValueError, match=named) as problem:
         respond(mas, **request)
     assert "\n" not in str(problem.value)
+
+
+@pytest.mark.parametrize("options, named", [
+    ({"temperature": float("nan")}, "temperature is at least 0"), ({"temperature": -1}, "not -1"),
+    ({"temperature": float("inf")}, "not inf"), ({"top_p": 1.2}, "top_p.*1.2"),
+    ({"top_p": float("nan")}, "top_p.*nan"), ({"max_new_tokens": 0}, "max_new_tokens.*0"),
+    ({"batch_size": 0}, "batch_size.*0"), ({"questions": "one text"}, "write .question.")])
+def test_options_of_answer_are_checked(mas, options, named):
+    with pytest.raises(ValueError, match=named) as problem:
+        mas.answer(**{"questions": QUESTIONS[:2], "rounds": 1, "latent_length": M, **options})
+    assert "\n" not in str(problem.value) and "--" not in str(problem.value)
+
+
+@pytest.mark.parametrize("options", [{"top_k": -1}, {"min_p": 2.0}, {"repetition_penalty": 0.0}])
+def test_sampling_is_checked(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        Sampling(**options)
+
+
+def test_an_unknown_task_is_refused():
+    with pytest.raises(ValueError, match="unknown task 'maths': choose one of math, choice"):
+        load_mas_system("tiny", task="maths")
+
+
+def test_a_prompt_beyond_the_models_positions_is_told_once(mas, capsys):
+    agent = mas.agents["planner"]
+    agent.positions = 20
+    for length in (20, 21, 30):
+        agent.read(torch.zeros(1, length, agent.width), torch.ones(1, length, dtype=torch.long))
+        said = capsys.readouterr().out
+        assert ("was made for texts of 20 tokens, and a prompt is longer" in said) == (length == 21)
 
 
 def test_unknown_kind_of_question(mas):

@@ -145,7 +145,8 @@ def evaluate(mas, fresh, task, examples, plan, out, settings, resume=False):
         first = batches[0][:2]                   # so it happens before the clock starts
         mas.respond([example.question for example in first], 1, 1, first[0].kind,
                     writing=Writing(2), columns=[example.row for example in first])
-    for part, method, rounds, number in flags.progress(todo[RANK::RANKS], "evaluate"):
+    name = f"evaluate, {len(batches[0])} questions a batch"
+    for part, method, rounds, number in flags.progress(todo[RANK::RANKS], name):
         lines = answer_batch(fresh if method == "untrained" else mas, task, batches[number], method,
                              rounds, plan)
         write_json(part, {"lines": lines})

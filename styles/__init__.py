@@ -145,6 +145,9 @@ def check(style):
         need(isinstance(items, tuple) and items and all(isinstance(one, kind) for one in items),
              f"its {what} are no tuple of {kind.__name__}: write ({kind.__name__}(..), ..), with a "
              "comma even behind a single one")
+    need(isinstance(style.settings, dict) and all(isinstance(one, dict)
+                                                  for one in style.settings.values()),
+         "its settings are no dict of dicts: write {script or data set: {flag: default}}")
     names, keys = [role.name for role in style.roles], [edge.key for edge in style.edges]
     ways = [f"{edge.src} -> {edge.dst}" for edge in style.edges]
     for what, items in (("roles", names), ("edges", keys), ("ways", ways)):
@@ -164,8 +167,12 @@ def check(style):
              f"edge key '{edge.key}' is taken, or no file name: use other letters, digits and _")
     need(style.heard_by(names[-1]), f"nobody is heard by {names[-1]}, the last role, which writes: "
          "add an edge to it")
-    # Every prompt that a run can ask for is asked for now: once everyone was heard, in round 1, and
-    # where a role that hears only earlier ones is asked alone.
+    check_prompts(style, need)
+
+
+def check_prompts(style, need):
+    """Every prompt that a run can ask for is asked for now: once everyone was heard, in round 1,
+    and where a role that hears only earlier ones is asked alone."""
     asked = []
     for role in style.roles:
         need(role.model, f"role {role.name} has no model: name a hub id or a folder")
@@ -178,12 +185,13 @@ def check(style):
         heard, early = style.heard_by(role.name), style.heard_first(role.name)
         alone = [[]] if role.first and heard == early else []
         asked += [(style, role, told) for told in (heard, early, *alone)]
-    if style.roles[-1].own:
-        asked.append((style.alone(), style.alone().roles[0], [names[-1]]))
+    last, names = style.roles[-1], {role.name for role in style.roles}
+    if last.own:
+        asked.append((style.alone(), style.alone().roles[0], [last.name]))
     for one, role, told in asked:
         for kind in role.prompt if isinstance(role.prompt, dict) and role.prompt else KINDS[:1]:
             text = one.prompt(role, kind, told)
-            need(names_in(text) - {*names, "answer_format"}, f"role {role.name} is asked '{text}', "
+            need(names_in(text) - names - {"answer_format"}, f"role {role.name} is asked '{text}', "
                  "which holds no {question} and no other column of the data: add it")
 
 
@@ -216,7 +224,7 @@ def get_style(name):
     if path.suffix == ".py":
         try:
             made = styles_in(runpy.run_path(str(path)))
-        except Exception as problem:         # it is a user's program, which may raise anything
+        except (Exception, SystemExit) as problem:       # a user's program may raise anything
             raise ValueError(f"style file {path} does not run: {type(problem).__name__}: {problem}"
                              ) from problem
         made = [style for style in made if style not in styles.values()]     # not only imported

@@ -54,6 +54,7 @@ def claim(folder):
     Raises ValueError if another run writes to it, OSError if nothing can be written. A process that
     dies leaves a file and no lock."""
     release()
+    need(str(folder), "the name of the folder to write to is empty: name one")
     path = Path(folder) / ".lock"
     with blame(f"{folder} cannot be written to: name another folder, or make room", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -76,7 +76,7 @@ def add_system_flags(parser):
         help="of the style's repos on the hub (train_inner: of the base model)")
     add("--trust_remote_code", nargs="?", type=int, const=1, default=0, choices=[0, 1],
         help="let a model's repo run its own code")
-    add("--seed", type=int, default=42)
+    add("--seed", type=at_least(0, int, 2**63 - 1), default=42)
     add("--resume", action="store_true", help="go on where this run was stopped")
 
 
@@ -127,10 +127,13 @@ def early(parser):
 def parse(parser, settings):
     """The flags, with a style's settings as defaults. Settings that took effect are printed.
 
-    Raises ValueError for a setting that is no flag of this script."""
+    Raises ValueError for a setting that is no flag of this script. Its value is checked as a
+    user's is."""
     odd = sorted(settings.keys() - vars(early(parser)).keys())
     need(not odd, f"the style's settings hold {odd}, which are no flags of this script")
-    parser.set_defaults(**settings)
+    # argparse checks defaults that are texts, and takes all others as they are.
+    parser.set_defaults(**{name: str(value) if type(value) in (int, float) else value
+                           for name, value in settings.items()})
     args = parser.parse_args()
     used = [f"{name}={value}" for name, value in settings.items() if getattr(args, name) == value]
     if used:

@@ -263,6 +263,10 @@ def test_a_script_runs_from_any_folder_as_its_own_process(tmp_path):
 
 # ---- wrong calls: one line on stderr, exit code 2, nothing written ------------------------------
 
+STYLE = """import dataclasses
+from styles.tiny import tiny
+it = dataclasses.replace(tiny, name="it", settings={"train_outer": %s})
+"""
 BAD_ROWS = '{"question": "start 1 s1 +1 s2 +1"}\n'
 
 
@@ -281,6 +285,15 @@ BAD_ROWS = '{"question": "start 1 s1 +1 s2 +1"}\n'
     (evaluate, ["--ckpt_override", "judge=tiny/solver"], "one of planner, critic, solver"),
     (evaluate, ["--ckpt_override", "outer="], "KEY=PATH"),
     (evaluate, ["--min_p", "2"], "at most 1.0"),
+    (evaluate, ["--seed", str(2**64)], "at most"), (evaluate, ["--seed", "-1"], "at least 0"),
+    (evaluate, ["--temperature", "1e400"], "must be at least 0, not 1e400"),
+    (evaluate, ["--out", ""], "name of the folder to write to is empty"),
+    (train_outer, ["--save_dir", ""], "name of the folder to write to is empty"),
+    (train_outer, ["--dataset_name", "rows.csv"], "rows.csv is neither .json nor .jsonl"),
+    (train_outer, ["--style", "EXITS"], "does not run: SystemExit: 0"),
+    (train_outer, ["--style", "HALF"], "argument --batch_size: invalid number value: '2.5'"),
+    (train_outer, ["--style", "ZERO"], "argument --batch_size: must be at least 1, not 0"),
+    (train_outer, ["--style", "FLAT"], "settings are no dict of dicts"),
     (evaluate, ["--repetition_penalty", "0"], "at least 0.01"),
     (evaluate, ["--device", "meta"], "unknown device"),
     (evaluate, ["--ckpt_override", "critic=CUT"], "does not load"),
@@ -319,11 +332,15 @@ def test_a_wrong_call_is_one_line_and_exit_code_2(script, flags, complaint, tmp_
     (tmp_path / "LIST.json").write_text('{"data": []}')
     cut = shutil.copytree(Path(evaluate.__file__).parent / "tiny/critic", tmp_path / "CUT.json")
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:5000])
+    for name, words in (("EXITS", "raise SystemExit(0)"), ("HALF", STYLE % "{'batch_size': 2.5}"),
+                        ("ZERO", STYLE % "{'batch_size': 0}"), ("FLAT", STYLE % "3")):
+        (tmp_path / f"{name}.py").write_text(words)
+        flags = [str(tmp_path / f"{name}.py") if flag == name else flag for flag in flags]
     for name in ("LIST", "CUT"):
         flags = [flag.replace(name, str(tmp_path / f"{name}.json")) for flag in flags]
     out = tmp_path / "out"
     where = "--out" if script is evaluate else "--save_dir"
-    monkeypatch.setattr(sys, "argv", ["script", *flags, where, str(out)])
+    monkeypatch.setattr(sys, "argv", ["script", where, str(out), *flags])
     with pytest.raises(SystemExit) as stopped:
         run(script.main)
     assert stopped.value.code == 2

@@ -57,7 +57,7 @@ def settle(style, device="auto", threads=0):
         settings={"device": {"device": "cpu", "threads": 1, "why": "its matrices are .."}}
 
     The variable OMP_NUM_THREADS does not count against a style: on a machine of 16 cores it is
-    often set to 16, and a step of tiny's training takes 2.3 s then, in place of .2 s.
+    often set to 16, and a step of tiny's training takes 2.3 s then, in place of .4 s.
     Device and threads are settled one by one: on a GPU, tiny keeps its single thread. pick_device
     and torch choose what nobody asks for. One line says what was chosen, and by whom."""
     own = style.settings.get("device", {})

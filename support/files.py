@@ -71,6 +71,13 @@ def claim(folder):
         claim(folder)
 
 
+def saved():
+    """What this run has saved by now: its state.pt, or the parts of an evaluation."""
+    return [path for lock in HELD for name in ("state.pt", "parts/*")
+            for path in Path(lock.name).parent.glob(name)
+            if path.stat().st_mtime >= os.fstat(lock.fileno()).st_mtime]
+
+
 def release():
     """Give the folder of this run free. A folder to which nothing was written goes away."""
     for lock in HELD:

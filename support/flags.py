@@ -22,7 +22,7 @@ import transformers
 from tqdm import tqdm
 
 from support.errors import need
-from support.files import release
+from support.files import release, saved
 
 # Under torchrun, several ranks (processes, one for each GPU) share the work. Else there is one.
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -174,7 +174,8 @@ def run(main):
         print(f"error: {says}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("stopped; --resume goes on from what the run has saved", file=sys.stderr)
+        print(f"stopped; --resume goes on from {saved()[0].parent}" if saved() else
+              "stopped; nothing new is saved yet", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
         release()

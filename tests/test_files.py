@@ -84,6 +84,18 @@ def test_a_dead_process_leaves_no_lock(tmp_path):
     assert not tmp_path.exists()                          # nothing was written there
 
 
+def test_a_run_that_is_stopped_early_says_that_nothing_is_saved(tmp_path):
+    """Here in the warm start, with the state of an earlier run in the folder."""
+    (tmp_path / "state.pt").write_text("of an earlier run")
+    process = start("train_outer.py", "--warm_start_steps", 10**6, "--save_dir", tmp_path)
+    while "warm start" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and said.endswith("stopped; nothing new is saved yet\n"), said
+    assert (tmp_path / "state.pt").read_text() == "of an earlier run"
+
+
 def test_a_training_moves_the_earlier_one_aside(tmp_path, run):
     """All of it, and nothing else. --resume moves nothing."""
     mine = tmp_path / "my_notes.txt"

@@ -39,7 +39,8 @@ def section(title):
 def test_the_style_of_the_readme(tmp_path, monkeypatch):
     """Its files are written, its rows made, its links trained, its debate scored."""
     text = section("Your own system")
-    style, rows, changed = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    style, rows = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    changed = re.search(r"```python\n(from dataclasses .*?)```", PAGES, re.DOTALL)[1]
     commands = re.search(r"```\n(python rows.py\n.*?)```", text, re.DOTALL)[1]
     assert len(style.splitlines()) < 60
     monkeypatch.chdir(tmp_path)
@@ -62,6 +63,19 @@ def test_the_style_of_the_readme(tmp_path, monkeypatch):
     assert [row["method"] for row in summary["rows"]] == ["text", "untrained", "latent"]
     assert all(row["style"] == "debate" and row["n"] == 8 for row in summary["rows"])
     assert (tmp_path / "out/pro/adapter.safetensors").is_file()
+
+
+@pytest.mark.parametrize("page, at", [(README, "python train_inner.py --style tiny --mas_role"),
+                                      (PAGES, "python train_outer.py --latents teacher \\\n")])
+def test_commands_run_one_after_the_other(page, at, tmp_path, monkeypatch):
+    """Those of README's training and evaluation, and the published loss of docs/training.md."""
+    block = at + page.split(at)[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    for command in block.replace("\\\n", " ").strip().split("\n"):
+        _, script, *arguments = shlex.split(command.split("  #")[0])
+        if command.startswith("python"):                # tests/test_ranks.py has torchrun
+            monkeypatch.setattr(sys, "argv", [script, *arguments, *SHORTER[script]])
+            SCRIPTS[script].main()
 
 
 def test_the_code_of_the_readme():

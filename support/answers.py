@@ -11,9 +11,9 @@ A line says what was asked and how, what came out, whether that is right, and wh
      "notes": [""], "retried": 0,              what decided; how many texts were asked once more
      "decoded_tokens": 12, "latent_steps": 48, "seconds": 0.004, "peak_memory_mb": 480.0}
 
-A line with an "error" is asked again by --resume. show() prints what the latents of a question say,
-in place of scoring it. With plan.measure "loss" a line has "nats" (a token of the gold answer) in
-place of what was read and scored.
+A line with an "error" is asked again by --resume. With plan.measure "loss" a line has "nats" (a
+token of the gold answer) in place of what was read and scored. in_words() reads the latents of a
+question as words, and show() prints them.
 """
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -181,18 +181,27 @@ def ask_again(run, task, texts, unread, writing):
 
 
 @torch.no_grad()
+def in_words(mas, example, plan):
+    """What the agents think about a question, turn by turn, read through their vocabulary heads.
+
+    A list of (round, role, "thinks", m words, one for each thought). Its last entry is the last
+    turn, (round, role, "writes", [the written text])."""
+    run = recurse(mas, [example.question], max(plan.rounds), plan.latent_length, example.kind,
+                  trace=True, columns=[example.row])
+    turns = []
+    for (round, role), H in run.thoughts.items():
+        agent = mas.agent(role)
+        tokens = agent.head(H[0]).argmax(-1).tolist()                              # m tokens
+        turns.append((round, role, "thinks", agent.tokenizer.convert_ids_to_tokens(tokens)))
+    last = run.last_turn
+    mas.agent(last.role)                                # its weights on its device (--offload)
+    text, *_ = write_turn(mas, run, last, [example.question], plan.writing)
+    return [*turns, (last.round, last.role, "writes", [text])]
+
+
 def show(mas, examples, plan):
-    """Print problems with the latents of every turn, read through the vocabulary head."""
-    rounds = max(plan.rounds)
+    """Print problems with the latents of every turn, in words."""
     for example in examples:
-        run = recurse(mas, [example.question], rounds, plan.latent_length, example.kind,
-                      trace=True, columns=[example.row])
         print(f"\n{example.question}    (gold: {example.gold})")
-        for (round, role), H in run.thoughts.items():
-            agent = mas.agent(role)
-            words = agent.tokenizer.convert_ids_to_tokens(agent.head(H[0]).argmax(-1).tolist())
-            print(f"  round {round}  {role:10s} thinks  {' '.join(words)}")
-        role = run.last_turn.role
-        mas.agent(role)                                 # its weights on its device (--offload)
-        text, *_ = write_turn(mas, run, run.last_turn, [example.question], plan.writing)
-        print(f"  round {rounds}  {role:10s} writes  {text}")
+        for round, role, does, words in in_words(mas, example, plan):
+            print(f"  round {round}  {role:10s} {does}  {' '.join(words)}")

@@ -109,13 +109,12 @@ def test_the_script_draws_where_it_is_told(tmp_path, monkeypatch, capsys):
 # ---- what they show -----------------------------------------------------------------------------
 
 def test_the_thoughts_are_those_of_show(drawn, monkeypatch, capsys):
-    """Row by row as evaluate.py --show 1 prints them, and as the README does."""
+    """Row by row as evaluate.py --show 1 prints them."""
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--show", "1"])
     evaluate.main()
     line = r"^  round (\d)  (\w+) +(thinks|writes)  (.*)$"
     printed = re.findall(line, capsys.readouterr().out, re.MULTILINE)
     assert len(printed) == 9
-    assert printed == re.findall(line, (PROJECT / "README.md").read_text(), re.MULTILINE)
     axes, = drawn.figures["thoughts"].axes
     rows = {}                                     # {height: texts from left to right}
     for text in sorted(axes.texts, key=lambda text: text.get_position()[0]):

@@ -11,20 +11,18 @@ three agents do. The pictures go to out/lesson. Exercises stand in docs/exercise
 import re
 from pathlib import Path
 
-import matplotlib
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure      # draws into files, so no window is needed
 
 import reference
 from link import InnerLink, OuterLink, contrast, word_losses
 from recurse import load_mas_system
 from tasks import get_task
 
-matplotlib.use("Agg")                                # draw into files, so no window is needed
-import matplotlib.pyplot as plt  # noqa: E402
-
+# Three frozen models. Each has another width: 96, 80 and 112. (The style sets one thread, because
+# its matrices are too small for more.)
 torch.manual_seed(0)
-torch.set_num_threads(1)                             # these models are too small for more
 OUT = Path("out/lesson")
 OUT.mkdir(parents=True, exist_ok=True)
 mas = load_mas_system("tiny", device="cpu")
@@ -54,6 +52,9 @@ def in_words(agent, states):
 # reads the last one and gives a score to each word. Writing means: take the best word, put its
 # embedding behind the prompt, and run again. Nothing in the model asks for a *word* there. It asks
 # for a vector of width d.
+#
+# What to notice: T tokens became T embeddings, and one hidden state is enough to choose the next
+# word. The head is the only part that knows words. An agent that needs no word can leave it out.
 # %%
 question = examples[0].question
 with torch.no_grad():
@@ -63,6 +64,7 @@ with torch.no_grad():
 print(f"1. the question   {question}")
 print(f"   embeddings     {tuple(embeds.shape)}, the last hidden state {tuple(h.shape)}")
 print(f"   in words       {planner.tokenizer.decode(written)}")
+# The claim: one hidden state of width d chooses the first word.
 assert h.shape == (planner.width,) and int(planner.head(h).argmax()) == written[0]
 
 # %% [markdown]
@@ -73,6 +75,10 @@ assert h.shape == (planner.width,) and int(planner.head(h).argmax()) == written[
 # also elsewhere. We let the planner think six thoughts with three inner links: none (the hidden
 # state as it is), the hidden state cut to the embeddings' length, and the trained link. A thought
 # is right if it reads as the word that the planner would have written there.
+#
+# What to notice: the first thought is right with any link, because it comes before all links. Then
+# errors add up, because each thought is made from the one before it. The right length mends a part
+# of the loss. The trained link also mends the direction, and loses nothing over six thoughts.
 # %%
 class Shorter(torch.nn.Module):
     """h as long as an embedding: h / rms(h) * rms(embeddings)."""
@@ -86,7 +92,7 @@ class Shorter(torch.nn.Module):
 def readable(agent, link, role="planner", m=6, count=40):
     """The share of problems whose i-th thought reads as the i-th written word: m numbers."""
     trained, right = agent.inner, torch.zeros(m)
-    agent.inner = link
+    agent.inner = link                                   # reference.think asks the agent for it
     for example in examples[:count]:
         embeds = reference.embed(agent, prompt(role, {}, example.question))
         words = reference.write(agent, embeds, m)
@@ -106,8 +112,9 @@ print(f"   six thoughts, read as words: {in_words(planner, thoughts)}")
 for name, curve in curves.items():
     print(f"   {name:13s} reads as written, by thought: "
           + " ".join(f"{share:.2f}" for share in curve.tolist()))
-assert size > 2 * planner.embedding_rms
-assert curves["no link"][-1] < .5 < curves["right length"][-1] < .95 < curves["trained"].min()
+# The claims: a hidden state is more than twice too long, and each repair helps.
+assert size > 2 * planner.embedding_rms and curves["no link"][-1] < .5 < curves["right length"][
+    -1] < .95 < curves["trained"].min()
 
 # %% [markdown]
 # 3. The inner link, trained in twenty lines.
@@ -117,11 +124,16 @@ assert curves["no link"][-1] < .5 < curves["right length"][-1] < .95 < curves["t
 # are computed once. Then only the small link is run:
 #
 #     loss = 1 - cos(R_in(h_t), Emb(word_(t+1)))
+#
+# What to notice: no thought is ever rolled out in this training, and still six thoughts in a row
+# stay readable. That works because R_in(h) is so near to the word's embedding that the model goes
+# on as if it had read the word. So errors do not add up any more.
 # %%
 def states_and_words(agent, role, column, rows):
     """Hidden states along the role's texts, and the words that they predict: (n, d) and (n,)."""
     states, words = [], []
     for row in rows:
+        # The prompt and the text stand one behind the other. State t has read t words of the text.
         text = row[column][0] if isinstance(row[column], list) else row[column]
         tokens = agent.tokenize([text])[0]
         embeds = reference.embed(agent, prompt(role, {}, row["question"]))       # (T, d)
@@ -137,6 +149,7 @@ R_in = InnerLink(planner.width, gain=planner.embedding_rms)
 before = readable(planner, R_in)
 optimizer = torch.optim.AdamW(R_in.parameters(), lr=4e-3)
 for step in range(500):
+    # Any states will do, in any order: no state depends on the link.
     pick = torch.randint(len(words), (256,))
     wanted = planner.embedding(words[pick])                                      # Emb(word) (n, d)
     loss = 1 - F.cosine_similarity(R_in(states[pick]), wanted, dim=-1).mean()
@@ -157,6 +170,10 @@ assert after.min() > .95 > before.min()
 # translate. The outer link translates: R_out(R_in(H)). Its vectors stand in the critic's prompt
 # where the planner's words would stand. We ask how often the critic then writes what it writes
 # behind the planner's words.
+#
+# What to notice: this is the test of the whole method, and it needs no right answers. A message is
+# understood if it does to the receiver what the words do. A new link has the right shape and the
+# right length, and is not understood.
 # %%
 @torch.no_grad()
 def understood(link, count=40):
@@ -166,6 +183,7 @@ def understood(link, count=40):
         embeds = reference.embed(planner, prompt("planner", {}, example.question))
         said = planner.tokenizer.decode(reference.write(planner, embeds, 6))
         message = link(planner.inner(reference.think(planner, embeds, 6)))       # (6, 80)
+        # The same critic is asked twice. Only what stands in the planner's slot differs.
         answers = [reference.write(critic, reference.embed(
             critic, prompt("critic", {"planner": heard}, example.question)), 6)
             for heard in (said, message)]
@@ -188,6 +206,10 @@ assert shares["a new link"] < .5 < .95 < shares["the shipped link"]
 # embedding of the same word should come out. No model is run for this. A thought never equals an
 # embedding, so some noise is added to what goes in. (warm_start.py does this for all links.
 # train_outer.py goes on from there with the paper's loss, through the whole recursion.)
+#
+# What to notice: the link learnt a dictionary of single words, and now translates whole thoughts.
+# This is our way and not the paper's, and it rests on the inner link: if thoughts do not look like
+# words, a dictionary cannot read them.
 # %%
 theirs = critic.tokenizer.get_vocab()
 pairs = [(token, theirs[word]) for word, token in planner.tokenizer.get_vocab().items()]
@@ -205,6 +227,7 @@ for step in range(400):
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
+# The dictionary is asked to carry whole thoughts, which it has never seen.
 share = understood(R_out)
 print(f"5. our own dictionary link, 400 steps: understood {share:.2f}")
 assert share > .9
@@ -215,6 +238,9 @@ assert share > .9
 # The loop is reference.recurse (slow and plain) and recurse.recurse (fast). Both give the same
 # vectors. One round does four of a problem's 2 to 12 events, so accuracy has to rise with the
 # rounds.
+#
+# What to notice: two rounds of three agents have six turns, and only five messages are sent. The
+# last turn writes. A third round needs no new link, because the same three serve in every round.
 # %%
 with torch.no_grad():
     agent, embeds, sent = reference.recurse(
@@ -242,6 +268,10 @@ assert plain.strip() == fast and by_rounds[0] + .2 < by_rounds[1] < by_rounds[2]
 # A number means little without its controls. `single` asks the solver alone. `zero` sends zeros.
 # `shuffle` sends the thoughts about another problem. `untrained` sends through new outer links. All
 # four are near chance (one in ten), and `text` is as good as the latents.
+#
+# What to notice: `shuffle` is the hardest control. Its messages have the right form, come from
+# trained links and are about a problem of the same kind. Only the content is wrong. If a system is
+# as good with `shuffle` as without, then nothing travels through its links.
 # %%
 controls = {method: accuracy(method) for method in ("text", "single", "zero", "shuffle")}
 controls["untrained"] = accuracy(system=mas.with_fresh_outer())
@@ -256,13 +286,17 @@ assert controls["text"] > .9 and sorted(controls.values())[-2] < .3
 # round. We ask how large dL/d(message) is for each message of three rounds. It shrinks from round
 # to round on its way back, so the first round hardly trains the links. Frozen weights keep no
 # gradient at all.
+#
+# What to notice: the picture's scale is logarithmic. The links are shared by all rounds, so they do
+# get a gradient, but nearly all of it comes from the last round. docs/training.md has a cure: a
+# loss for every role.
 # %%
 row = rows[0]
 mas.outer.requires_grad_(True)
 last, embeds, sent = reference.recurse(
     mas, lambda role, heard: prompt(role.name, heard, row["question"]), rounds=3, m=6)
 for message in sent.values():
-    message.retain_grad()
+    message.retain_grad()                                  # torch drops it otherwise
 gold = last.tokenize([row["answer"][2]])[0]                # the text of round 3
 along = torch.cat([embeds, last.embedding(torch.tensor(gold[:-1]))])
 logits = last.head(reference.hidden_states(last, along)[-len(gold):])
@@ -271,13 +305,15 @@ sizes = {f"{key} in round {r}": message.grad.norm().item() for (r, key), message
 print("8. |dL/d(message)|:")
 for name, size in sizes.items():
     print(f"   {name}  {size:.1e}")
-mas.outer.requires_grad_(False)
+# The claims: early messages get less, every link gets something, and frozen weights get nothing.
 assert sizes["outer_12 in round 1"] < sizes["outer_23 in round 3"]
 assert all(link.proj1.weight.grad is not None for link in mas.outer.values())
 assert all(p.grad is None for agent in mas.agents.values() for p in agent.model.parameters())
 
 # %%
-figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6))
+# All of it in one picture: what a link is worth, what rounds and content are worth, and gradients.
+figure = Figure(figsize=(13, 3.6))
+left, middle, right = figure.subplots(1, 3)
 for name, curve in {**curves, "our own": after}.items():
     left.plot(range(1, 7), curve, marker="o", label=name)
 left.set(xlabel="thought", ylabel="reads as written", ylim=(0, 1.05), title="2, 3: inner links")

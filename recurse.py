@@ -72,19 +72,27 @@ def recurse(mas, questions, rounds=None, latent_length=None, kind="math", method
         # The last role works alone: once, or for as many turns as all roles have together.
         rounds = rounds * len(style.roles) if method == "single_loop" else 1
         style = style.alone()
+    # All that follows is the same for every method. Only what an agent says differs: m vectors that
+    # it has thought, or a text that it has written.
     prompts = Prompts(mas, style, questions, kinds, columns, method in WORDS)
     run = Run(decoded=[0] * (len(questions) // writing.repeats))
     take_turn = take_turn or (lambda turn: turn.agent.think(turn.read(), latent_length))
+    # What each role has heard by now. At first nobody has heard anything, so in round 1 a role is
+    # asked its `first` prompt, with slots for those alone who have spoken before it.
     heard = {role.name: {} for role in style.roles}         # {who: {from whom: the last message}}
 
     for round in range(1, rounds + 1):
         for role in style.roles:
-            # 1. The agent gets its prompt, with the messages of the others in their slots.
+            # 1. The agent gets its prompt, with the messages of the others in their slots. (In all
+            #    rounds the beginning of the prompt is the same, so it is read once.)
             turn = prompts.turn(role, round, dict(heard[role.name]), reuse=rounds > 1)
             if round == rounds and role is style.roles[-1]:
-                run.last_turn = turn                        # the caller takes it
+                # Its thoughts would be heard by nobody. So it does not think: the caller lets it
+                # write, or takes the gold answer's loss behind its prompt.
+                run.last_turn = turn
                 return run
-            # 2. It thinks, or in the baselines it writes.
+            # 2. It thinks, or in the baselines it writes. (In training, take_turn also takes the
+            #    role's own loss.)
             if method in WORDS:
                 said = write_message(mas, run, turn, questions, writing, method)     # B texts
             else:

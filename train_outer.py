@@ -183,6 +183,10 @@ def thoughts(turn, context, role, rows, args):
 
 # ---- one run ------------------------------------------------------------------------------------
 
+# A data set for each kind of question, for the command that is printed at the end.
+SOME_QUESTIONS = {"math": "math500", "choice": "gpqa", "code": "mbppplus", "search": "bamboogle"}
+
+
 def new_system(args, style):
     """The system of the flags, with new outer links."""
     given = vars(args)
@@ -198,6 +202,14 @@ def new_system(args, style):
     return MAS(style, agents, None).with_fresh_outer(kinds, args.scale_match, args.seed)
 
 
+def rounds_of(step, args):
+    """R of a step: all rounds, or with --random_rounds a number of them. It is drawn by seed and
+    step, so all ranks draw the same."""
+    if not args.random_rounds:
+        return args.num_recursive_rounds
+    return random.Random(f"rounds {args.seed} {step}").randint(1, args.num_recursive_rounds)
+
+
 def main():
     """Rows, agents, links, the loop, and the comparison."""
     (args, style), started = parse(), time.time()
@@ -207,7 +219,6 @@ def main():
                           args.num_samples, args.seed)
     all_roles = args.role_loss_weight or args.latents != "rollout"
     rows = data.keep_usable(rows, style.roles if all_roles else style.roles[-1:])
-
     if RANK == 0:
         claim(args.save_dir)
 
@@ -225,9 +236,7 @@ def main():
                         fingerprint(inner, style.roles, style.edges, rows),
                         prompts=fingerprint([], style.words()))
     for step in training.steps("outer links"):
-        rounds = args.num_recursive_rounds
-        if args.random_rounds:                 # drawn by seed and step, so all ranks draw the same
-            rounds = random.Random(f"rounds {args.seed} {step}").randint(1, rounds)
+        rounds = rounds_of(step, args)
         for batch in training.batches(rows, step):
             outcome = outer_loss(mas, batch, rounds, args)
             scale = training.backward(outcome.loss, outcome.tokens, final=outcome.final,
@@ -243,15 +252,14 @@ def main():
         link_task = args.mas_task if style.links_by_task else None
         save_outer(mas.outer, args.save_dir, style.name, args.save_format, link_task)
     training.save()
-    print(f"{training.summary()}, {time.time() - started:.0f} s; the links are in {args.save_dir}",
-          flush=True)
+    print(f"{training.summary()}, {time.time() - started:.0f} s; the links are in {args.save_dir}")
     if args.log_gradients and RANK == 0:
         report.plot_gradients(Path(args.save_dir))
     if args.eval_samples and task:
         evaluate.compare(mas, task, args, Path(args.save_dir))
     print(f"{time.time() - started:.0f} s in all; links and log.jsonl are in {args.save_dir}. Ask "
           f"them:\npython evaluate.py --style {args.style} --ckpt_override outer={args.save_dir}"
-          + (" --show 2" if task else " --dataset math500"))
+          + (" --show 2" if task else f" --dataset {SOME_QUESTIONS[args.mas_task]}"))
 
 
 if __name__ == "__main__":

@@ -125,7 +125,8 @@ class Style:
 
     def words(self):
         """Who is asked what, and who hears whom: what links get used to in training."""
-        return [(role.name, role.prompt, role.first, role.system) for role in self.roles], self.edges
+        return ([(role.name, role.prompt, role.first, role.system) for role in self.roles],
+                self.edges)
 
     def alone(self):
         """The last role by itself, hearing its own last text: methods single and single_loop."""

@@ -84,11 +84,10 @@ def recurse(mas, questions, rounds=None, latent_length=None, kind="math", method
     for round in range(1, rounds + 1):
         for role in style.roles:
             # 1. The agent gets its prompt, with the messages of the others in their slots. (In all
-            #    rounds the beginning of the prompt is the same, so it is read once.)
+            #    rounds the beginning of a prompt is the same, so it is read once.)
             turn = prompts.turn(role, round, dict(heard[role.name]), reuse=rounds > 1)
             if round == rounds and role is style.roles[-1]:
-                # Its thoughts would be heard by nobody. So it does not think: the caller lets it
-                # write, or takes the gold answer's loss behind its prompt.
+                # Nobody would hear its thoughts. The caller lets it write, or takes its loss.
                 run.last_turn = turn
                 return run
             # 2. It thinks, or in the baselines it writes. (In training, take_turn also takes the

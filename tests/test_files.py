@@ -70,7 +70,8 @@ def test_two_processes_in_one_folder(script, options, folder, tmp_path):
 
 
 def test_a_dead_process_leaves_no_lock(tmp_path):
-    code = f"from support.files import claim; claim({str(tmp_path)!r}); print(1, flush=True); input()"
+    code = (f"from support.files import claim; claim({str(tmp_path)!r}); print(1, flush=True); "
+            "input()")
     process = subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT, text=True,
                                stdout=subprocess.PIPE, stdin=subprocess.PIPE)
     assert process.stdout.readline() == "1\n"

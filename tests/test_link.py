@@ -10,7 +10,7 @@ from conftest import inner_equation, largest_difference, outer_equation, randomi
 
 from link import KINDS, InnerLink, OuterLink, kind_name
 from support.checkpoints import (load_inner, load_outer, load_weights, save_inner, save_outer,
-                                 save_weights, write_whole)
+                                 save_weights)
 
 RELEASED_KINDS = {      # as published
     "1layer": "linear_adapter", "1layer_res": "linear_res_adapter", "2layer": "adapter",
@@ -377,21 +377,6 @@ def test_a_malicious_pickle_is_refused(tmp_path):
     assert not (tmp_path / "broken_in").exists()
     torch.load(path, weights_only=False)
     assert (tmp_path / "broken_in").exists()
-
-
-def test_write_whole_keeps_the_old_file(tmp_path):
-    path = tmp_path / "folder" / "file"
-    write_whole(path, lambda part: part.write_text("old"))
-
-    def fails(part):
-        part.write_text("half")
-        raise RuntimeError("disk full")
-
-    with pytest.raises(RuntimeError, match="disk full"):
-        write_whole(path, fails)
-    assert path.read_text() == "old"
-    write_whole(path, lambda part: part.write_text("new"))
-    assert path.read_text() == "new" and os.listdir(path.parent) == ["file"]
 
 
 def test_safetensors_are_readable_without_us(tmp_path):

@@ -66,7 +66,7 @@ def test_the_style_of_the_readme(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page, at", [(README, "python train_inner.py --style tiny --mas_role"),
-                                      (PAGES, "python train_outer.py --latents teacher \\\n")])
+                                      (PAGES, "python train_outer.py --latents teacher --role")])
 def test_commands_run_one_after_the_other(page, at, tmp_path, monkeypatch):
     """Those of README's training and evaluation, and the published loss of docs/training.md."""
     block = at + page.split(at)[1].split("```")[0]
@@ -91,7 +91,8 @@ def test_the_code_of_the_readme():
 def test_files_that_the_pages_name_exist():
     folders = "docs|support|styles|tasks|tiny|tests"
     for name in re.findall(rf"\]\(([\w./]+)\)|\b((?:{folders})/\w+\.\w+)", PAGES):
-        assert (PROJECT / "".join(name)).exists(), name
+        name = "".join(name)                             # a page of docs/ links beside itself
+        assert (PROJECT / name).exists() or (PROJECT / "docs" / name).exists(), name
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

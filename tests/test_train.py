@@ -483,6 +483,6 @@ def test_odd_rows_are_left_out_and_counted(capsys):
     solver = tiny_style.role("solver")
     assert data.keep_usable(rows, [solver]) == [ROWS[0]]
     said = capsys.readouterr().out
-    assert said == ("left out 6 of 7 rows: no column question (1), no column answer (1), the row is "
-                    "no object {column: cell} (1), answer is no text (2), question is a number: "
+    assert said == ("left out 6 of 7 rows: no column question (1), no column answer (1), the row "
+                    "is no object {column: cell} (1), answer is no text (2), question is a number: "
                     "write it as a text (1), answer is an empty text (1)\n")

@@ -172,6 +172,13 @@ def test_a_new_run_keeps_the_old_results(tmp_path, monkeypatch):
         before = (tmp_path / "results.jsonl").read_text()
 
 
+def test_another_m_of_tiny_says_what_it_measures(tmp_path, monkeypatch, capsys):
+    for m, told in ((6, 0), (5, 1)):
+        run_evaluate(monkeypatch, *QUICK, "--latent_length", m, "--out", tmp_path)
+        said = capsys.readouterr().out
+        assert said.count("a note of this task has 6 words, and its agents have never") == told
+
+
 def test_greedy_results_do_not_depend_on_the_batch_size(tmp_path, monkeypatch):
     flags = ["--num_samples", 6, "--method", "latent", "text", "--num_recursive_rounds", 1, 3]
     run_evaluate(monkeypatch, *flags, "--batch_size", 1, "--out", tmp_path / "one")

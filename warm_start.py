@@ -1,7 +1,7 @@
 """The outer links' warm start: a dictionary between two vocabularies.
 
 This is ours, not the paper's. An untrained outer link sends noise, and behind noise the loss of the
-recursion says next to nothing: from scratch, 150 steps of it stay at chance. But the first thing
+recursion says next to nothing: from scratch, 100 steps of it stay at chance. But the first thing
 that a link has to learn needs no recursion, no text and no run of a model. After the inner link, a
 thought that predicts a word looks like that word's embedding in the sender's space. The receiver
 should get its own embedding of the same word:

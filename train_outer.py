@@ -87,6 +87,10 @@ def parse():
     add("--shuffle", action="store_true", help="no effect: rows are always shuffled")
     args = flags.parse(parser, style.settings.get("train_outer", {}))
     need(args.eval_samples != 1, "--eval_samples must be 0 (no comparison) or at least 2")
+    for role in style.roles:
+        inner = vars(args)[f"{role.name}_inner"]
+        need(not inner or Path(inner).resolve() != Path(args.save_dir).resolve(), f"--save_dir "
+             f"{args.save_dir} holds the inner link of {role.name}: name another folder")
     return args, style
 
 

@@ -94,7 +94,9 @@ def move_aside(folder, names):
     """
     found = [path for name in names for path in sorted(Path(folder).glob(name))]
     if found:
-        aside = Path(folder) / f"earlier_{1 + len(list(Path(folder).glob('earlier_*')))}"
+        numbers = [int(path.name[8:]) for path in Path(folder).glob("earlier_*")
+                   if path.name[8:].isdigit()]
+        aside = Path(folder) / f"earlier_{max(numbers, default=0) + 1}"
         aside.mkdir()
         for path in found:
             path.rename(aside / path.name)

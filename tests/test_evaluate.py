@@ -297,6 +297,8 @@ BAD_ROWS = '{"question": "start 1 s1 +1 s2 +1"}\n'
     (evaluate, ["--out", ""], "name of the folder to write to is empty"),
     (train_outer, ["--save_dir", ""], "name of the folder to write to is empty"),
     (train_outer, ["--dataset_name", "rows.csv"], "rows.csv is neither .json nor .jsonl"),
+    (train_outer, ["--agent1_inner_aligner_path", "tiny/planner", "--save_dir",
+                   str(PROJECT / "tiny/../tiny/planner")], "holds the inner link of planner"),
     (train_outer, ["--style", "EXITS"], "does not run: SystemExit: 0"),
     (train_outer, ["--style", "HALF"], "argument --batch_size: invalid number value: '2.5'"),
     (train_outer, ["--style", "ZERO"], "argument --batch_size: must be at least 1, not 0"),

@@ -141,8 +141,8 @@ def ceiling(examples, rounds):
 def fits(agent, m):
     """Say it where m is not the length of a note: the agents know no other."""
     if m != NOTE:
-        print(f"a note of this task has {NOTE} words, and its agents have never read one of {m}: so "
-              f"m = {m} shows what the agents have learnt, and not what links can do", flush=True)
+        print(f"a note of this task has {NOTE} words, and its agents have never read one of {m}: "
+              f"so m = {m} shows what the agents have learnt, and not what links can do", flush=True)
 
 
 def task(name, path=None):

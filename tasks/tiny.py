@@ -142,7 +142,7 @@ def fits(agent, m):
     """Say it where m is not the length of a note: the agents know no other."""
     if m != NOTE:
         print(f"a note of this task has {NOTE} words, and its agents have never read one of {m}: "
-              f"so m = {m} shows what the agents have learnt, and not what links can do", flush=True)
+              f"so m = {m} shows what the agents have learnt, not what links can do", flush=True)
 
 
 def task(name, path=None):

@@ -89,9 +89,11 @@ def test_half_precision(ask):
 
 @pytest.fixture
 def wide(monkeypatch):
-    """"tiny" is a model of 4 layers of width 2048."""
-    config = dimensions.dims("qwen3", 2048, 6144, 4, 16, 8, 256, head_dim=128)
-    monkeypatch.setattr(dimensions, "real_dims", lambda: {"tiny": config})
+    """The planner of "tiny" is a model of 4 layers of width 2048."""
+    real = dimensions.real_dims()
+    wide = dimensions.dims("qwen3", 2048, 6144, 4, 16, 8, 256, head_dim=128)
+    monkeypatch.setattr(dimensions, "real_dims", lambda: {"wide": wide, "tiny": real["tiny"]})
+    monkeypatch.setitem(bench.DIMS, "tiny", ["wide", "tiny", "tiny"])
 
 
 @torch.no_grad()
@@ -100,7 +102,7 @@ def test_weights_are_drawn_so_that_results_can_be_compared(wide, ask):
     grows with each thought. With ours it does not. So half precision can be judged."""
     for spread, low, high in ((0.02 * 2048 ** 0.5, 20, 1000), (0.3, 0.5, 3)):
         torch.manual_seed(0)
-        agent = dimensions.new_agent("tiny", 0, torch.device("cpu"), torch.float32, spread)
+        agent = dimensions.new_agent("wide", 0, torch.device("cpu"), torch.float32, spread)
         embeds, mask = agent.embed([[list(range(3, 19))]], {})
         push = 1e-3 * torch.randn_like(embeds) * embeds.std()
         before, after = (agent.think(agent.read(x, mask), 12)[0] for x in (embeds, embeds + push))

@@ -53,8 +53,8 @@ def start(script, *options):
 # ---- one run, one folder ------------------------------------------------------------------------
 
 @pytest.mark.parametrize("script, options, folder", [
-    ("train_outer.py", [*OUTER, "--max_steps", 60], "--save_dir"),
-    ("evaluate.py", ["--num_samples", 100], "--out")])
+    ("train_outer.py", [*OUTER, "--max_steps", 40], "--save_dir"),
+    ("evaluate.py", ["--num_samples", 100, "--method", "latent", "text"], "--out")])
 def test_two_processes_in_one_folder(script, options, folder, tmp_path):
     """Started at once: one result and one refusal."""
     both = [start(script, *options, folder, tmp_path / "out") for _ in range(2)]

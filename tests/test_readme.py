@@ -17,8 +17,9 @@ README = (PROJECT / "README.md").read_text()
 PAGES = "\n".join([README, *(page.read_text() for page in sorted(PROJECT.glob("docs/*.md")))])
 SCRIPTS = {"train_inner.py": train_inner, "train_outer.py": train_outer, "evaluate.py": evaluate}
 # Added to the README's commands, so that they take seconds.
-SHORTER = {"train_inner.py": ["--max_steps", "20"],
-           "train_outer.py": ["--max_steps", "2", "--warm_start_steps", "2"],
+SHORTER = {"train_inner.py": ["--max_steps", "20", "--num_samples", "40", "--held_out", "8"],
+           "train_outer.py": ["--max_steps", "2", "--warm_start_steps", "2", "--num_samples", "80",
+                              "--eval_samples", "4"],
            "evaluate.py": ["--num_samples", "8", "--num_recursive_rounds", "1"]}
 
 

@@ -192,7 +192,7 @@ class Agent:
         cache = new_cache(self.body.config) if context is None else context.fork()
         mask = mask if context is None else torch.cat([context.mask, mask], 1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -embeds.shape[1]:]         # (B, T)
-        if mask.shape[1] > self.positions:
+        if mask.shape[1] > self.positions and mask.sum(1).max() > self.positions:
             say_once(f"{self.name} was made for texts of {self.positions} tokens, and a prompt is "
                      "longer: what it says there may be nonsense")
         states = self.forward(embeds, cache, mask, positions)                       # (B, T, d)

@@ -161,8 +161,10 @@ def evaluate(mas, fresh, task, examples, plan, out, settings, resume=False):
 
 def finished(part, batch):
     """Whether a part is there, with an answer to each question and without an error."""
-    lines = read_json(part).get("lines", [])
-    return all(isinstance(line, dict) and "error" not in line for line in lines) and (
+    lines = None
+    with contextlib.suppress(ValueError):                # a torn part is asked again
+        lines = read_json(part).get("lines")
+    return isinstance(lines, list) and all(isinstance(line, dict) and "error" not in line for line in lines) and (
         [line.get("question") for line in lines] == [one.question for one in batch])
 
 
@@ -175,7 +177,7 @@ def compare(mas, task, args, out):
                 list(range(1, args.num_recursive_rounds + 1)), args.latent_length, size,
                 Writing(settings["max_new_tokens"], seed=args.seed, brief=task.brief))
     fresh = mas.with_fresh_outer(None, args.scale_match, args.seed)
-    evaluate(mas, fresh, task, examples, plan, out, vars(args))
+    evaluate(mas, fresh, task, examples, plan, out, vars(args), args.resume)
 
 
 # ---- the script ---------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import hashlib
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from numbers import Integral
 
 from support.errors import need
 from support.sampling import Sampling
@@ -40,8 +41,9 @@ class Writing:
     brief: int | None = None
 
     def __post_init__(self):
-        need(self.max_new_tokens >= 1 and self.samples >= 1, "max_new_tokens and samples are at "
-             f"least 1, not {self.max_new_tokens} and {self.samples}")
+        need(all(isinstance(one, Integral) and one >= 1
+                 for one in (self.max_new_tokens, self.samples)), "max_new_tokens and samples are "
+             f"whole numbers of at least 1, not {self.max_new_tokens} and {self.samples}")
 
 
 @dataclass

@@ -55,36 +55,50 @@ def claim(folder):
     dies leaves a file and no lock."""
     release()
     need(str(folder), "the name of the folder to write to is empty: name one")
-    path = Path(folder) / ".lock"
-    with blame(f"{folder} cannot be written to: name another folder, or make room", OSError):
+    path, cannot = Path(folder) / ".lock", f"{folder} cannot be written to: name another folder"
+    with blame(f"{cannot}, or make room", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(path, "w")
-        lock.write("a run writes here\n" * 200)      # a full disk has room for an empty file
-        lock.flush()
+        lock = open(path, "a")
     try:
         if fcntl:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         need(False, f"another run writes to {folder}: wait for its end, or name another folder")
+    if not is_there(lock):                    # its owner released it between our two steps
+        lock.close()
+        return claim(folder)
     HELD.append(lock)
-    if not path.exists():                     # its owner released it between our two steps
-        claim(folder)
+    with blame(f"{cannot}, or make room", OSError):
+        lock.truncate(0)
+        lock.write("a run writes here\n" * 200)      # a full disk has room for an empty file
+        lock.flush()
+
+
+def is_there(lock):
+    """Whether an open lock is still the file of that name, and not one that was deleted."""
+    path = Path(lock.name)
+    return path.exists() and os.path.samestat(path.stat(), os.fstat(lock.fileno()))
 
 
 def saved():
-    """What this run has saved by now: its state.pt, or the parts of an evaluation."""
-    return [path for lock in HELD for name in ("state.pt", "parts/*")
-            for path in Path(lock.name).parent.glob(name)
-            if path.stat().st_mtime >= os.fstat(lock.fileno()).st_mtime]
+    """The folder of this run, if anything is saved there by now: state.pt, or an evaluation's
+    parts. Else None."""
+    for lock in HELD:
+        folder, began = Path(lock.name).parent, os.fstat(lock.fileno()).st_mtime
+        if any(path.stat().st_mtime >= began for name in ("state.pt", "parts/*")
+               for path in folder.glob(name)):
+            return folder
 
 
 def release():
-    """Give the folder of this run free. A folder to which nothing was written goes away."""
+    """Give the folder of this run free. An empty folder goes away."""
     for lock in HELD:
         with contextlib.suppress(OSError):
-            os.unlink(lock.name)
-            os.rmdir(Path(lock.name).parent)
-        lock.close()
+            if is_there(lock):
+                os.unlink(lock.name)
+                os.rmdir(Path(lock.name).parent)
+        with contextlib.suppress(OSError):           # on a full disk the rest cannot be written
+            lock.close()
     HELD.clear()
 
 

@@ -131,10 +131,13 @@ def parse(parser, settings):
     user's is."""
     odd = sorted(settings.keys() - vars(early(parser)).keys())
     need(not odd, f"the style's settings hold {odd}, which are no flags of this script")
-    # argparse checks defaults that are texts, and takes all others as they are.
-    parser.set_defaults(**{name: str(value) if type(value) in (int, float) else value
-                           for name, value in settings.items()})
-    args = parser.parse_args()
+    # argparse does not check defaults. So the settings are given as flags before the user's own.
+    parser.set_defaults(**settings)                      # for --help
+    given = []
+    for name, value in settings.items():
+        values = value if isinstance(value, (list, tuple)) else [value]
+        given += [f"--{name}", *map(str, [] if value is True else values)] * (value is not False)
+    args = parser.parse_args([*given, *sys.argv[1:]])
     used = [f"{name}={value}" for name, value in settings.items() if getattr(args, name) == value]
     if used:
         print("the style sets " + " ".join(used), flush=True)
@@ -174,8 +177,9 @@ def run(main):
         print(f"error: {says}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print(f"stopped; --resume goes on from {saved()[0].parent}" if saved() else
-              "stopped; nothing new is saved yet", file=sys.stderr)
+        if RANK == 0:
+            print(f"stopped; --resume goes on from {saved()}" if saved() else
+                  "stopped; nothing new is saved yet", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
         release()

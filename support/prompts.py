@@ -13,6 +13,7 @@ first slot. The question stands there, so the beginning is most of the prompt.
 Shapes: B questions, m latent thoughts, d hidden width.
 """
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 
@@ -134,8 +135,8 @@ def prompt_rows(agent, style, role, kind, questions, columns, texts, slots=()):
 
 def check_request(questions, rounds, latent_length, kind, method):
     """The kind of each question. Raises ValueError for a request that cannot be served."""
-    need(not isinstance(questions, str) and all(isinstance(one, str) and one.strip()
-                                                for one in questions),
+    need(isinstance(questions, (list, tuple)) and all(isinstance(one, str) and one.strip()
+                                                      for one in questions),
          "questions are a list of texts, none of them empty: for a single one write [question]")
     kinds = [kind] * len(questions) if isinstance(kind, str) else list(kind)
     need(questions, "there are no questions")
@@ -143,7 +144,7 @@ def check_request(questions, rounds, latent_length, kind, method):
          f"is none of {', '.join(KINDS)}, and no list of these with one for each question")
     need(method in LATENT + WORDS, f"unknown method '{method}': choose one of "
          + ", ".join(LATENT + WORDS))
-    need(all(isinstance(one, int) for one in (rounds, latent_length)) and rounds >= 1
+    need(all(isinstance(one, Integral) for one in (rounds, latent_length)) and rounds >= 1
          and (latent_length >= 1 or method in WORDS), "rounds and latent length are whole numbers "
          f"of at least 1, not {rounds} and {latent_length}: for an answer without latents use "
          "method single")

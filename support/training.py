@@ -43,10 +43,10 @@ from support.flags import RANK, RANKS
 
 PARTS = ("links", "optimizer", "schedule", "scaler")      # of a Training, that state.pt holds
 MAX_SKIPPED = 10       # steps in a row without a finite loss and gradient, before training gives up
-# Flags that a resumed run may change, because they do not change what is learnt.
-# What a training writes to its folder, beside links.
+# What a training writes to its folder, beside links. (Own texts stay: they are gone on with.)
 WRITTEN = ("train_args.json", "log.jsonl", "state.pt", "readability.json", "gradients.png",
            "outerlink_config.json", *RESULTS)
+# Flags that a resumed run may change, because they do not change what is learnt.
 FREE = ("resume", "save_dir", "log_every", "save_steps", "device", "threads", "compile",
         "eval_samples")
 
@@ -109,13 +109,14 @@ class Training:
     def _move_aside(self):
         """Move an earlier training in this folder aside. But an agent may have two inner links in
         one folder, for code and for all other questions. A link for another task stays."""
-        if not (self.folder / "train_args.json").is_file():
-            return
-        outer = read_json(self.folder / "outerlink_config.json").get("adapters", [])
+        manifest = self.folder / "outerlink_config.json"
+        with blame(f"{manifest} is not {{adapters: [{{filename: name}}]}}"):
+            outer = [Path(link["filename"]).name
+                     for link in read_json(manifest).get("adapters", [])]
         own = f"adapter({link_task(self.args.mas_task)})*"
         others = set(self.folder.glob("adapter(*")) - set(self.folder.glob(own))
         inner = [own] if others else ["adapter*", "innerlink_config.json"]
-        move_aside(self.folder, [*WRITTEN, *(link["filename"] for link in outer), *inner])
+        move_aside(self.folder, [*WRITTEN, *outer, *inner])
 
     def steps(self, name):
         """The numbers of the steps still to do, with a progress bar. Then the links are frozen.

@@ -303,6 +303,9 @@ BAD_ROWS = '{"question": "start 1 s1 +1 s2 +1"}\n'
     (train_outer, ["--style", "HALF"], "argument --batch_size: invalid number value: '2.5'"),
     (train_outer, ["--style", "ZERO"], "argument --batch_size: must be at least 1, not 0"),
     (train_outer, ["--style", "FLAT"], "settings are no dict of dicts"),
+    (train_outer, ["--style", "DREAMS"], "argument --latents: invalid choice: 'dreams'"),
+    (train_outer, ["--style", "SEVEN"], "argument --gradient_checkpointing: invalid choice: 7"),
+    (train_outer, ["--style", "NONE"], "argument --max_steps: invalid number value: 'None'"),
     (evaluate, ["--repetition_penalty", "0"], "at least 0.01"),
     (evaluate, ["--device", "meta"], "unknown device"),
     (evaluate, ["--ckpt_override", "critic=CUT"], "does not load"),
@@ -342,7 +345,10 @@ def test_a_wrong_call_is_one_line_and_exit_code_2(script, flags, complaint, tmp_
     cut = shutil.copytree(Path(evaluate.__file__).parent / "tiny/critic", tmp_path / "CUT.json")
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:5000])
     for name, words in (("EXITS", "raise SystemExit(0)"), ("HALF", STYLE % "{'batch_size': 2.5}"),
-                        ("ZERO", STYLE % "{'batch_size': 0}"), ("FLAT", STYLE % "3")):
+                        ("ZERO", STYLE % "{'batch_size': 0}"), ("FLAT", STYLE % "3"),
+                        ("DREAMS", STYLE % "{'latents': 'dreams'}"),
+                        ("SEVEN", STYLE % "{'gradient_checkpointing': 7}"),
+                        ("NONE", STYLE % "{'max_steps': None}")):
         (tmp_path / f"{name}.py").write_text(words)
         flags = [str(tmp_path / f"{name}.py") if flag == name else flag for flag in flags]
     for name in ("LIST", "CUT"):

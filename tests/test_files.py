@@ -6,9 +6,11 @@ import dataclasses
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -97,24 +99,73 @@ def test_a_run_that_is_stopped_early_says_that_nothing_is_saved(tmp_path):
     assert (tmp_path / "state.pt").read_text() == "of an earlier run"
 
 
+@pytest.mark.parametrize("script, options, folder", [
+    ("train_outer.py", ["--save_steps", 1, "--warm_start_steps", 1], "--save_dir"),
+    ("evaluate.py", ["--num_samples", 200, "--batch_size", 2], "--out")])
+def test_a_run_that_is_stopped_says_where_it_goes_on(script, options, folder, tmp_path):
+    """Also after another run was refused there."""
+    process = start(script, *options, folder, tmp_path)
+    while not [*tmp_path.glob("state.pt"), *tmp_path.glob("parts/*.json")]:
+        assert process.poll() is None
+        time.sleep(0.1)
+    with pytest.raises(ValueError, match="another run writes to"):
+        files.claim(tmp_path)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, said
+    assert said.endswith(f"stopped; --resume goes on from {tmp_path}\n"), said
+
+
+def test_a_lock_that_was_deleted_is_no_lock(tmp_path):
+    """A run that releases its lock while another one opens it does not leave two owners."""
+    files.claim(tmp_path)
+    mine, = files.HELD
+    os.unlink(mine.name)
+    with open(mine.name, "w") as other:                   # a newer run's lock of the same name
+        assert not files.is_there(mine) and files.is_there(other)
+        files.release()
+        assert files.is_there(other), "release() deletes its own lock and no other"
+
+
+def test_links_without_notes_and_odd_manifests_are_moved_aside_too(tmp_path, run):
+    """Released links have no train_args.json. No name of a manifest leads out of the folder."""
+    shutil.copytree(PROJECT / "tiny/outer", tmp_path / "links")
+    (tmp_path / "keep.txt").write_text("mine")
+    config = json.loads((tmp_path / "links/outerlink_config.json").read_text())
+    config["adapters"].append({"filename": "../keep.txt"})
+    (tmp_path / "links/outerlink_config.json").write_text(json.dumps(config))
+    assert run(train_outer, *OUTER, "--save_dir", tmp_path / "links")[0] == 0
+    for name in ("outer_12", "outer_23", "outer_31"):
+        assert ((tmp_path / f"links/earlier_1/{name}.safetensors").read_bytes()
+                == (PROJECT / f"tiny/outer/{name}.safetensors").read_bytes())
+    assert (tmp_path / "keep.txt").read_text() == "mine"
+    for odd in ([{}], 3, [3]):
+        (tmp_path / "links/outerlink_config.json").write_text(json.dumps({"adapters": odd}))
+        code, _, errors = run(train_outer, *OUTER, "--save_dir", tmp_path / "links")
+        assert code == 2 and len(errors) == 1 and "is not {adapters: [" in errors[0]
+
+
 def test_a_training_moves_the_earlier_one_aside(tmp_path, run):
     """All of it, and nothing else. --resume moves nothing."""
     mine = tmp_path / "my_notes.txt"
     mine.write_text("keep me")
+    (tmp_path / "parts").mkdir()
     assert run(train_outer, *OUTER, "--save_dir", tmp_path)[0] == 0
-    first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / "earlier_1").rename(tmp_path / "earlier_7")
+    (tmp_path / "summary.json").write_text("{}")
+    first = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     assert first.keys() >= {"train_args.json", "log.jsonl", "state.pt", "outerlink_config.json",
                             "outer_12.safetensors", "outer_23.safetensors", "outer_31.safetensors"}
     code, said, _ = run(train_outer, *OUTER, "--seed", 1, "--save_format", "pt", "--save_dir",
                         tmp_path)
-    assert code == 0 and f"is in {tmp_path / 'earlier_1'} now" in said
+    assert code == 0 and f"is in {tmp_path / 'earlier_8'} now" in said
     del first["my_notes.txt"]
-    aside = {path.name: path.read_bytes() for path in (tmp_path / "earlier_1").iterdir()}
+    aside = {path.name: path.read_bytes() for path in (tmp_path / "earlier_8").iterdir()}
     assert aside == first
     assert mine.exists() and not list(tmp_path.glob("*.safetensors"))
     assert run(train_outer, *OUTER, "--seed", 1, "--save_format", "pt", "--save_dir", tmp_path,
                "--resume")[0] == 0
-    assert not (tmp_path / "earlier_2").exists()
+    assert not (tmp_path / "earlier_9").exists()
 
 
 def test_links_for_two_tasks_share_a_folder(tmp_path, run):
@@ -137,9 +188,14 @@ def test_links_know_their_prompts(tmp_path, capsys, run):
     """A style with other words, asked with these links, is told apart in one line."""
     assert run(train_outer, *OUTER, "--save_dir", tmp_path)[0] == 0
     tiny = get_style("tiny")
-    other = dataclasses.replace(tiny.roles[1], prompt="{question} <|notes|> and {planner}")
-    changed = dataclasses.replace(tiny, roles=(tiny.roles[0], other, tiny.roles[2]))
-    for style, told in ((tiny, 0), (changed, 1)):
+
+    def changed(**fields):
+        other = dataclasses.replace(tiny.roles[1], **fields)
+        return dataclasses.replace(tiny, roles=(tiny.roles[0], other, tiny.roles[2]))
+
+    for style, told in ((tiny, 0), (changed(prompt="{question} <|notes|> and {planner}"), 1),
+                        (changed(first="{question} <|notes|> nothing"), 1),
+                        (changed(system="be brief"), 1), (changed(target=("plan",)), 0)):
         load_mas_system(style, ckpt_override={"outer": tmp_path})
         line = f"the links in {tmp_path} were trained with other prompts or edges than those of"
         assert capsys.readouterr().out.count(line) == told
@@ -246,7 +302,8 @@ def test_foreign_lines_in_a_part_are_asked_again(tmp_path, run):
     assert run(*ask)[0] == 0
     before = [json.loads(line)["outputs"] for line in open(tmp_path / "results.jsonl")]
     part, = (tmp_path / "parts").iterdir()
-    for lines in ([1, 2, 3, 4], ["x"] * 4, [None]):
-        part.write_text(json.dumps({"lines": lines}))
+    for content in ({"lines": [1, 2, 3, 4]}, {"lines": ["x"] * 4}, {"lines": [None]}, {"lines": 3},
+                    {"lines": None}, [1], "torn"):
+        part.write_text("{torn" if content == "torn" else json.dumps(content))
         assert run(*ask, "--resume")[0] == 0
         assert before == [json.loads(line)["outputs"] for line in open(tmp_path / "results.jsonl")]

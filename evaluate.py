@@ -164,7 +164,9 @@ def finished(part, batch):
     lines = None
     with contextlib.suppress(ValueError):                # a torn part is asked again
         lines = read_json(part).get("lines")
-    return isinstance(lines, list) and all(isinstance(line, dict) and "error" not in line for line in lines) and (
+    if not isinstance(lines, list) or not all(isinstance(line, dict) for line in lines):
+        return False
+    return not any("error" in line for line in lines) and (
         [line.get("question") for line in lines] == [one.question for one in batch])
 
 

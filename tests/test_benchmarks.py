@@ -740,17 +740,13 @@ def test_default_methods_serve_a_single_question(no_keys, monkeypatch):
 
 @pytest.mark.parametrize("foreign", ['{"lines": [{"question": "?"}]}', '{"lines": [{"id": ', "[]"])
 def test_resuming_with_foreign_lines(foreign, no_keys, monkeypatch):
-    """What is no JSON object is refused in one line. Answers to something else are answered anew.
-    """
+    """A torn part, and answers to something else, are answered anew."""
     flags = ["--num_samples", 2, "--method", "single", *QUICK, "--out", "out"]
     run_evaluate(monkeypatch, *flags)
     lines = untimed(Path("out/results.jsonl"))
     Path("out/parts/single_1_00000.json").write_text(foreign)
-    if foreign.endswith("}"):
-        run_evaluate(monkeypatch, *flags, "--resume")
-        assert untimed(Path("out/results.jsonl")) == lines
-    else:
-        assert "single_1_00000.json" in refused(monkeypatch, *flags, "--resume")
+    run_evaluate(monkeypatch, *flags, "--resume")
+    assert untimed(Path("out/results.jsonl")) == lines
 
 
 @pytest.mark.parametrize("more", [["--offload"], ["--device", "cpu,cpu"]])

@@ -92,7 +92,8 @@ def main():
     link = torch.nn.Linear(2, 1, bias=False)
     args = argparse.Namespace(weight_decay=0.0, lr_scheduler_type="constant", warmup_steps=0,
                               resume=False, max_grad_norm=0.0, grad_accum_steps=1, log_every=1,
-                              save_steps=0, seed=0, batch_size=1, max_steps=4, num_train_epochs=1)
+                              save_steps=0, seed=0, batch_size=1, max_steps=4, num_train_epochs=1,
+                              mas_task="math")
     training = Training(link, args, 0.1, "FOLDER", 4)
     for step in training.steps("link"):
         bad = float("nan") if step == 1 and flags.RANK == 1 else 1.0

@@ -55,8 +55,9 @@ def claim(folder):
     dies leaves a file and no lock."""
     release()
     need(str(folder), "the name of the folder to write to is empty: name one")
-    path, cannot = Path(folder) / ".lock", f"{folder} cannot be written to: name another folder"
-    with blame(f"{cannot}, or make room", OSError):
+    path = Path(folder) / ".lock"
+    cannot = f"{folder} cannot be written to: name another folder, or make room"
+    with blame(cannot, OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(path, "a")
     try:
@@ -68,7 +69,7 @@ def claim(folder):
         lock.close()
         return claim(folder)
     HELD.append(lock)
-    with blame(f"{cannot}, or make room", OSError):
+    with blame(cannot, OSError):
         lock.truncate(0)
         lock.write("a run writes here\n" * 200)      # a full disk has room for an empty file
         lock.flush()

@@ -43,7 +43,7 @@ from support.flags import RANK, RANKS
 
 PARTS = ("links", "optimizer", "schedule", "scaler")      # of a Training, that state.pt holds
 MAX_SKIPPED = 10       # steps in a row without a finite loss and gradient, before training gives up
-# What a training writes to its folder, beside links. (Own texts stay: they are gone on with.)
+# What a training writes to its folder, beside links. (Own texts stay: the next training uses them.)
 WRITTEN = ("train_args.json", "log.jsonl", "state.pt", "readability.json", "gradients.png",
            "outerlink_config.json", *RESULTS)
 # Flags that a resumed run may change, because they do not change what is learnt.

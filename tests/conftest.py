@@ -249,3 +249,14 @@ def largest_difference(a, b):
 def shipped():
     """The tiny system that comes with the project, loaded as a user would."""
     return load_mas_system("tiny", device="cpu")
+
+
+def tiny_in_float64():
+    """The shipped agents with new outer links, all in float64."""
+    mas = load_mas_system("tiny", device="cpu").with_fresh_outer(seed=1)
+    for agent in mas.agents.values():
+        agent.model.double()
+        agent.inner.double()
+        agent.dtype = torch.float64
+    mas.outer.double()
+    return mas

@@ -7,13 +7,12 @@ from itertools import combinations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import PROJECT
+from conftest import PROJECT, tiny_in_float64
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 import evaluate
 import reference
-from recurse import load_mas_system
 from tasks import get_task
 
 sys.path.insert(0, str(PROJECT / "docs"))
@@ -189,12 +188,7 @@ def plain_gradients(mas, rows, weight):
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_gradients_equal_the_plain_unrolling(weight):
     """New links, so that the loss is large, in float64: see `double` in test_train.py."""
-    mas = load_mas_system("tiny", device="cpu").with_fresh_outer(seed=1)
-    for agent in mas.agents.values():
-        agent.model.double()
-        agent.inner.double()
-        agent.dtype = torch.float64
-    mas.outer.double()
+    mas = tiny_in_float64()
     rows = get_task("tiny").train_rows(BATCH, seed=0)
     ours = pictures.measure_gradients(mas, rows, weight)
     assert not any(p.requires_grad or p.grad is not None for p in mas.outer.parameters())

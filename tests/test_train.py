@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import tiny_in_float64
 
 import reference
 import train_inner
@@ -60,13 +61,7 @@ def plain_outer_loss(mas, row, rounds, m):
 def double():
     """The shipped agents in float64: two rounds of rollouts through untrained links amplify a
     rounding of 1e-7 to 4e-3 in the gradient, which would hide a real difference."""
-    mas = load_mas_system("tiny", device="cpu").with_fresh_outer(seed=1)
-    for agent in mas.agents.values():
-        agent.model.double()
-        agent.inner.double()
-        agent.dtype = torch.float64
-    mas.outer.double()
-    return mas
+    return tiny_in_float64()
 
 
 @pytest.mark.parametrize("rounds", [1, 2])

@@ -204,7 +204,6 @@ def main():
         held_out, texts = texts[:args.held_out], texts[args.held_out:]
     else:
         print("too few texts to hold any out: readability is measured on the training texts")
-
     if RANK == 0:
         claim(args.save_dir)
 
@@ -226,12 +225,13 @@ def main():
                         contents=fingerprint([], role, texts, tokens))
     for step in training.steps("inner link"):
         for batch in training.batches(pairs, step):
-            states = torch.cat([h for h, _ in batch]).to(agent.device)      # (n, d)
-            targets = torch.cat([ids for _, ids in batch])                  # (n,)
-            got = agent.inner(states.float())                               # R_in(h_t)   (n, d)
-            cosine, mse = word_losses(got, targets, agent.embedding)
-            loss = args.adapter_cos_weight * cosine + args.adapter_mse_weight * mse
-            training.backward(loss, len(states), cosine=cosine, mse=mse)
+            with training.halved_if_full():
+                states = torch.cat([h for h, _ in batch]).to(agent.device)  # (n, d)
+                targets = torch.cat([ids for _, ids in batch])              # (n,)
+                got = agent.inner(states.float())                           # R_in(h_t)   (n, d)
+                cosine, mse = word_losses(got, targets, agent.embedding)
+                loss = args.adapter_cos_weight * cosine + args.adapter_mse_weight * mse
+                training.backward(loss, len(states), cosine=cosine, mse=mse)
         training.step()
 
     # 4. The link, and what it is worth.

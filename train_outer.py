@@ -234,27 +234,27 @@ def main():
         warm_start(mas, args, task.leave_out if task else ())
 
     # 3. The loop.
-    inner = [agent.inner for agent in mas.agents.values()]
-    training = Training(mas.outer, args, args.outer_lr, args.save_dir, len(rows),
-                        mas.agents[style.roles[-1].name].dtype,
+    inner, last = [agent.inner for agent in mas.agents.values()], mas.agents[style.roles[-1].name]
+    training = Training(mas.outer, args, args.outer_lr, args.save_dir, len(rows), last.dtype,
                         fingerprint(inner, style.roles, style.edges, rows),
                         prompts=fingerprint([], style.words()))
     for step in training.steps("outer links"):
         rounds = rounds_of(step, args)
         for batch in training.batches(rows, step):
-            outcome = outer_loss(mas, batch, rounds, args)
-            scale = training.backward(outcome.loss, outcome.tokens, final=outcome.final,
-                                      rounds=rounds)
-            # |dL/d(message)|, summed in float32: in half precision early rounds read as zero.
-            training.note(outcome.tokens, **{
-                f"gradient_{key}_{round}": message.grad.float().norm().item() / scale
-                for (round, key), message in outcome.sent.items() if message.grad is not None})
+            with training.halved_if_full():
+                outcome = outer_loss(mas, batch, rounds, args)
+                scale = training.backward(outcome.loss, outcome.tokens, final=outcome.final,
+                                          rounds=rounds)
+                # |dL/d(message)|, summed in float32: in half precision early rounds read as zero.
+                training.note(outcome.tokens, **{
+                    f"gradient_{key}_{round}": message.grad.float().norm().item() / scale
+                    for (round, key), message in outcome.sent.items() if message.grad is not None})
         training.step()
 
     # 4. The links, and what they are worth.
     if RANK == 0:
-        link_task = args.mas_task if style.links_by_task else None
-        save_outer(mas.outer, args.save_dir, style.name, args.save_format, link_task)
+        save_outer(mas.outer, args.save_dir, style.name, args.save_format,
+                   args.mas_task if style.links_by_task else None)
     training.save()
     print(f"{training.summary()}, {time.time() - started:.0f} s; the links are in {args.save_dir}")
     if args.log_gradients and RANK == 0:

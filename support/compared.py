@@ -55,7 +55,7 @@ def inner_losses(agent, texts, again):
     change the ratio."""
     tokens = torch.tensor(agent.tokenize(texts), device=agent.device)          # (B, T)
     link, losses = copy.deepcopy(agent.inner).float().requires_grad_(True), []
-    optimizer = torch.optim.AdamW(link.parameters(), lr=5e-4)
+    optimizer = torch.optim.AdamW(link.parameters(), lr=5e-4, fused=True)    # as in training.py
     for epoch in range(EPOCHS):
         if again or epoch == 0:
             with torch.no_grad():

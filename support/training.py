@@ -3,16 +3,20 @@
     training = Training(links, args, learning_rate, folder, len(rows), dtype)
     for step in training.steps("outer links"):
         for batch in training.batches(rows, step):      # micro-batches, this rank's share of them
-            training.backward(loss, tokens)             # loss: a mean over so many tokens
+            with training.halved_if_full():             # fewer rows at once on a card that is full
+                training.backward(loss, tokens)         # loss: a mean over so many tokens
         training.step()                                 # clip, update, log, save
 
 The gradient of a step is that of the mean over all tokens of all its micro-batches on all ranks,
 
     g = sum_b tokens_b g_b / sum_b tokens_b
 
-so accumulating micro-batches, or adding GPUs, is the same as a larger batch. There is no DDP
-wrapper: DDP expects every weight to be used once in a graph, but a link is used R times, and some
-links are not used at all if R = 1.
+so accumulating micro-batches, or adding GPUs, is the same as a larger batch. So on a GPU, where a
+step takes nearly as long for 1 row as for 32, all rows of a step are one micro-batch, and half as
+many whenever the card is too full for that. On a CPU a micro-batch has batch_size rows.
+
+There is no DDP wrapper: DDP expects every weight to be used once in a graph, but a link is used R
+times, and some links are not used at all if R = 1.
 
 Clipping. A gradient longer than max_grad_norm is scaled down to that length. Backward through R
 rounds of rollouts multiplies many Jacobians, so single steps have gradients 100 times as long.
@@ -23,6 +27,7 @@ bfloat16, and would be lost.
 Resuming. state.pt holds links, optimizer, schedule, scaler and step. The data need no state: which
 rows make a step follows from the seed and the step alone.
 """
+import contextlib
 import functools
 import json
 import math
@@ -79,8 +84,12 @@ class Training:
                  **notes):
         self.links, self.args, self.folder = links.requires_grad_(True), args, Path(folder)
         self.done, self.skipped, self.skipped_in_a_row, self.stopping = 0, 0, 0, False
-        per_step = args.batch_size * args.grad_accum_steps * RANKS
-        self.total_steps = args.max_steps or math.ceil(items * args.num_train_epochs / per_step)
+        self.per_step = args.batch_size * args.grad_accum_steps * RANKS       # rows of all ranks
+        self.total_steps = args.max_steps or math.ceil(
+            items * args.num_train_epochs / self.per_step)
+        on_gpu = next(links.parameters()).device.type == "cuda"
+        self.at_once = args.batch_size * (args.grad_accum_steps if on_gpu else 1)
+        self.full = False                 # the card was too full for the last micro-batch
         self.logged = {}                  # the last step's values
         self.sums = {"tokens": 0.0}       # over this step's micro-batches: sum_b tokens_b value_b
         self.weights = list(links.parameters())
@@ -141,10 +150,28 @@ class Training:
         print("stopping behind this step (once more: at once)", file=sys.stderr, flush=True)
 
     def batches(self, items, step):
-        """This rank's micro-batches of a step. All ranks together take batch_size x RANKS items."""
-        accumulated, size = self.args.grad_accum_steps, self.args.batch_size * RANKS
-        for micro in range(accumulated):
-            yield batch_of(items, step * accumulated + micro, size, self.args.seed)[RANK::RANKS]
+        """This rank's rows of a step, `at_once` rows at a time. They begin anew if the card was too
+        full for the last ones."""
+        rows, begin = batch_of(items, step, self.per_step, self.args.seed)[RANK::RANKS], 0
+        while begin < len(rows):
+            yield rows[begin:begin + self.at_once]
+            begin += self.at_once
+            if self.full:                                # what it left of this step is not whole
+                self.optimizer.zero_grad()
+                self.sums, self.full, begin = {"tokens": 0.0}, False, 0
+
+    @contextlib.contextmanager
+    def halved_if_full(self):
+        """Take a micro-batch. If there is too little memory on the card, halve all micro-batches
+        from here on. One row that is too large is an error."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            if self.at_once == 1:
+                raise
+            self.at_once, self.full = self.at_once // 2, True
+            print(f"the card is too full: from here on, a step takes {self.at_once} rows at once "
+                  "(the links learn the same)", flush=True)
 
     def backward(self, loss, tokens, **values):
         """Add the gradient of one micro-batch's loss, a mean over so many tokens.

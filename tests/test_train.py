@@ -3,6 +3,7 @@ import argparse
 import json
 import math
 import os
+import re
 import signal
 import sys
 
@@ -333,6 +334,9 @@ def test_published_layout_from_the_trainer_loads_the_same(tmp_path, monkeypatch,
         assert torch.equal(mas.outer["outer_12"].state_dict()[name], value.float())
 
 
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
 def training(tmp_path, links, dtype=torch.float32, **changes):
     settings = dict(batch_size=1, num_train_epochs=1, max_steps=100, weight_decay=0.0,
                     lr_scheduler_type="constant", warmup_steps=0, grad_accum_steps=1,
@@ -421,6 +425,46 @@ def test_accumulated_micro_batches_equal_one_batch(tmp_path):
         halves.backward(links[1](part).pow(2).mean(), len(part))
     halves.step()
     torch.testing.assert_close(links[0].weight, links[1].weight)
+
+
+def three_steps(folder, link, rows, holds):
+    """Steps of 4 x 2 rows on a card that holds so many rows at once. It fills up in the backward
+    pass, when a part of the gradient is there. Returns the log."""
+    run = training(folder, link, batch_size=4, grad_accum_steps=2, max_steps=3, seed=0)
+    for step in run.steps("link"):
+        for batch in run.batches(rows, step):
+            with run.halved_if_full():
+                loss = link(torch.stack(batch)).pow(2).mean()
+                run.backward(loss, len(batch), twice=2 * loss)
+                if len(batch) > holds:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+        run.step()
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("holds, said", [(4, []), (3, [2]), (1, [2, 1])])
+def test_a_full_card_takes_fewer_rows_at_once_and_learns_the_same(holds, said, tmp_path, capsys):
+    torch.manual_seed(0)
+    rows, large, small = list(torch.randn(16, 3)), torch.nn.Linear(3, 1), torch.nn.Linear(3, 1)
+    small.load_state_dict(large.state_dict())
+    logs = zip(three_steps(tmp_path / "large", large, rows, 8),
+               three_steps(tmp_path / "small", small, rows, holds), strict=True)
+    torch.testing.assert_close(small.weight, large.weight)
+    assert all(ours == pytest.approx(wanted, rel=1e-5) for wanted, ours in logs)
+    assert [int(word) for word in re.findall(r"takes (\d+) rows", capsys.readouterr().out)] == said
+
+
+@pytest.mark.parametrize("device, sizes", [("cpu", [4, 4]), pytest.param("cuda", [8], marks=GPU)])
+def test_on_a_gpu_a_step_takes_all_its_rows_at_once(device, sizes, tmp_path):
+    link = torch.nn.Linear(3, 1).to(device)
+    run = training(tmp_path, link, batch_size=4, grad_accum_steps=2, seed=0)
+    assert [len(batch) for batch in run.batches(list(range(16)), 0)] == sizes
+
+
+def test_a_row_that_is_too_large_for_the_card_is_an_error(tmp_path):
+    run = training(tmp_path, torch.nn.Linear(3, 1), batch_size=1, seed=0)
+    with pytest.raises(torch.OutOfMemoryError), run.halved_if_full():
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def test_gradients_are_clipped_to_the_limit(tmp_path):

@@ -7,7 +7,7 @@
 Thinking and writing are the same loop. Writing chooses a word from the hidden state and feeds the
 word's embedding back. Thinking feeds the hidden state itself back, through the inner link, and
 chooses no word. So m thoughts cost one reading of the prompt and m - 1 single steps. The vocabulary
-head, which doubles the cost of a step at 150,000 words, never runs while an agent thinks.
+head never runs while an agent thinks. (Qwen3-0.6B's head is a third as large as its body.)
 
 h is the last layer's hidden state after the final norm. Prompts of a batch are padded on the left,
 so that all of them end in the same column. Every call of the library gets three things, single
@@ -55,7 +55,7 @@ class Agent:
         self.tokenizer, self.inner = tokenizer, inner
         self.thinking = thinking                         # the chat template's own switch
         self.body, self.head = model.get_decoder(), model.get_output_embeddings()
-        self.embedding = model.get_input_embeddings()    # called, not indexed: Gemma scales inside
+        self.embedding = model.get_input_embeddings()    # Gemma's also scales, so it is called
         self.width = self.embedding.weight.shape[1]
         self.device, self.dtype = self.embedding.weight.device, self.embedding.weight.dtype
         self.recorded = None                             # the Recorded steps of the last GPU turn
@@ -69,8 +69,8 @@ class Agent:
              "or put a chat_template.jinja beside it")
         need(kinds <= LAYER_KINDS, f"{self.name} has layers of a kind that is not supported "
              f"({', '.join(sorted(kinds - LAYER_KINDS))}): choose another model")
-        # May padding stand in the middle of a cache? Not where a window counts columns, nor where
-        # a recurrent state runs over all of them.
+        # gaps: padding may stand in the middle of a cache, because the mask hides it. But a sliding
+        # window counts it, and a recurrent state runs over it.
         self.gaps = kinds == {"full_attention"} and not getattr(config, "sliding_window", None)
         takes = inspect.signature(self.body.forward).parameters
         self.cache_name = "cache" if "cache" in takes else "past_key_values"    # renamed in 5.24
@@ -81,7 +81,7 @@ class Agent:
     @property
     def embedding_rms(self):
         """Root mean square of the token embeddings, over some 4096 evenly spaced tokens."""
-        count, place = len(self.embedding.weight), self.embedding.weight.device    # see MAS.agent
+        count, place = len(self.embedding.weight), self.embedding.weight.device  # offload: the CPU
         tokens = torch.arange(0, count, max(1, count // 4096), device=place)
         return self.embedding(tokens).float().pow(2).mean().sqrt().item()
 
@@ -134,13 +134,14 @@ class Agent:
         The chat is rendered once with a mark in place of each {name}, and cut at the slots. Values
         go in afterwards and in one pass, so that nothing in a question is taken for a mark.
         Whatever stands between two slots is tokenised as one text, so that words are split as the
-        model knows them."""
+        model knows them. With slots ("planner",):
+
+            "{question} <|notes|> {planner}"  ->  [[1, 4, 8, 25, .., 6], "planner", [7]]"""
         names = sorted([*values, *slots], key=len, reverse=True)
         user = re.sub("{(" + "|".join(map(re.escape, names)) + ")}",
                       lambda found: MARK.format(found[1]), user)
-        pieces = [self.render(system, user)]
-        if slots:
-            pieces = re.split(MARK.format("(" + "|".join(map(re.escape, slots)) + ")"), *pieces)
+        chat = self.render(system, user)
+        pieces = re.split(MARK.format("(" + "|".join(map(re.escape, slots)) + ")"), chat)
         mark, count = MARK.format("(.*?)"), len(next(iter(values.values())))
         columns = []
         for place, piece in enumerate(pieces):
@@ -187,7 +188,7 @@ class Agent:
                          use_cache=True, **{self.cache_name: cache}).last_hidden_state
 
     def read(self, embeds, mask, context=None):
-        """The Context of embeds (B, T, d) with mask (B, T), read behind `context` if one is given.
+        """The Context of embeds (B, T, d) with mask (B, T), read after `context` if one is given.
         """
         cache = new_cache(self.body.config) if context is None else context.fork()
         mask = mask if context is None else torch.cat([context.mask, mask], 1)
@@ -214,7 +215,7 @@ class Agent:
         return self.read(*self.embed(rows, heard))
 
     def steps(self, context, count):
-        """Single steps behind a Context, with room for `count` of them: see cache.py."""
+        """Single steps after a Context, with room for `count` of them: see cache.py."""
         if self.device.type == "cpu" or torch.is_grad_enabled():
             return Growing(self.forward, context)
         return self.recorded_steps(context, count)
@@ -243,7 +244,8 @@ class Agent:
         Raises ValueError for more thoughts than the model has positions."""
         need(m <= self.positions, f"{self.name} was made for texts of {self.positions} tokens: it "
              f"cannot think {m} latent thoughts")
-        steps, self.steps_taken = self.steps(context, m - 1), self.steps_taken + m - 1
+        steps = self.steps(context, m - 1)
+        self.steps_taken += m - 1
         thoughts = [context.hidden]                                                 # h_1
         for _ in range(m - 1):
             x = apply_link(self.inner, thoughts[-1], self.dtype)      # x = R_in(h_i)    (B, 1, d)
@@ -253,8 +255,8 @@ class Agent:
     def follow(self, context, tokens):
         """Hidden states along given tokens (teacher forcing): (B, 1 + n, d), n the longest row.
 
-        State i has read the prompt and i tokens, so it predicts token i + 1. States behind the end
-        of a shorter row mean nothing. tokens: B lists of ids."""
+        State i, from 0, has read the prompt and i tokens, so it predicts tokens[i]. States after
+        the end of a shorter row mean nothing. tokens: B lists of ids."""
         rows = [torch.tensor(row, dtype=torch.long, device=self.device) for row in tokens]
         ids = pad_sequence(rows, True)                                              # (B, n)
         if ids.shape[1] == 0:
@@ -266,7 +268,7 @@ class Agent:
         return torch.cat([context.hidden, states], 1)
 
     def answer_loss(self, context, targets):
-        """Cross-entropy of each token of B target token lists behind a Context: B tensors (n_b,).
+        """Cross-entropy of each token of B target token lists after a Context: B tensors (n_b,).
 
         In nats. The vocabulary head runs at the positions that predict a target, and nowhere else.
         """
@@ -282,7 +284,7 @@ class Agent:
         """Decode up to max_new_tokens words a row: B lists of token ids, end tokens included.
 
         Row b draws from a generator of its own, seeded seeds[b], so that what it writes does not
-        depend on who shares its batch. A row also ends behind the first of the strings `stop`.
+        depend on who shares its batch. A row also ends after the first of the strings `stop`.
 
         This loop is our own, because the library's generate cannot start from a full cache, refuses
         embeddings for some families, and would read the prompt once for each sample."""

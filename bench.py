@@ -11,12 +11,12 @@ can be faster than reading the weights once:
     floor [s] = bytes of the weights / memory bandwidth
 
 torch.mv on one matrix of as many bytes takes this time, and so shows the bandwidth. (A step also
-reads the KV cache. Behind 128 tokens of Qwen3-0.6B that is 2 % more.)
+reads the KV cache. After 128 tokens of Qwen3-0.6B that is 2 % more.)
 
 The sections. Each prints a table, and the figures of all of them come last, as one JSON line.
 
     step        a latent step against its floor
-    rollout     m thoughts behind a prompt
+    rollout     m thoughts after a prompt
     answer      the whole recursion, up to the last agent's answer
     training    inner links, and a step of outer training
     decoding    our way of writing words against the library's
@@ -169,7 +169,7 @@ class Bench:
 
     @torch.no_grad()
     def rollout(self):
-        """m thoughts behind the T tokens of each of B questions.
+        """m thoughts after the T tokens of each of B questions.
 
         The reference runs m passes of T, T + 1, .. T + m - 1 positions. Ours is one pass of T
         positions and m - 1 steps of one. reference.think takes the B prompts as one batch too."""

@@ -1,11 +1,11 @@
-"""What an agent has read is kept, so that nothing is read twice: its KV cache, and steps behind it.
+"""What an agent has read is kept, so that nothing is read twice: its KV cache, and steps after it.
 
 A decoder computes a key and a value for each position in each layer. If they are kept, the next
 position costs one step. If they are not, it costs the whole prompt again, as in reference.py. We
 keep them in a Context. A Context is never changed. Whoever wants to go on from it (the next round,
-ten samples of one answer, the text behind a tool's result) takes a fork.
+ten samples of one answer, the text after a tool's result) takes a fork.
 
-There are two ways to take single steps behind a Context:
+There are two ways to take single steps after a Context:
 
     Growing    Each step makes new tensors that are one position longer. This is right everywhere,
                and gradients flow through it. Training and CPUs need nothing else: fixed buffers
@@ -97,10 +97,10 @@ def new_cache(config):
     return cache
 
 
-# ---- single steps behind it ---------------------------------------------------------------------
+# ---- single steps after it ---------------------------------------------------------------------
 
 class Growing:
-    """Steps behind a Context, with a cache that grows. Differentiable."""
+    """Steps after a Context, with a cache that grows. Differentiable."""
 
     def __init__(self, forward, context):
         self.forward = forward                   # forward(x, cache, mask, positions) -> h
@@ -142,7 +142,7 @@ class Recorded:
                              for layer in context.cache.layers]
 
     def fits(self, context, count):
-        """Whether so many steps behind this Context have room in these buffers. (Not behind the
+        """Whether so many steps after this Context have room in these buffers. (Not after the
         Context that lies in these buffers itself: loading it would overwrite it.)"""
         rows, length = context.mask.shape
         return (rows == len(self.mask) and length + count <= self.capacity
@@ -193,7 +193,7 @@ class Recorded:
                 say_once(f"no CUDA graph, so steps are launched kernel by kernel: {complaint}")
 
     def trial(self):
-        """Try a step, and record it. The complaint, if it fails.
+        """Try a step, and record it. Returns what failed, or None if nothing did.
 
         The first call of a kernel chooses how to run it (or compiles it), and that choice must not
         be recorded. So the step runs once before. (Recording runs nothing.) What that one step
@@ -201,7 +201,10 @@ class Recorded:
         changed = [self.mask, self.column, self.position, *counters(self.cache)]
         before = [tensor.clone() for tensor in changed]
         try:
-            self.graph = self.recording() if self.wants_graph else self.run()
+            if self.wants_graph:
+                self.graph = self.recording()
+            else:
+                self.run()
         except Exception as problem:      # a compiler and a driver fail in errors of any class
             return " ".join(f"{type(problem).__name__}: {problem}".split())[:200]
         finally:
@@ -243,7 +246,8 @@ def fixed_layer(layer, rows, capacity):
         fixed.recurrent_states = {0: state.new_zeros(rows, *state.shape[1:])}
         return fixed
     fixed = StaticLayer(capacity)
-    fixed.lazy_initialization(*(part[:1].expand(rows, -1, -1, -1)    # zeros of the full length
+    # It makes zeros of the full length. The tensors tell it how many rows and heads, and the dtype.
+    fixed.lazy_initialization(*(part[:1].expand(rows, -1, -1, -1)
                                 for part in (layer.keys, layer.values)))
     return fixed
 

@@ -11,12 +11,14 @@ Baselines in words: `text` (the agents exchange texts), `text_brief` (texts cut 
 as all agents have together).
 Controls: `untrained` (new outer links), `zero` (zeros are sent), `shuffle` (another question's
 latents are sent).
-All of them share prompts, loop, decoding and scoring. So a difference in the table is a difference
-in what travels between the agents.
+All of them share loop, decoding and scoring. All but `single` and `single_loop` share the prompts
+too, so among these a difference in the table is a difference in what travels between the agents.
+(Who works alone has no partner to hear, and so is asked the role's prompts `first` and `own`.)
 
-OUT/parts has a file for each batch and method, written when that is done. A run that was stopped
-goes on with the missing files (--resume), and under torchrun each rank writes its own share. From
-the parts come OUT/results.jsonl (a line for each question and method), OUT/summary.json and .png.
+OUT is the folder of --out. OUT/parts has a file for each batch and method, written when that is
+done. A run that was stopped goes on with the missing files (--resume), and under torchrun each rank
+writes its own share. From the parts come OUT/results.jsonl (a line for each question and method),
+OUT/summary.json and OUT/summary.png.
 """
 import contextlib
 import json
@@ -68,7 +70,7 @@ def parse():
         help="answers drawn per question (default: 10 for the AIME, else 1); more than one gives "
              "pass@k")
     add("--answer_retry", type=int, default=1, choices=[0, 1],
-        help="where no answer can be read, put `Final Answer: \\boxed{` behind it and go on")
+        help="where no answer can be read, put `Final Answer: \\boxed{` after it and go on")
     add("--max_new_tokens", type=flags.at_least(1), default=2000)
     add("--temperature", type=flags.at_least(0, float), default=0.6, help="0 is greedy")
     add("--top_p", type=flags.at_least(0, float, 1.0), default=0.95)
@@ -130,10 +132,14 @@ def evaluate(mas, fresh, task, examples, plan, out, settings, resume=False):
     of the run. Methods take turns on each batch. Whatever else the machine does meets all of them
     alike, so their times can be compared."""
     batches = in_batches(examples, plan.batch_size)
-    jobs = [(method, 1 if method == "single" else rounds, number)
-            for rounds in sorted(set(plan.rounds)) for number in range(len(batches))
-            for method in dict.fromkeys(plan.methods)
-            if method != "single" or rounds == min(plan.rounds)]
+    jobs = []
+    for rounds in sorted(set(plan.rounds)):
+        for number in range(len(batches)):
+            for method in dict.fromkeys(plan.methods):
+                if method != "single":
+                    jobs.append((method, rounds, number))
+                elif rounds == min(plan.rounds):         # it has one round, and is asked once
+                    jobs.append((method, 1, number))
     parts = [out / "parts" / f"{method}_{rounds}_{number:05d}.json"
              for method, rounds, number in jobs]
     if RANK == 0 and not resume:
@@ -243,8 +249,8 @@ def main():
     if mas.latent_length not in (None, args.latent_length) and uses_links:
         print(f"asked with {args.latent_length} latent thoughts a turn, but the links were trained "
               f"with {mas.latent_length}", flush=True)
-    if task.fits:
-        task.fits(mas.agents[style.roles[0].name], args.latent_length)
+    if task.check_m:
+        task.check_m(mas.agents[style.roles[0].name], args.latent_length)
     if "search" in style.tools:
         mas.search = search_tool(args.tavily_keys_file)
     if args.show:

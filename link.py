@@ -17,10 +17,15 @@ square (RMS) of 1. Token embeddings have an RMS of .02 to .2, so such a vector i
 than any word. Training does not correct the length: the inner loss is a cosine, which does not
 depend on length. We therefore start the gain at the RMS of the embeddings of the model that will
 read the vector (`gain=agent.embedding_rms`). On the tiny system this gives a better start and the
-same end: of the planner's thoughts 3 to 6, a share of .97 .56 .64 .67 reads as the right word
-before training with gain 1, and 1.00 .71 .72 .74 with the matched gain; after train_inner.py all do
-with either. On a real model it decides. SmolLM2's thoughts 2 to 8 read as the right word for .77 to
-.80 of the questions with the matched gain, and for .28 and then none with gain 1 (docs/real.md).
+same end. Before training, such a share of the planner's thoughts reads as the right word:
+
+    thought               3       4       5       6
+    gain 1                .97     .56     .64     .67
+    matched gain          1.00    .71     .72     .74        (after train_inner.py, all with either)
+
+On a real model only the matched gain gives readable thoughts. SmolLM2's thoughts 2 to 8 read as the
+right word for .77 to .80 of the questions. With gain 1 it is .28 for thought 2, and at most .03 for
+the others (docs/real.md).
 
 Links are saved and loaded by support/checkpoints.py. Parameters keep the names they have in the
 released files: proj1, proj2, pre_ln, post_ln, residual_proj, ln_source, ln_target.
@@ -132,7 +137,7 @@ def contrast(got, tokens, embedding):
 
         contrast = - log softmax_w( cos(got, Emb(w)) / .05 )[the right word]
 
-    warm_start.py has a figure of what it is worth."""
+    The head of warm_start.py says what this gains."""
     words, place = torch.unique(tokens, return_inverse=True)
     vectors = F.normalize(embedding(words).float(), dim=-1)                        # (words, d)
     return F.cross_entropy(F.normalize(got, dim=-1) @ vectors.T / TEMPERATURE, place)

@@ -1,4 +1,4 @@
-"""The recursion, which exists once: here. And the system of agents that it runs over.
+"""The recursion, and the system of agents that it runs over. Training and answering both use it.
 
 Two rounds of a planner, a critic and a solver:
 
@@ -19,8 +19,9 @@ cross-entropy of the gold answer there. The turns before it think, unless the ca
 Where gradients flow. In training, the loss of the last turn flows back through the frozen last
 agent into the vectors that it heard. From there it flows through R_out, R_in and the whole rollout
 of the agent that sent them, into the vectors that this agent heard, and so on, turn by turn, back
-to round 1. It stops at the words of the prompts, which are read without gradient. The weights of
-agents and inner links are frozen, so they keep nothing. Only the outer links keep their share of
+to round 1. It ends at the words of the prompts: no link made their embeddings. (The words before
+the first slot are even read without a graph.) The weights of agents and inner links are frozen, so
+they keep nothing. Only the outer links keep their share of
 the gradient. A link gets one share from every round, because all rounds use the same link.
 
 Shapes: B questions, m latent thoughts, d hidden width. Rounds count from 1.
@@ -111,7 +112,7 @@ def recurse(mas, questions, rounds=None, latent_length=None, kind="math", method
 def write_message(mas, run, turn, questions, writing, method):
     """What an agent says in words to the others: B texts.
 
-    text_brief cuts a text off behind writing.brief words, where its essence ends. That makes the
+    text_brief cuts a text off after writing.brief words, where its essence ends. That makes the
     fair baseline for latents: it also spares the others' time, but somebody has to know the length.
     """
     limit = writing.max_new_tokens
@@ -126,8 +127,8 @@ def write_turn(mas, run, turn, questions, writing):
     """Write one turn: its texts. The Run keeps the drafts and counts their words."""
     tools = mas.style.tools if turn.role == mas.style.roles[-1].name else ()
     run.drafts = write(turn, questions, writing, tools, mas.search)
-    for place, draft in enumerate(run.drafts):
-        run.decoded[place * len(run.decoded) // len(run.drafts)] += draft.decoded
+    for draft in run.drafts:
+        run.decoded[draft.row // writing.repeats] += draft.decoded
     run.texts[turn.round, turn.role] = [text_of(turn, draft) for draft in run.drafts]
     return run.texts[turn.round, turn.role]
 

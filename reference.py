@@ -8,9 +8,14 @@ Three things happen, and each is one function here. An agent *thinks*: it feeds 
 back into itself, m times. Agents *recurse*: the message of one agent stands in the next one's
 prompt, where words would stand, and the agents take turns for R rounds. The last agent *writes*.
 
-This is the paper's algorithm and nothing else: no cache, no batch, no padding, no device. All that
-agents.py and recurse.py do beyond this page, they do to be fast. The tests compare them with this
-page, number by number, and bench.py measures how much faster they are.
+This is the paper's algorithm and nothing else: no cache, no batch, no padding, no device. agents.py
+and recurse.py do the same faster, and add chats, sampling, tools and baselines. The tests compare
+them with this page, number by number, and bench.py measures how much faster they are.
+
+What it works on. An agent has a tokenizer, an embedding (token ids -> vectors), a body (the model
+without its vocabulary head), a head (hidden state -> a score for each word) and inner (its R_in). A
+mas, the multi-agent system, has agents {role: agent}, outer {edge key: R_out}, and a style: its
+roles in their order of speaking, and its edges (key, src, dst), which say who hears whom.
 
 Shapes: T tokens of a prompt, m latent thoughts, d hidden width of an agent.
 """
@@ -40,7 +45,7 @@ def hidden_states(agent, embeds):
 
 
 def think(agent, embeds, m):
-    """m latent thoughts behind a prompt, (m, d).
+    """m latent thoughts after a prompt, (m, d).
 
         h_i = body(e_1 .. e_T, R_in(h_1) .. R_in(h_(i-1)))[-1]"""
     thoughts = []
@@ -52,7 +57,7 @@ def think(agent, embeds, m):
 
 
 def write(agent, embeds, max_new_tokens):
-    """Greedy words behind a prompt, as token ids. It is the same loop through the vocabulary head:
+    """Greedy words after a prompt, as token ids. It is the same loop through the vocabulary head:
 
         token_i = argmax head(h_i)"""
     tokens = []
@@ -69,7 +74,7 @@ def recurse(mas, prompt, rounds, m):
     prompt(role, heard) gives the parts of a role's prompt; heard is {role heard: message (m, d)}.
     Returns the last agent, its last prompt's embeddings (T, d), and all that was sent before,
     {(round, edge key): (m, d_dst)}. What is done with that last prompt is up to the caller: write()
-    answers the question, and in training the gold answer's cross-entropy behind it is the loss."""
+    answers the question, and in training the gold answer's cross-entropy after it is the loss."""
     heard = {role.name: {} for role in mas.style.roles}      # {who: {from whom: the last message}}
     sent = {}
     for round in range(1, rounds + 1):

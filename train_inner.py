@@ -108,9 +108,9 @@ def own_tokens(agent, style, role, texts, args):
 
 @torch.no_grad()
 def states_along(agent, style, role, texts, tokens):
-    """Hidden states along given tokens behind the prompts of RoleTexts: [(n, d)].
+    """Hidden states along given tokens after the prompts of RoleTexts: [(n, d)].
 
-    State i has read the prompt and i tokens, so it predicts token i."""
+    State i, from 0, has read the prompt and i tokens, so it predicts tokens[i]."""
     context = data.read_role_texts(agent, style, role, texts)
     states = agent.follow(context, [row[:-1] for row in tokens])                   # (B, n, d)
     return [h[:len(row)] for h, row in zip(states, tokens)]

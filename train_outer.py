@@ -4,7 +4,7 @@
     python train_outer.py --style sequential_light --dataset_name RecursiveMAS/Sequential-Math
 
 Agents and inner links are frozen. All R rounds are unrolled. In the last round, the gold answer
-stands behind the last agent's prompt, and its cross-entropy flows back through frozen models and
+stands after the last agent's prompt, and its cross-entropy flows back through frozen models and
 inner links into the outer links (the paper's outer loop; recurse.py says where gradients flow):
 
     loss = CE_final                                           as published, and for real styles
@@ -18,9 +18,9 @@ is worth on the tiny system.
     --warm_start_steps n    links first learn to translate single words: see warm_start.py
 
 What is sent in training. `--latents rollout`: the thoughts of a true rollout, as at inference.
-`teacher`, as published: the hidden states at the gold text. They cost one pass of the model, but
-they are not what is sent when there is no gold text. `teacher_aligned`: the hidden states one token
-earlier, which predict the gold text.
+`teacher`, as published: the hidden states after each token of the gold text. `teacher_aligned`: the
+states before each token, which predict it. Both cost one pass of the model. But at inference there
+is no gold text, so links that were trained this way meet other vectors there.
 """
 import random
 import time
@@ -119,7 +119,8 @@ def outer_loss(mas, rows, rounds, args):
                                 early or args.role_loss_weight > 0)
         if loss is not None:
             role_losses.append(loss.to(mas.agents[last.name].device))   # it may be on another card
-            early_answers.extend(role_losses[-1:] if early else [])
+            if early:
+                early_answers.append(role_losses[-1])                   # it counts in both sums
         return H                                                        # (B, m, d)
 
     run = recurse(mas, [data.question_of(row) for row in rows], rounds, args.latent_length,
@@ -141,7 +142,7 @@ def outer_loss(mas, rows, rounds, args):
 def think_and_loss(turn, role, rows, args, with_loss):
     """One turn: (H, the cross-entropy of the role's own gold text or None)."""
     context, loss = turn.read(), None
-    if with_loss and context.hidden.requires_grad:     # else no link is in what the role has heard
+    if with_loss and context.hidden.requires_grad:     # else it has heard nothing through a link
         loss = mean_loss(turn.agent, context, gold_tokens(turn, role, rows, args.max_length))
     return thoughts(turn, context, role, rows, args), loss
 
@@ -152,12 +153,13 @@ def last_loss(turn, targets):
 
 
 def mean_loss(agent, context, targets):
-    """Cross-entropy of B target token lists behind a Context, as a mean over the tokens."""
+    """Cross-entropy of B target token lists after a Context, as a mean over the tokens."""
     return torch.cat(list(agent.answer_loss(context, targets))).mean()
 
 
 def kept_or_rerun(args, function, *inputs):
-    """Run a turn, and keep what its backward pass needs or run the turn again there.
+    """Run a turn. With --gradient_checkpointing it is run again in the backward pass; otherwise all
+    that the backward pass needs is kept.
 
     The whole turn is run again, with its cache made inside. The library's own switch does this
     layer by layer, and silently drops the cache."""
@@ -181,6 +183,7 @@ def thoughts(turn, context, role, rows, args):
     else:                                      # the states that predict them
         start, length = 0, args.latent_length
     tokens = gold_tokens(turn, role, rows, start + length - 1)
+    # State i has read i gold tokens.
     states = turn.agent.follow(context, tokens)                                     # (B, 1 + n, d)
     return [states[b, start:len(row) + 1] for b, row in enumerate(tokens)]
 
@@ -228,8 +231,8 @@ def main():
 
     # 2. Frozen agents, new outer links.
     mas = new_system(args, style)
-    if task and task.fits:
-        task.fits(mas.agents[style.roles[0].name], args.latent_length)
+    if task and task.check_m:
+        task.check_m(mas.agents[style.roles[0].name], args.latent_length)
     if args.warm_start_steps and not args.resume:
         warm_start(mas, args, task.leave_out if task else ())
 

@@ -1,13 +1,13 @@
 """A turn in words: drafts that grow piece by piece.
 
-An answer is rarely written in one go. Ten samples stand behind one reading of the prompt. A tool's
+An answer is rarely written in one go. Ten samples stand after one reading of the prompt. A tool's
 result is put in where its call ends. An answer that cannot be read gets `Final Answer: \\boxed{`
-put behind it. All three are the same thing: something is put behind a draft, and the model goes on
+put after it. All three are the same thing: something is put after a draft, and the model goes on
 from there. So there is one way to write:
 
     drafts = new_drafts(turn, questions, writing)     empty drafts, writing.samples a question
     go_on(turn, drafts, writing, limits, stop)        each draft grows by so many words at most
-    insert(turn, draft, text)                         a text is put behind a draft
+    insert(turn, draft, text)                         a text is put after a draft
 
 write() below does all of a turn with these three, calls of tools included.
 """
@@ -29,9 +29,9 @@ RESULT_CAP = 6000                                          # characters of a too
 class Writing:
     """How texts are written.
 
-    samples: drafts a question. repeats: how often in a row each question stands in the batch, where
-    each sample is a run of its own. stop: strings that end a text. brief: how many tokens hold all
-    that a message has to say (method text_brief)."""
+    samples: drafts a question. repeats: so many rows of the batch are the same question, because
+    agents that exchange words need a conversation of its own for each sample. stop: strings that
+    end a text. brief: how many tokens hold all that a message has to say (method text_brief)."""
     max_new_tokens: int = 1000
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = 42
@@ -73,9 +73,9 @@ def new_drafts(turn, questions, writing):
 
 
 def go_on(turn, drafts, writing, limits, stop=()):
-    """Let each draft grow by at most limits[i] words, or to behind one of the strings `stop`."""
+    """Let each draft grow by at most limits[i] words, or until it has one of the strings `stop`."""
     rows = [draft.row for draft in drafts]
-    if any(draft.tokens for draft in drafts):      # what stands behind the prompt is read with it
+    if any(draft.tokens for draft in drafts):      # what stands after the prompt is read with it
         context = turn.read(rows, [draft.tokens for draft in drafts])
     else:                                          # all samples start from one reading
         context = turn.read().rows(rows)
@@ -89,7 +89,7 @@ def go_on(turn, drafts, writing, limits, stop=()):
 
 
 def insert(turn, draft, text, plain=False):
-    """Put a text behind a draft, in place of its end token. plain: see Agent.tokenize."""
+    """Put a text after a draft, in place of its end token. plain: see Agent.tokenize."""
     while draft.tokens and draft.tokens[-1] in turn.agent.end_tokens:
         draft.tokens = draft.tokens[:-1]
     draft.tokens = draft.tokens + turn.agent.tokenize([text], plain)[0]

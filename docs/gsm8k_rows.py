@@ -8,7 +8,7 @@ r"""GSM8K's rows with a box around the result, as train_outer.py and `--measure 
              "answer": "He has 5 eggs.\nThe answer is \\boxed{5}.\n#### 5"}
 
 The plan is the first step of the solution. It is what `--text gold` trains the planner on, and what
-`--latents teacher` sends. The number behind #### is what the data set `gsm8k` scores by.
+`--latents teacher` sends. The number after #### is what the data set `gsm8k` scores by.
 """
 import json
 import re
@@ -29,7 +29,7 @@ def main():
     is_file = source.endswith((".json", ".jsonl"))
     for place, row in read_rows(source) if is_file else read_rows("openai/gsm8k", "main", source):
         steps, _, result = re.sub("<<.*?>>", "", row.get("answer", "")).partition("\n#### ")
-        need(result, f"{place} has no answer with a number behind ####")
+        need(result, f"{place} has no answer with a number after ####")
         answer = f"{steps}\nThe answer is \\boxed{{{result}}}.\n#### {result}"
         print(json.dumps({"question": row["question"], "plan": steps.split("\n")[0],
                           "answer": answer}))

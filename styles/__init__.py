@@ -8,12 +8,11 @@ In a prompt, {question}, {answer_format}, a slot {role name} for each role that 
 other {column} of the data are filled in. A column gives one role an input that the others have not.
 A role has up to three prompts, all written out:
 
-    prompt    It has heard all the roles that it hears. This prompt holds all their slots.
-    first     It has not heard them all yet: it is round 1, and some speak later. This prompt holds
-              the slots of those that speak before it. The last role has heard everyone in round 1:
-              its `first` holds no slot, and is used where it is asked alone (method `single`).
-    own       The last role alone hears its own last text (method `single_loop`). Its slot is its
-              own name.
+              when it is asked                                               its slots
+    prompt    the role has heard all whom it hears                           all of them
+    first     round 1, where some of them speak later                        those that spoke
+              the last role, asked alone (methods `single`, `single_loop`)   none
+    own       the last role alone, hearing its own last text (single_loop)   its own name
 
 A style is a file of this folder that makes a Style, or any other .py file, given by its path.
 Nothing has to be registered. To change a shipped style, make a file that imports it and uses
@@ -74,8 +73,9 @@ class Edge:
 
 @dataclass(frozen=True)
 class Style:
-    """A checked system. settings: {script or data set: {flag: default}}, for flags not given.
-    links_by_task: an agent has one inner link for code and another one for everything else."""
+    """A checked system. settings: {script or data set: {flag: default}}, for flags not given, and
+    under "device" where it runs (support/devices.py). links_by_task: an agent has one inner link
+    for code and another one for everything else."""
     name: str
     roles: tuple
     edges: tuple
@@ -85,7 +85,7 @@ class Style:
     links_by_task: bool = False
 
     def __post_init__(self):
-        # alone() makes its style of one that was checked.
+        # A style of one role that hears itself is made by alone(), of a style that was checked.
         if not (len(self.roles) == 1 and self.edges and self.edges[0].src == self.edges[0].dst):
             check(self)
 
@@ -145,7 +145,7 @@ def check(style):
     for what, kind, items in (("roles", Role, style.roles), ("edges", Edge, style.edges)):
         need(isinstance(items, tuple) and items and all(isinstance(one, kind) for one in items),
              f"its {what} are no tuple of {kind.__name__}: write ({kind.__name__}(..), ..), with a "
-             "comma even behind a single one")
+             "comma even after a single one")
     need(isinstance(style.settings, dict) and all(isinstance(one, dict)
                                                   for one in style.settings.values()),
          "its settings are no dict of dicts: write {script or data set: {flag: default}}")
@@ -197,7 +197,7 @@ def check_prompts(style, need):
 
 
 def names_in(prompt):
-    """The {names} in a prompt. Braces behind a backslash command, like \\boxed{x}, are none."""
+    """The {names} in a prompt. Braces after a backslash command, like \\boxed{x}, are none."""
     return {found[2] for found in re.finditer(r"(\\\w+)?{([A-Za-z_]\w*)}", prompt)
             if not found[1]}
 

@@ -1,7 +1,7 @@
 """Reflector -> tool-caller -> reflector ..: one thinks it over, the other uses tools and answers.
 
 In the rounds before the last the tool-caller only thinks. In the last round it writes: whatever it
-writes between <python> or <search> tags is run (writing.py), and the result is put behind it.
+writes between <python> or <search> tags is run (writing.py), and the result is put after it.
 """
 from styles import Edge, Role, Style
 from styles.words import SOLVE, TASK, benchmark_settings, per_kind

@@ -28,7 +28,7 @@ SLOTS = {"sequential": ["PLANNER_SLOT", "REFINED_SLOT", "FEEDBACK_SLOT"],
                  "HIE_FEEDBACK_SLOT"],
          "distill": ["DISTILL_EXPERT_SLOT", "DISTILL_FEEDBACK_SLOT"],
          "deliberation": ["DELIBERATION_REFLECTOR_SLOT", "DELIBERATION_FEEDBACK_SLOT"]}
-# This text behind a question makes it look like one with options. It is cut out again afterwards.
+# This text after a question makes it look like one with options. It is cut out again afterwards.
 OPTIONS = "\nA. one\nB. two\nC. three\nD. four"
 
 

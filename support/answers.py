@@ -75,7 +75,7 @@ def answer_batch(mas, task, batch, method, rounds, plan):
                 problem, torch.OutOfMemoryError):
             raise                                # the card itself has failed: so would all the rest
         values = [{"error": f"{type(problem).__name__}: {problem}".split("\n")[0]} for _ in batch]
-    # Only here, behind the except block, are the tensors freed that its traceback held.
+    # Only here, after the except block, are the tensors freed that its traceback held.
     if "seconds" not in values[0] and len(batch) > 1 and method != "shuffle":
         torch.cuda.empty_cache()
         return [line for half in (batch[:len(batch) // 2], batch[len(batch) // 2:])
@@ -126,7 +126,7 @@ def answers_to(mas, task, batch, method, rounds, plan):
 
 @torch.no_grad()
 def losses_of(mas, task, batch, method, rounds, plan):
-    """Nats a token of the gold answer behind the last agent's last prompt: a dict a question.
+    """Nats a token of the gold answer after the last agent's last prompt: a dict a question.
 
     This is far more sensitive than accuracy: every token of every question counts."""
     texts = [gold_text(mas.style.roles[-1], example, rounds) for example in batch]
@@ -157,9 +157,11 @@ def score(task, batch, texts, places):
 
     Programs and judges run side by side, but at most one per processor: their time limits are wall
     time, so a crowded machine would fail right programs."""
+    K = len(texts) // len(batch)                         # texts of each question
+
     def one(place):
         try:
-            return task.score(batch[place * len(batch) // len(texts)], texts[place])
+            return task.score(batch[place // K], texts[place])
         except (RuntimeError, ValueError, OSError) as problem:    # a service away, damaged tests:
             return Score(False, "", f"{NOT_SCORED}: {problem}")   # the text itself is kept
 
@@ -169,7 +171,7 @@ def score(task, batch, texts, places):
 
 @torch.no_grad()
 def ask_again(run, task, texts, unread, writing):
-    """Put the beginning of an answer behind each unread text, and let it go on, as published."""
+    """Put the beginning of an answer after each unread text, and let it go on, as published."""
     beginning, words = task.retry
     drafts = [run.drafts[place] for place in unread]
     for draft in drafts:
@@ -177,7 +179,7 @@ def ask_again(run, task, texts, unread, writing):
     go_on(run.last_turn, drafts, writing, [words] * len(drafts))
     for place, draft in zip(unread, drafts):
         texts[place] = text_of(run.last_turn, draft)
-        run.decoded[place * len(run.decoded) // len(texts)] += len(draft.newest)
+        run.decoded[place // writing.samples] += len(draft.newest)
 
 
 @torch.no_grad()

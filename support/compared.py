@@ -30,7 +30,7 @@ def plain_prompt(question, role, heard):
 
 
 def plain_think(agent, texts, m):
-    """m thoughts behind texts of one length, (B, m, d)."""
+    """m thoughts after texts of one length, (B, m, d)."""
     embeds = torch.stack([reference.embed(agent, [text]) for text in texts])       # (B, T, d)
     return reference.think(agent, embeds, m)
 

@@ -3,7 +3,7 @@
 A step of a 1.7B model is some 1,200 small kernels. A CUDA graph (cache.py) takes away what Python
 spends on launching them. torch.compile also fuses them. All layers of a model do the same, so one
 layer's forward is compiled and called with each layer's weights. Measured on an H200, Qwen3-1.7B in
-bfloat16, behind 256 tokens, milliseconds a step:
+bfloat16, after 256 tokens, milliseconds a step:
 
                      kernel by kernel    CUDA graph    compiled layers + graph    and tuned
     1 row            28.2                5.3           2.66                       1.77
@@ -41,10 +41,10 @@ def set_compile(agents, choice):
 
 def pays(choice, rows, steps):
     """Whether to compile, for a batch of so many rows and an agent that has taken so many steps."""
-    # Nobody knows how many steps will follow. So a model is compiled when the steps so far have cost
-    # as much more as compiling costs: then a run never loses more than twice what it had to lose.
-    # By the table above, that is after 5000 steps of one row (3.5 ms more each, against 13 to 29 s),
-    # and after 1000 steps of more rows (7.7 ms more each, against 3 to 6 s).
+    # Nobody knows how many steps will follow. So a model is compiled when the steps so far have
+    # lost as much as compiling costs: then a run loses at most twice what it had to lose. By the
+    # table above, that is after 5000 steps of one row (3.5 ms lost in each, against 13 to 29 s),
+    # and after 1000 steps of more rows (7.7 ms lost in each, against 3 to 6 s).
     return choice == "1" or choice == "auto" and steps >= (5000 if rows == 1 else 1000)
 
 

@@ -17,7 +17,7 @@ def blame(what, kind=ValueError, hide="\0"):
     """Every exception in here becomes one error, of one line that begins with `what`.
 
     Damaged files and foreign libraries may raise anything. A file that is missing, or that may not
-    be read, stays the error that it is. Our own kind of error keeps its words behind `what`. hide:
+    be read, stays the error that it is. Our own kind of error keeps its words after `what`. hide:
     a temporary path that would only confuse."""
     try:
         yield

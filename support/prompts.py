@@ -33,7 +33,7 @@ class Turn:
     """One agent's turn in one round.
 
     read() reads the agent's prompts, with what it has heard in their slots, and returns a Context.
-    read(rows, behind) reads the prompts of these rows alone, with so many tokens more behind each.
+    read(rows, after) reads the prompts of these rows alone, with so many tokens more after each.
     """
     agent: object
     role: str
@@ -105,11 +105,11 @@ class Prompts:
         rows = self.rows(role, texts, tuple(latents))
         prefix = self.prefix(role) if reuse or torch.is_grad_enabled() else None
 
-        def read(places=None, behind=None):
-            """The Context of all rows; or of some, with the tokens of a draft behind each."""
+        def read(places=None, after=None):
+            """The Context of all rows; or of some, with the tokens of a draft after each."""
             if places is None:
                 return agent.read_prompt(rows, latents, prefix)
-            longer = [[*rows[b], tokens] for b, tokens in zip(places, behind)]
+            longer = [[*rows[b], tokens] for b, tokens in zip(places, after)]
             messages = {name: [said[b] for b in places] for name, said in latents.items()}
             begun = prefix and ([prefix[0][b] for b in places], prefix[1].rows(places))
             return agent.read_prompt(longer, messages, begun)

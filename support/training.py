@@ -130,7 +130,7 @@ class Training:
     def steps(self, name):
         """The numbers of the steps still to do, with a progress bar. Then the links are frozen.
 
-        Ctrl-C and SIGTERM end the run behind the step that is running, with its state saved."""
+        Ctrl-C and SIGTERM end the run after the step that is running, with its state saved."""
         main = threading.current_thread() is threading.main_thread()     # others get no signals
         before = {number: signal.signal(number, self.stop)
                   for number in (signal.SIGINT, signal.SIGTERM) if main}
@@ -143,11 +143,11 @@ class Training:
         self.links.requires_grad_(False)
 
     def stop(self, *_):
-        """Stop behind this step. Asked twice, stop at once."""
+        """Stop after this step. Asked twice, stop at once."""
         if self.stopping:
             raise KeyboardInterrupt
         self.stopping = True
-        print("stopping behind this step (once more: at once)", file=sys.stderr, flush=True)
+        print("stopping after this step (once more: at once)", file=sys.stderr, flush=True)
 
     def batches(self, items, step):
         """This rank's rows of a step, `at_once` rows at a time. They begin anew if the card was too

@@ -24,7 +24,7 @@ from support.errors import blame, need
 from tasks.boxes import last_box, without_fonts    # noqa: F401: what scorers are made of
 
 ID_COLUMNS = ("unique_id", "id", "_id", "problem_idx", "Record ID", "task_id", "question_id")
-# What is put behind an answer that cannot be read, and how many words more, as the publishers did.
+# What is put after an answer that cannot be read, and how many words more, as the publishers did.
 BOXED_RETRY = ("\nFinal Answer: \\boxed{", 16)
 CODE_RETRY = ("\nFinal Answer:\n```python\n", 256)
 
@@ -61,8 +61,8 @@ class Task:
     ceiling: Callable | None = None       # ceiling(examples, rounds) -> best accuracy possible
     samples: int = 1             # answers to draw per question, as the publishers did (pass@k)
     ready: Callable | None = None         # ready(allow_unsafe=False): can answers be scored here?
-    retry: tuple | None = None   # (text put behind an answer that cannot be read, words more)
-    fits: Callable | None = None          # fits(agent, m): is m enough for what is told? (relay)
+    retry: tuple | None = None   # (text put after an answer that cannot be read, words more)
+    check_m: Callable | None = None       # check_m(agent, m): an error or a warning if m cannot do
 
 
 def get_task(name, path=None):

@@ -11,7 +11,7 @@ r"""Multiple choice: GPQA (diamond) and MedQA. Which letter was chosen?
     score      Score(correct=True, parsed='C', note='')
 
 The last box decides: a letter (`C`, `(C)`, `C - Vitamin D`), or the text of one option. If it is
-neither (a value, on the way), or if there is none, then the last statement behind it decides, like
+neither (a value, on the way), or if there is none, then the last statement after it decides, like
 `the answer is (C)` or `option C is correct`. A letter must stand alone, or before its own option:
 `A vitamin` and `C. difficile` name no option, and `A or B` names two. All else is unparsed and
 wrong (nobody who said nothing said A). A row without a right option, or with it twice, is left out
@@ -109,10 +109,10 @@ def score(example, text):
     words = without_fonts(box or "")
     letter = letter_in(words.upper() if len(words) == 1 else words, options)
     if not letter:
-        behind = re.split("boxed|fbox", text)[-1] if box else text
-        behind = IS_RIGHT.sub(r"answer: \1;", replaced(behind, STEPS))
-        for found in STATED.finditer(behind):
-            said = behind[found.end():found.end() + 200].partition("\n")[0]
+        after = re.split("boxed|fbox", text)[-1] if box else text
+        after = IS_RIGHT.sub(r"answer: \1;", replaced(after, STEPS))
+        for found in STATED.finditer(after):
+            said = after[found.end():found.end() + 200].partition("\n")[0]
             letter = letter_in(said, options) or letter
     return Score(letter == example.gold, letter)
 

@@ -53,9 +53,9 @@ SOURCES = {                     # name: hub id, configuration (or the numbers of
 }
 NAMES = tuple(SOURCES)
 SCRIPT_SECONDS, LIVE_SECONDS = 10, 6       # a script, a test
-# ``` or ~~~ on a line of its own, maybe behind the mark of a list, maybe with a language.
+# ``` or ~~~ on a line of its own, maybe after the mark of a list, maybe with a language.
 FENCE = re.compile(r"^[ \t]*(?:(?:[-*+]|\d+[.)])[ \t]+)?(`{3,}|~{3,})[ \t]*(\w*)[^`\n]*$", re.M)
-LATE_FENCE = re.compile(r"^([^#`~\n]*[^#`~\s])[ \t]*(```+|~~~+)[ \t]*$", re.M)    # behind some code
+LATE_FENCE = re.compile(r"^([^#`~\n]*[^#`~\s])[ \t]*(```+|~~~+)[ \t]*$", re.M)    # after some code
 DEFINES = re.compile(r"^\s*(?:async )?(?:def|class) ", re.M)
 BEGINS = re.compile(r"(?:#.*\s+)*(import \w|from [\w.]+ import |def \w+\(|class \w+|@\w)")
 NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,9})?", re.ASCII)
@@ -151,7 +151,7 @@ def read_test(test):
 def program_in(text, defines=False):
     """The program in a text, or None: see the head of this file.
 
-    defines: it is to define something, so a block behind that only uses it does not count."""
+    defines: it is to define something, so a block after that only uses it does not count."""
     blocks = [block for block in blocks_of(LATE_FENCE.sub(r"\1\n\2", text)) if any(block)]
     programs = ([program for language, program in blocks if language in ("python", "py", "python3")]
                 or [program for language, program in blocks if not language])
@@ -200,17 +200,17 @@ def score(example, text):
     if "test" in example.row:
         from support.sandbox import passes
         test = "__name__ = '__main__'\n" + example.row["test"]      # or it may wait for that
-        fault = fault_of(passes(behind(example.row["head"], code), test, SCRIPT_SECONDS))
+        fault = fault_of(passes(after(example.row["head"], code), test, SCRIPT_SECONDS))
         return Score(not fault, code, fault)
     tests = all_tests(example)
     for number, test in enumerate(tests, start=1):
-        fault = live_fault(behind(PRELUDE, code), example.row["function"], *test)
+        fault = live_fault(after(PRELUDE, code), example.row["function"], *test)
         if fault:
             return Score(False, code, f"test {number} of {len(tests)}: {fault}")
     return Score(True, code)
 
 
-def behind(head, code):
+def after(head, code):
     """A program that runs `head` before `code`. This stays a text of its own, because its imports
     from __future__ have to stand at its beginning."""
     return f"{head}\nexec({code!r})\n"

@@ -25,7 +25,7 @@ SCALES = dict(dozen=12, hundred=100, thousand=1000, million=10**6, billion=10**9
 TEXT = r"\\text\{([^{}]*)\}"
 RUN = r"(?<![\\A-Za-z{])[A-Za-z]+(?:[ '/-]+[A-Za-z]+)*(?![A-Za-z])"       # one or several words
 FUNCTIONS = set("sin cos tan cot sec csc log exp sqrt mod gcd lcm max min infinity".split())
-# A text behind a number that begins so makes it another number: 5 and a half, 5 tenths, 5 or more.
+# A text after a number that begins so makes it another number: 5 and a half, 5 tenths, 5 or more.
 NO_UNIT = set("a half halves squared cubed factorial base plus minus less if not over third thirds "
               "quarters fourths fifth fifths sixths eighths tenths hundredths thousandths".split())
 
@@ -48,7 +48,7 @@ def fraction(found):
 
 
 def scaled(found):
-    """million as a factor; a \\text{ that began before it begins behind it."""
+    """million as a factor; a \\text{ that began before it begins after it."""
     return rf" \cdot {SCALES[found[2]]}{found[1] or ''}"
 
 
@@ -87,7 +87,7 @@ def units(formula):
     words, bare = re.findall(RUN, opened), re.findall(RUN, re.sub(TEXT, "", formula))
     if not words or not all(run in ("and", "or") or is_text(run, formula) for run in bare):
         return formula
-    # The words that stand behind a number, and not before one.
+    # The words that stand after a number, and not before one.
     units = re.findall(rf"(?<=[\w}})%]) *({RUN})(?! *(?:[\d(]|\\[dt]?frac))", opened)
     kinds = {unit.rstrip("s") for unit in units}
     if units == words and len(kinds) == 1 and not NO_UNIT & {unit.split()[0] for unit in units}:

@@ -51,7 +51,7 @@ def make_example(place, row):
     question = column(place, row, "problem", "question")
     gold = column(place, row, "answer").rpartition("####")[2].strip()
     if not gold:
-        raise Unusable(f"{place} has no answer behind its ####")
+        raise Unusable(f"{place} has no answer after its ####")
     return Example("", question, gold, "math", row)
 
 

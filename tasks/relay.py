@@ -77,7 +77,7 @@ def score(example, text):
     return Score(answer == example.gold.lower(), answer or None)
 
 
-def fits(name, agent, m):
+def check_m(name, agent, m):
     """Raise ValueError if the agent that is told a fact needs more than m thoughts to repeat it."""
     longest = max(agent.tokenize([row["plan"] for row in rows(name)[:TEST_SIZE]]), key=len)
     need(len(longest) <= m, f"{name}: '{agent.tokenizer.decode(longest)}' has "
@@ -90,4 +90,4 @@ def task(name, path=None):
     words = [row["answer"] for row in rows(name)[:TEST_SIZE]] if name == "relay" else []
     return Task(name, "search", functools.partial(load, name), score,
                 functools.partial(train_rows, name), leave_out=tuple(words),
-                fits=functools.partial(fits, name))
+                check_m=functools.partial(check_m, name))

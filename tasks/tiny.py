@@ -3,17 +3,18 @@
     question   start 3 s1 x7 s2 flip s3 +2        (3 -> 1 -> 8 -> 0)
     gold       0
 
-It is made for three small models that share the work. In one round the planner does two events,
-the critic redoes the second of them (and mends it) and does a third, the solver does a fourth and
-says where the counter stands:
+It is made for three small models that share the work. In one round the planner does two events. The
+critic redoes the second of them and does a third. (It was trained on notes of which 3 in 10 have a
+wrong last event, so it corrects the planner.) The solver does a fourth and says where the counter
+stands:
 
     planner    s1 x7 1 s2 flip 8   because 3 to 1 and 1 to 8 .
     critic     s2 flip 8 s3 +2 0   because 1 to 8 and 8 to 0 .
     solver     s3 +2 0 answer 0 .  because 8 to 0 .       (nothing is left: the last event again)
 
-So one round advances four events, and a chain of twelve takes three. That accuracy rises with
-the rounds is therefore built into the task, and that the solver alone stays near chance too. What
-is not built in is whether *latents* can carry the notes from agent to agent. That is the question.
+So one round does four events, and a chain of twelve takes three rounds. Two things are therefore
+built into the task: accuracy rises with the rounds, and the solver alone stays near chance. What is
+not built in is whether *latents* can carry the notes from agent to agent. That is the question.
 
 The words before `because` are the notes' essence (six tokens); the rest is the justification that
 a model writing in words would give, and that latent thoughts need not spell out.
@@ -67,10 +68,11 @@ def random_problem(rng, longest=LONGEST):
 
 
 def role_text(problem, role, done, full=False):
-    """What a role says when its notes have done `done` events. The critic redoes the last.
+    """What a role says when `done` events are done in the notes that it has heard.
 
-    Past the end the last event is said again. full=False stops after the six essential words,
-    full=True adds the justification."""
+    The critic redoes the last of them. Past the end of the chain, the last event is said again.
+    full=False stops after the six essential words, full=True adds the justification."""
+    # Before any event is done, the critic takes the first two.
     events = {"planner": (done + 1, done + 2), "critic": (done, max(done, 1) + 1),
               "solver": (done + 1,)}[role]
     events = [min(max(i, 1), len(problem.operations)) for i in events]
@@ -125,9 +127,9 @@ def load(limit=None, split=None):
 
 
 def score(example, text):
-    """The word behind the first `answer`; the counter has one digit, so equality is enough."""
-    behind = text.partition("answer ")[2].split()
-    parsed = behind[0] if behind and behind[0].isdigit() else None
+    """The word after the first `answer`; the counter has one digit, so equality is enough."""
+    after = text.partition("answer ")[2].split()
+    parsed = after[0] if after and after[0].isdigit() else None
     return Score(parsed == example.gold, parsed)
 
 
@@ -138,8 +140,8 @@ def ceiling(examples, rounds):
     return (finished + (len(examples) - finished) / 10) / len(examples)
 
 
-def fits(agent, m):
-    """Say it where m is not the length of a note: the agents know no other."""
+def check_m(agent, m):
+    """Print a warning if m is not the length of a note: the agents know no other."""
     if m != NOTE:
         print(f"a note of this task has {NOTE} words, and its agents have never read one of {m}: "
               f"so m = {m} shows what the agents have learnt, not what links can do", flush=True)
@@ -148,4 +150,4 @@ def fits(agent, m):
 def task(name, path=None):
     """The Task itself; there is nothing to read from a file."""
     need(path is None, "the tiny task makes its own problems: leave the path out")
-    return Task(name, "math", load, score, train_rows, brief=NOTE, ceiling=ceiling, fits=fits)
+    return Task(name, "math", load, score, train_rows, brief=NOTE, ceiling=ceiling, check_m=check_m)

@@ -219,7 +219,7 @@ def outer_equation(link, x):
 
 @torch.no_grad()
 def plain_write(agent, embeds, count):
-    """Greedy token ids behind one unpadded row of embeddings (1, T, d), by reference.py."""
+    """Greedy token ids after one unpadded row of embeddings (1, T, d), by reference.py."""
     return reference.write(agent, embeds[0], count)
 
 

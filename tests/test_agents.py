@@ -492,7 +492,7 @@ def test_write_after_latents_is_uncached(agent):
 
 
 def test_write_from_a_prefix_is_generate(agent):
-    """Texts of different lengths stand behind a prefix that was read before."""
+    """Texts of different lengths stand after a prefix that was read before."""
     rows = prompt(agent, SLOTTED, (), critic=TEXTS)
     context = agent.read_prompt(rows, {}, prefix_of(agent, prompt(agent, SLOTTED)))
     typed = [words(chat(f"{question} <|notes|> {text} and"))
@@ -511,7 +511,7 @@ def test_a_long_text_is_generate(family):
 
 
 def test_stop_strings(agent):
-    """A row ends behind the first stop string in its own text; the others go on."""
+    """A row ends after the first stop string in its own text; the others go on."""
     context = read_plain(agent, PROMPTS)
     whole, decode, cut = agent.write(context, 10), agent.tokenizer.decode, 0
     for row in whole:

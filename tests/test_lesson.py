@@ -29,7 +29,7 @@ def test_the_solutions_find_what_the_exercises_expect(number, shipped, monkeypat
 
 
 def test_the_lesson_has_cells():
-    """Each cell of code stands behind one of text, as editors and jupytext read them."""
+    """Each cell of code stands after one of text, as editors and jupytext read them."""
     marks = [line for line in (PROJECT / "lesson.py").read_text().splitlines()
              if line.startswith("# %%")]
     assert marks.count("# %% [markdown]") == 9 and marks.count("# %%") == 10

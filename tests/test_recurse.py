@@ -714,7 +714,7 @@ def scripted_system(family, monkeypatch):
     real = caller.write
 
     def spelled(text, limit, stop):
-        """A text's bytes and an end (or the ids as given), up to behind a stop string."""
+        """A text's bytes and an end (or the ids as given), up to after a stop string."""
         ids = caller.tokenizer(text)["input_ids"] + [256] if isinstance(text, str) else text
         for length in range(1, len(ids)):
             if any(tag in caller.tokenizer.decode(ids[:length]) for tag in stop):
@@ -805,7 +805,7 @@ def test_only_the_models_own_words_count(helped, limit):
 
 
 def test_a_token_beyond_the_closing_tag(helped):
-    """It stays, and the result stands behind it."""
+    """It stays, and the result stands after it."""
     ids = helped.agents["caller"].tokenizer("<python>print(6*7)</pyth")["input_ids"] + [259]
     helped.script = [[ids], ["end"]]
     texts, run = respond(helped, ["a"], 1, 2, max_new_tokens=99)
@@ -906,7 +906,7 @@ def test_a_page_that_is_no_proper_text_is_inserted_all_the_same(helped):
 
 
 def test_sampled_calls_do_not_depend_on_the_batch(helped, monkeypatch):
-    """What is drawn behind a result: rows with budgets and texts of different length, together
+    """What is drawn after a result: rows with budgets and texts of different length, together
     and alone; oracle: a call each."""
     sampled = dict(temperature=1.0, max_new_tokens=60, seed=3)
     wrote = ["<python>print(10**20)</python>", SIX_TIMES_SEVEN, "x" * 20 + SIX_TIMES_SEVEN]

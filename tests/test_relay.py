@@ -130,9 +130,9 @@ def test_a_fact_longer_than_m_is_refused(shipped):
             return [list(text) for text in texts]
 
     longest = max(len(example.row["told"]) for example in get_task("relay").load())
-    relay.fits("relay", Letters(), longest)
+    relay.check_m("relay", Letters(), longest)
     with pytest.raises(ValueError, match=f"has {longest} tokens, more than --latent_length"):
-        relay.fits("relay", Letters(), longest - 1)
+        relay.check_m("relay", Letters(), longest - 1)
 
 
 def test_the_warm_start_does_not_see_the_words_of_the_test(shipped, capsys, monkeypatch):

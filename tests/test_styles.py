@@ -122,7 +122,7 @@ def test_broken_styles_are_refused_when_made(case):
 
 
 def test_a_first_between_two_sides_holds_early_slots():
-    """A role that hears one role before it and one behind it has heard the former in round 1."""
+    """A role that hears one role before it and one after it has heard the former in round 1."""
     roles = [role("a", "{question}"), role("b", "{question} {a} {c}", first="{question} {a}"),
              role("c", "{question} {b}")]
     edges = (Edge("ab", "a", "b"), Edge("bc", "b", "c"), Edge("cb", "c", "b"))

@@ -435,7 +435,7 @@ CHOSEN = [
     ("The wrong option is D.", None), ("An incorrect answer is D.", None), ("Option: D", None),
     ("The answer is B. The wrong choice is D.", "B"), ("The best choice is (D).", "D"),
     ("The answers: D", None), ("My answerD is D", None),
-    # a box decides, and what stands behind a box without a letter
+    # a box decides, and what stands after a box without a letter
     ("The answer is (D). \\boxed{A}", "A"), ("The answer is (D). \\boxed{4}", None),
     ("\\boxed{4}. The answer is (D).", "D"), ("\\boxed{A}. The answer is (D).", "A"),
     ("The answer is (D). \\boxed{}", "D"), ("The answer is (D). \\boxed{?}", "D"),
@@ -634,13 +634,13 @@ def test_ready_says_that_there_is_a_judge(judging, capsys):
     ("```\nx = 1\n```", "x = 1"),
     ("```python\nx = 1\n```\nIt prints:\n```\n1\n```", "x = 1"),
     ("```python\nx = 1\n```\n```json\n{}\n```", "x = 1"),
-    # in a list, behind a mark of one
+    # in a list, after a mark of one
     ("  ```python\n  x = 1\n  ```", "x = 1"),
     ("1. So:\n\n   ```python\n   def f():\n       return 1\n   ```\n2. Done.",
      "def f():\n    return 1"),
     ("- ```python\n  x = 1\n  ```", "x = 1"), ("2. ```python\n   x = 1\n   ```\n", "x = 1"),
     ("\t```python\n\tif x:\n\t\ty = 1\n\t```", "if x:\n\ty = 1"),
-    # a fence behind the last line, or in a string
+    # a fence after the last line, or in a string
     ("```python\ndef f():\n    return 1```", "def f():\n    return 1"),
     ("```python\nx = 1 ```\nIt prints:\n```\n1\n```", "x = 1"), ("```\nx = 1```", "x = 1"),
     ("```python\nx = '```'\ny = 2\n```", "x = '```'\ny = 2"),
@@ -1024,7 +1024,7 @@ def test_mbpp_rows_need_no_more_than_prompt_and_test(tmp_path):
     row = {"prompt": "Add.", "test": "assert add(1, 1) == 2", "test_list": None}
     example, = get_task("coding", write_rows(tmp_path / "rows.json", [row])).load()
     assert (example.id, example.row) == ("coding-1", {"head": "", "test": row["test"]})
-    assert example.question == "Add."                  # and no "tests like these:" with none behind
+    assert example.question == "Add."                  # and no "tests like these:" with none after
 
 
 def test_live_without_tests_is_never_right(tmp_path):
@@ -1149,7 +1149,7 @@ def test_missing_columns_are_named(tmp_path, name, row, complaint):
     ("2 + 2 = <<2+2=4>>4\n#### 4", "4"), ("#### 1,234", "1,234"), ("5 #### 6 #### -7 ", "-7"),
     ("18", "18"), ("x = 3", "x = 3"), ("a\n####18", "18")])
 def test_gsm8k_golds_stand_behind_the_last_mark(tmp_path, answer, gold):
-    """Also with --task maths. A solution without an answer behind its mark is left out."""
+    """Also with --task maths. A solution without an answer after its mark is left out."""
     rows = [{"question": "?", "answer": answer}, {"question": "!", "answer": "2 #### "}]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     for name in ("gsm8k", "maths"):

@@ -248,7 +248,7 @@ def test_a_run_that_is_told_to_stop_saves_first(number, tmp_path, monkeypatch, c
     for one, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
         signal.signal(one, handler)
     assert torch.load(tmp_path / "halves/state.pt", weights_only=True)["done"] == 2
-    assert "stopping behind this step" in capsys.readouterr().err
+    assert "stopping after this step" in capsys.readouterr().err
     run_script(train_outer, monkeypatch, *flags, "--save_dir", tmp_path / "halves", "--resume")
     names = [f"outer_{edge}.safetensors" for edge in (12, 23, 31)]
     assert weights(tmp_path / "whole", *names) == weights(tmp_path / "halves", *names)

@@ -1,6 +1,6 @@
 """Tools in an agent's text: which call a text ends in, and what its result looks like.
 
-How a draft goes on behind a result is tested in test_recurse.py, and through evaluate.py in
+How a draft goes on after a result is tested in test_recurse.py, and through evaluate.py in
 test_benchmarks.py.
 """
 import sys

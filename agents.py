@@ -60,7 +60,7 @@ class Agent:
         self.device, self.dtype = self.embedding.weight.device, self.embedding.weight.dtype
         self.recorded = None                             # the Recorded steps of the last GPU turn
         self.compile, self.compiled = "auto", None       # see support/compiled.py
-        self.steps_taken = 0
+        self.steps_asked = {True: 0, False: 0}           # recorded ones: of single rows, of batches
         self.name = tokenizer.name_or_path or "this model"
         config = self.body.config
         self.positions = getattr(config, "max_position_embeddings", None) or math.inf
@@ -222,19 +222,26 @@ class Agent:
 
     def recorded_steps(self, context, count):
         """Recorded steps: those of the last turn, if this Context has room in their buffers."""
-        compiled, old = self.compiled_forward(len(context.mask)), self.recorded
+        compiled, old = self.compiled_forward(len(context.mask), count), self.recorded
         if not (old and old.fits(context, count) and (old.compiled or not compiled)):
             old = self.recorded = None             # frees the old buffers before new ones are made
-            with torch.inference_mode(False):      # later calls may write outside inference mode
-                self.recorded = Recorded(self.forward, context, count, compiled=compiled)
+            try:
+                with torch.inference_mode(False):  # later calls may write outside inference mode
+                    self.recorded = Recorded(self.forward, context, count, compiled=compiled)
+            except torch.OutOfMemoryError:
+                say_once("the card has no room for recorded steps, so they are launched kernel by "
+                         "kernel (fewer rows may have room: --batch_size)")
+                return Growing(self.forward, context)
         self.recorded.load(context)
         return self.recorded
 
-    def compiled_forward(self, rows):
-        """What runs a step of so many rows with compiled layers. None where it does not pay."""
-        if not self.compiled and pays(self.compile, rows, self.steps_taken):
-            print(f"{self.name}: {self.steps_taken} steps taken, its layers are compiled from now "
-                  f"on (--compile {self.compile})", flush=True)
+    def compiled_forward(self, rows, count):
+        """What runs `count` more steps of so many rows with compiled layers. None where it does not
+        pay."""
+        asked = self.steps_asked[rows == 1] + count
+        self.steps_asked = {**self.steps_asked, rows == 1: asked}
+        if not self.compiled and pays(self.compile, rows, asked):
+            say_once(f"layers are compiled from now on (--compile {self.compile})")
             self.compiled = CompiledForward(self)
         return self.compiled if self.compiled and not self.compiled.broken else None
 
@@ -244,9 +251,7 @@ class Agent:
         Raises ValueError for more thoughts than the model has positions."""
         need(m <= self.positions, f"{self.name} was made for texts of {self.positions} tokens: it "
              f"cannot think {m} latent thoughts")
-        steps = self.steps(context, m - 1)
-        self.steps_taken += m - 1
-        thoughts = [context.hidden]                                                 # h_1
+        steps, thoughts = self.steps(context, m - 1), [context.hidden]              # h_1
         for _ in range(m - 1):
             x = apply_link(self.inner, thoughts[-1], self.dtype)      # x = R_in(h_i)    (B, 1, d)
             thoughts.append(steps.step(x))                            # h_(i+1) = body(x | cache)
@@ -319,7 +324,6 @@ class Agent:
                 room = max(room, steps.room)
             # 4. The word goes in, the next hidden state comes out.
             hidden, room = steps.step(self.embedding(tokens)[:, None]), room - 1    # (b, 1, d)
-            self.steps_taken += 1
         return [tokens[:ends.get(row)] for row, tokens in enumerate(written)]
 
     def _stopped(self, tokens, stop):

@@ -183,14 +183,14 @@ class Recorded:
         """Choose the fastest way to take a step that works here: compiled layers and a graph, else
         a graph, else neither. A line says what failed."""
         self.ready = True
-        complaint = self.compiled and self.trial()
-        if complaint:
-            self.compiled.give_up(complaint)
+        failed = self.compiled and self.trial()
+        if failed:
+            self.compiled.give_up(failed)
             self.compiled = None
         if self.wants_graph and not self.graph:
-            complaint = self.trial()
-            if complaint:
-                say_once(f"no CUDA graph, so steps are launched kernel by kernel: {complaint}")
+            failed = self.trial()
+            if failed:
+                say_once(f"no CUDA graph, so steps are launched kernel by kernel: {failed}")
 
     def trial(self):
         """Try a step, and record it. Returns what failed, or None if nothing did.
@@ -206,7 +206,8 @@ class Recorded:
             else:
                 self.run()
         except Exception as problem:      # a compiler and a driver fail in errors of any class
-            return " ".join(f"{type(problem).__name__}: {problem}".split())[:200]
+            says = " ".join(f"{type(problem).__name__}: {problem}".split())
+            return says.split(". ")[0][:200]       # what follows has numbers, new ones each time
         finally:
             for tensor, value in zip(changed, before):
                 tensor.copy_(value)

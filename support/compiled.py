@@ -10,8 +10,9 @@ bfloat16, after 256 tokens, milliseconds a step:
     32 rows          28.6                10.6          2.92                       2.87
 
 The first calls took 3 to 6 s, and 13 to 29 s with tuning (Inductor tries several sizes of each
-kernel). Tuning does not help 32 rows, so only single rows are tuned. The compiled code serves
-buffers of every length and batches of every size. (Code for one size alone is no faster.)
+kernel). Tuning does not help 32 rows, so only single rows are tuned. The code serves buffers of
+every length. The first batch has code for its size, and all later sizes share one. (The figures are
+of a revision that rounded the scores of attention to bfloat16: see one_position.)
 
 Reading a prompt, and steps with gradients, are not compiled. It was tried with sizes that may
 change: reading became 1.2 to 1.8 times as fast, steps with gradients 1.5 times, the first calls of
@@ -26,6 +27,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import StaticLayer
 from transformers.masking_utils import sdpa_mask
 
+from cache import say_once
 from support.errors import need
 
 
@@ -40,11 +42,14 @@ def set_compile(agents, choice):
 
 
 def pays(choice, rows, steps):
-    """Whether to compile, for a batch of so many rows and an agent that has taken so many steps."""
+    """Whether to compile for batches of so many rows, if so many steps were asked for by now."""
     # Nobody knows how many steps will follow. So a model is compiled when the steps so far have
     # lost as much as compiling costs: then a run loses at most twice what it had to lose. By the
     # table above, that is after 5000 steps of one row (3.5 ms lost in each, against 13 to 29 s),
     # and after 1000 steps of more rows (7.7 ms lost in each, against 3 to 6 s).
+    if choice == "auto":
+        say_once("steps are recorded; layers are compiled after 5000 steps of single rows, or 1000 of "
+                 "more rows (--compile auto)")
     return choice == "1" or choice == "auto" and steps >= (5000 if rows == 1 else 1000)
 
 
@@ -54,10 +59,14 @@ def one_position(module, query, key, value, attention_mask, scaling=None, **unus
     """softmax(q K^T / sqrt(d)) V for one position a row, in the form that the library asks for.
 
     Several heads of q share one of K and V. The library copies K and V for each of them, which took
-    38 % of a step at 32 rows. Here the heads that share are rows of one product."""
+    38 % of a step at 32 rows. Here the heads that share stand side by side.
+
+    Scores are computed in float32. Qwen2's go into the thousands, where bfloat16 would round them
+    to whole units. As a sum of products, they compile to one kernel that reads K once. (A matrix
+    product in float32 would need a copy of K.)"""
     B, heads, _, d = query.shape                                      # (B, heads, 1, d)
-    q = query.reshape(B, key.shape[1], -1, d)                         # (B, kv, group, d)
-    scores = (q @ key.transpose(2, 3)).float() * scaling              # (B, kv, group, T)
+    q = query.reshape(B, key.shape[1], -1, 1, d).float()              # (B, kv, group, 1, d)
+    scores = (q * key[:, :, None].float()).sum(-1) * scaling          # (B, kv, group, T)
     if attention_mask is not None:                                    # (B, 1, 1, T), True = seen
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     read = scores.softmax(-1).to(value.dtype) @ value                 # (B, kv, group, d)
@@ -85,27 +94,31 @@ class OneLayer:
 class CompiledForward:
     """Agent.forward for a single position a row, with compiled layers and `one_position`.
 
-    broken: it failed on this machine, and is not to be tried again."""
+    broken: it failed on this machine, and is not to be tried again. tuned: single rows run the
+    tuned code. (If a batch came first, a single row is what is left of one, and not worth the
+    tuning.) batched: a batch has come."""
 
     def __init__(self, agent, backend="inductor"):
         self.agent, self.backend = agent, backend
-        self.layers, self.broken, self.tunes = None, False, True
+        self.layers, self.broken, self.tuned, self.batched = None, False, False, False
 
     def give_up(self, why):
-        """Say why there are no compiled steps from now on."""
-        print(f"{self.agent.name}: its layers are not compiled: {why}", flush=True)
-        self.broken = True
+        """Say why there are no compiled steps from now on. (Too little memory for these rows is no
+        reason to give up: fewer rows may have room.)"""
+        say_once(f"layers are not compiled: {why}")
+        self.broken = not why.startswith("OutOfMemory")
 
     def compile(self):
-        """Make the compiled layers. (torch compiles each case at its first call: a single row, and
-        batches. The length of the buffers may change without that: see twin.)"""
+        """Make the compiled layers. (torch compiles each case at its first call: a single row, the
+        first batch, batches of any other size. The length of the buffers may change without that:
+        see twin.)"""
         import torch._dynamo                            # here, because importing it takes seconds
         torch._dynamo.config.allow_unspec_int_on_nn_module = True    # else each layer_idx is a case
         torch._dynamo.config.recompile_limit = 256      # of all models and shapes of a process
         how = dict(fullgraph=True, backend=self.backend)
         tunes = {"coordinate_descent_tuning": True} if self.backend == "inductor" else None
         self.kind = type(self.agent.body.layers[0])
-        self.step = {True: torch.compile(self.kind.forward, options=tunes, **how),   # single rows
+        self.step = {True: torch.compile(self.kind.forward, options=tunes, **how),   # tuned
                      False: torch.compile(self.kind.forward, **how)}
         self.layers = torch.nn.ModuleList(map(self.twin, range(len(self.agent.body.layers))))
 
@@ -122,9 +135,11 @@ class CompiledForward:
                 return layer(hidden_states, **inputs)
             for part, columns in ((own.keys, 2), (own.values, 2), (inputs["attention_mask"], 3)):
                 torch._dynamo.maybe_mark_dynamic(part, columns)        # one code for all lengths
-            # A single row that is left of a batch is not worth the tuning.
-            self.tunes = self.tunes and len(hidden_states) == 1
-            return self.step[self.tunes](layer, hidden_states, **{**inputs, name: OneLayer(own)})
+            single = len(hidden_states) == 1
+            self.batched = self.batched or not single
+            self.tuned = self.tuned or not self.batched
+            step = self.step[single and self.tuned]
+            return step(layer, hidden_states, **{**inputs, name: OneLayer(own)})
 
         twin = copy.copy(layer)
         twin.forward = forward

@@ -50,9 +50,9 @@ def test_compiled_layers_are_the_plain_step_and_one_graph(family, recording, cap
     """All layers and lengths go through the same graph. There is one for the first batch, one for
     batches of any other size and one for single rows. Oracle: reference.py for each prompt alone,
     and the words that growing steps write."""
-    agent, plain, counter = new_agent(family), new_agent(family), CompileCounterWithBackend("eager")
+    agent, plain, counter = new_agent(family), new_agent(family), CompileCounterWithBackend("aot_eager")
     recording(counter)
-    agent.compile = "1"
+    agent.compile, plain.compile = "1", "0"
     long = [(ids * 60)[:ROOM + 9] for ids in PROMPTS]
     for prompts, graphs in ((PROMPTS, 1), (long, 1), ([ids[:5] for ids in PROMPTS[1:]], 2),
                             (PROMPTS[:2], 2), (PROMPTS[:1], 3), (long[:1], 3), (PROMPTS, 3)):
@@ -65,7 +65,7 @@ def test_compiled_layers_are_the_plain_step_and_one_graph(family, recording, cap
     assert agent.write(read(agent, PROMPTS), 12) == plain.write(read(plain, PROMPTS), 12)
     assert counter.frame_count == 3
     assert agent.recorded.compiled is agent.compiled
-    assert capsys.readouterr().out.count("its layers are compiled from now") == 1
+    assert capsys.readouterr().out.startswith("layers are compiled from now on (--compile 1)\n")
     assert agent.body.config._attn_implementation == "sdpa"
     assert not any("forward" in vars(layer) for layer in agent.body.layers)
 
@@ -118,22 +118,58 @@ def test_a_system_of_compiled_agents_answers_the_same(recording):
 
 @torch.no_grad()
 def test_compiled_once_it_pays(recording, capsys):
-    """auto: after so many steps; from then on for all batches. 0: never. One line says so."""
+    """auto: after so many steps of batches; from then on for single rows too. 0: never."""
     agent = new_agent("llama")
     recording("eager")
-    agent.steps_taken = 1000 - 2 * (M - 1)
+    agent.steps_asked = {True: 0, False: 1000 - 2 * (M - 1)}
     batch, row = read(agent, PROMPTS), read(agent, PROMPTS[:1])
-    agent.think(row, M), agent.think(batch, M)
-    assert agent.compiled is None and not capsys.readouterr().out
-    wanted, old = agent.think(row, M), agent.recorded                # a single row pays later
-    assert agent.compiled is None
+    wanted = agent.think(row, M)
+    agent.think(batch, M)
+    assert agent.compiled is None and agent.steps_asked == {True: M - 1, False: 1000 - (M - 1)}
+    assert capsys.readouterr().out == ("steps are recorded; layers are compiled after 5000 steps of "
+                                       "single rows, or 1000 of more rows (--compile auto)\n")
+    agent.think(row, M)
+    assert agent.compiled is None                                    # a single row pays later
+    old = agent.recorded
     agent.think(batch, M)
     assert agent.recorded.compiled and agent.recorded is not old
     assert largest_difference(agent.think(row, M), wanted) < agent.close
-    assert agent.recorded.compiled and capsys.readouterr().out.count("\n") == 1
+    assert agent.recorded.compiled
+    assert capsys.readouterr().out == "layers are compiled from now on (--compile auto)\n"
     agent.recorded, agent.compiled, agent.compile = None, None, "0"
     agent.think(batch, M)
     assert agent.recorded.compiled is None
+
+
+def test_steps_with_gradients_do_not_count():
+    """They are never compiled."""
+    agent = new_agent("llama")
+    agent.think(read(agent, PROMPTS), M)
+    assert agent.steps_asked == {True: 0, False: 0}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sizes, tuned", [((1, 4, 1), [True, False, True]),
+                                          ((4, 1), [False, False])])
+def test_which_rows_are_tuned(sizes, tuned, recording):
+    """Single rows, unless a batch came first. Tuned code is used again after a batch."""
+    agent = new_agent("llama")
+    recording("eager")
+    agent.compile = "1"
+    for rows, wanted in zip(sizes, tuned):
+        context = read(agent, PROMPTS[:rows])
+        agent.think(context, 2)
+        used, code = [], agent.compiled.step
+        agent.compiled.step = {which: partial(noted, used, which, step)
+                               for which, step in code.items()}
+        agent.think(context, 2)
+        agent.compiled.step = code
+        assert used == [wanted] * len(agent.body.layers)
+
+
+def noted(used, which, step, *given, **options):
+    used.append(which)
+    return step(*given, **options)
 
 
 def failing(graph_module, example_inputs):
@@ -162,15 +198,65 @@ def test_what_fails_is_left_away(family, backend, graph, complaints, recording, 
     assert all(complaint in line for complaint, line in zip(complaints, said[1:])), said
 
 
-def test_attention_of_one_position():
+@torch.no_grad()
+def test_three_agents_complain_once(recording, capsys):
+    wanted = new_mas().answer(QUESTIONS, 2, 3, max_new_tokens=6)
+    recording(failing)
+    mas = new_mas()
+    for agent in mas.agents.values():
+        agent.compile = "1"
+    assert mas.answer(QUESTIONS, 2, 3, max_new_tokens=6) == wanted
+    assert capsys.readouterr().out.count("\n") == 2
+
+
+def full(*_):
+    """A card without room. CUDA names other numbers each time."""
+    raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {torch.rand(1)} MiB.")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("where, lines", [
+    ("cache.fixed_layer", ["the card has no room for recorded steps"]),
+    ("cache.Recorded.recording", ["layers are not compiled: OutOfMemoryError: CUDA out of memory",
+                                  "no CUDA graph, so steps are launched kernel by kernel: Out"])])
+def test_a_full_card_takes_plain_steps(where, lines, recording, monkeypatch, capsys):
+    """While buffers are made, or while a step is recorded. Two shapes complain once. Later, with
+    more room, layers are compiled."""
+    agent, plain = new_agent("llama"), new_agent("llama")
+    recording("eager", graph=True)
+    agent.compile, plain.compile = "1", "0"
+    wanted = [(plain.think(read(plain, prompts), M), plain.write(read(plain, prompts), 4))
+              for prompts in (PROMPTS, PROMPTS[:1])]
+    say_once.cache_clear(), capsys.readouterr()
+    with monkeypatch.context() as crowded:
+        crowded.setattr(where, full)
+        for prompts, (thoughts, words) in zip((PROMPTS, PROMPTS[:1]), wanted):
+            assert largest_difference(agent.think(read(agent, prompts), M), thoughts) < agent.close
+            assert agent.write(read(agent, prompts), 4) == words
+    said = capsys.readouterr().out.splitlines()[1:]
+    assert len(said) == len(lines) and all(map(str.startswith, said, lines)), said
+    recording("eager")
+    agent.recorded = None
+    agent.think(read(agent, PROMPTS), M)
+    assert agent.recorded.compiled
+
+
+@pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2),
+                                          (torch.float16, 2e-3)])
+@pytest.mark.parametrize("bias", [0, 120])
+def test_attention_of_one_position(bias, dtype, close):
+    """Oracle: the library's own in float32, with keys and values copied for the heads that share
+    them. With a bias, as Qwen2 has it, scores go to 100,000: more than float16 holds."""
+    q, k, v = (torch.randn(3, heads, n, 8) for heads, n in ((6, 1), (2, 10), (2, 10)))
+    q, k, v = ((part + shift).to(dtype) for part, shift in ((q, bias), (k, bias), (v, 0)))
     """Oracle: the library's own, with keys and values copied for the heads that share them."""
     q, k, v = (torch.randn(3, heads, n, 8) for heads, n in ((6, 1), (2, 10), (2, 10)))
     mask = torch.rand(3, 1, 1, 10) < 0.7
     mask[..., 0] = True
     got, _ = one_position(None, q, k, v, mask, scaling=0.3)
-    k, v = (part.repeat_interleave(3, 1) for part in (k, v))
+    q, k, v = q.float(), *(part.float().repeat_interleave(3, 1) for part in (k, v))
     wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=0.3)
-    assert largest_difference(got, wanted.transpose(1, 2)) < 1e-5
+    assert largest_difference(got.float(), wanted.transpose(1, 2)) < close
 
 
 def test_the_choice_is_checked():

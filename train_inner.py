@@ -192,6 +192,17 @@ def tell(count, before, after, folder):
     print(f"the link is in {folder}")
 
 
+def learn_from(agent, pairs, args, training):
+    """Add the gradient of one micro-batch of (states, tokens):  loss = 1 - cos(R_in(h_t), Emb(t+1))
+    """
+    states = torch.cat([h for h, _ in pairs]).to(agent.device)              # (n, d)
+    targets = torch.cat([ids for _, ids in pairs])                          # (n,)
+    got = agent.inner(states.float())                                       # R_in(h_t)   (n, d)
+    cosine, mse = word_losses(got, targets, agent.embedding)
+    loss = args.adapter_cos_weight * cosine + args.adapter_mse_weight * mse
+    training.backward(loss, len(states), cosine=cosine, mse=mse)
+
+
 def main():
     """Texts, agent, hidden states, the loop, and what the trained link is worth."""
     (args, style, role), started = parse(), time.time()
@@ -226,12 +237,7 @@ def main():
     for step in training.steps("inner link"):
         for batch in training.batches(pairs, step):
             with training.halved_if_full():
-                states = torch.cat([h for h, _ in batch]).to(agent.device)  # (n, d)
-                targets = torch.cat([ids for _, ids in batch])              # (n,)
-                got = agent.inner(states.float())                           # R_in(h_t)   (n, d)
-                cosine, mse = word_losses(got, targets, agent.embedding)
-                loss = args.adapter_cos_weight * cosine + args.adapter_mse_weight * mse
-                training.backward(loss, len(states), cosine=cosine, mse=mse)
+                learn_from(agent, batch, args, training)
         training.step()
 
     # 4. The link, and what it is worth.

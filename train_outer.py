@@ -134,8 +134,9 @@ def outer_loss(mas, rows, rounds, args):
     if early_answers:
         loss = loss + args.non_last_loss_weight * sum(early_answers) / len(early_answers)
     for message in run.sent.values():
-        if message.requires_grad:
-            message.retain_grad()
+        for part in parts_of(message):
+            if part.requires_grad:
+                part.retain_grad()
     return Outcome(loss, final, sum(map(len, targets)), run.sent)
 
 
@@ -217,6 +218,25 @@ def rounds_of(step, args):
     return random.Random(f"rounds {args.seed} {step}").randint(1, args.num_recursive_rounds)
 
 
+def learn_from(mas, rows, rounds, args, training):
+    """Add the gradient of one micro-batch of rows, and note what the log says of it."""
+    outcome = outer_loss(mas, rows, rounds, args)
+    scale = training.backward(outcome.loss, outcome.tokens, final=outcome.final, rounds=rounds)
+    for (round, key), message in outcome.sent.items():
+        # |dL/d(message)| of one row, with L the row's own loss: the batch's loss is a mean, so it is
+        # len(rows) times as large. In float32, because in half precision early rounds read as zero.
+        sizes = [part.grad.float().norm(dim=(-2, -1)).view(-1) for part in parts_of(message)
+                 if part.grad is not None]
+        if sizes:
+            size = torch.cat(sizes).mean().item() * len(rows) / scale
+            training.note(outcome.tokens, **{f"gradient_{key}_{round}": size})
+
+
+def parts_of(message):
+    """A message as tensors: (B, m, d), or one for each row where rows differ in length."""
+    return [message] if torch.is_tensor(message) else message
+
+
 def main():
     """Rows, agents, links, the loop, and the comparison."""
     (args, style), started = parse(), time.time()
@@ -245,13 +265,7 @@ def main():
         rounds = rounds_of(step, args)
         for batch in training.batches(rows, step):
             with training.halved_if_full():
-                outcome = outer_loss(mas, batch, rounds, args)
-                scale = training.backward(outcome.loss, outcome.tokens, final=outcome.final,
-                                          rounds=rounds)
-                # |dL/d(message)|, summed in float32: in half precision early rounds read as zero.
-                training.note(outcome.tokens, **{
-                    f"gradient_{key}_{round}": message.grad.float().norm().item() / scale
-                    for (round, key), message in outcome.sent.items() if message.grad is not None})
+                learn_from(mas, batch, rounds, args, training)
         training.step()
 
     # 4. The links, and what they are worth.

@@ -155,6 +155,13 @@ def progress(items, name, **settings):
     return tqdm(items, desc=name, mininterval=1, disable=RANK > 0, **settings)
 
 
+def out_of_memory(problem):
+    """Whether an exception says that memory is too small, of a card or of this machine."""
+    return isinstance(problem, torch.OutOfMemoryError) or any(
+        sign in str(problem) for sign in ("CUDA error: out of memory", "DefaultCPUAllocator",
+                                          "CUBLAS_STATUS_ALLOC_FAILED"))
+
+
 def run(main):
     """Run a script. An error that a user can mend (ValueError, OSError, too little memory) is one
     line and exit code 2. A bug is a traceback. TRACEBACK=1 shows one for both."""
@@ -168,8 +175,7 @@ def run(main):
     try:
         main()
     except (ValueError, OSError, RuntimeError) as problem:
-        says = " ".join(str(problem).split())
-        memory = isinstance(problem, torch.OutOfMemoryError) or "DefaultCPUAllocator" in says
+        says, memory = " ".join(str(problem).split()), out_of_memory(problem)
         if os.environ.get("TRACEBACK") or isinstance(problem, RuntimeError) and not memory:
             raise
         if memory:

@@ -4,16 +4,17 @@
     for step in training.steps("outer links"):
         for batch in training.batches(rows, step):      # micro-batches, this rank's share of them
             with training.halved_if_full():             # fewer rows at once on a card that is full
-                training.backward(loss, tokens)         # loss: a mean over so many tokens
+                learn_from(batch, training)             # training.backward(loss, tokens)
         training.step()                                 # clip, update, log, save
 
 The gradient of a step is that of the mean over all tokens of all its micro-batches on all ranks,
 
     g = sum_b tokens_b g_b / sum_b tokens_b
 
-so accumulating micro-batches, or adding GPUs, is the same as a larger batch. So on a GPU, where a
-step takes nearly as long for 1 row as for 32, all rows of a step are one micro-batch, and half as
-many whenever the card is too full for that. On a CPU a micro-batch has batch_size rows.
+so accumulating micro-batches, or adding GPUs, is the same as a larger batch. (Nearly so with a loss
+for every role, which is a mean over a micro-batch's own tokens.) On a GPU a step takes nearly as
+long for 1 row as for 32. So all rows of a step are one micro-batch there, and half as many whenever
+the card is too full for that. On a CPU a micro-batch has batch_size rows.
 
 There is no DDP wrapper: DDP expects every weight to be used once in a graph, but a link is used R
 times, and some links are not used at all if R = 1.
@@ -157,21 +158,26 @@ class Training:
             yield rows[begin:begin + self.at_once]
             begin += self.at_once
             if self.full:                                # what it left of this step is not whole
+                torch.cuda.empty_cache()
                 self.optimizer.zero_grad()
                 self.sums, self.full, begin = {"tokens": 0.0}, False, 0
 
     @contextlib.contextmanager
     def halved_if_full(self):
         """Take a micro-batch. If there is too little memory on the card, halve all micro-batches
-        from here on. One row that is too large is an error."""
+        from here on. The tensors of the failed one must be a function's own: then they die with it.
+
+        Raises ValueError if there is too little memory for one row."""
         try:
             yield
-        except torch.OutOfMemoryError:
-            if self.at_once == 1:
+        except RuntimeError as problem:
+            if not flags.out_of_memory(problem):
                 raise
+            need(self.at_once > 1, "the card is too full for a single row: see --latent_length, "
+                 "--max_length and --gradient_checkpointing")
             self.at_once, self.full = self.at_once // 2, True
-            print(f"the card is too full: from here on, a step takes {self.at_once} rows at once "
-                  "(the links learn the same)", flush=True)
+            print(f"rank {RANK}: the card is too full, so a step takes {self.at_once} rows at "
+                  "once from here on", file=sys.stderr, flush=True)
 
     def backward(self, loss, tokens, **values):
         """Add the gradient of one micro-batch's loss, a mean over so many tokens.

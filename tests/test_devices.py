@@ -1,9 +1,12 @@
 """Who decides where a style runs: the user, then the style, then the environment."""
 import dataclasses
+import os
+import subprocess
 import sys
 
 import pytest
 import torch
+from conftest import PROJECT
 
 import evaluate
 import train_inner
@@ -72,6 +75,14 @@ def test_every_script_asks_the_style(script, arguments, monkeypatch, tmp_path, c
     with pytest.raises(ValueError, match="compile 1 is for a GPU"):
         script.main()
     assert "device cpu (asked for), CPU threads 3 (asked for)" in capsys.readouterr().out
+
+
+def test_threads_of_the_environment_do_not_count():
+    """On a machine of 16 cores, torch begins with as many threads."""
+    done = subprocess.run([sys.executable, "evaluate.py", "--show", "1"], cwd=PROJECT, text=True,
+                          capture_output=True, check=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "16"})
+    assert "CPU threads 1 (the style's); " in done.stdout
 
 
 def test_a_system_asks_its_style(monkeypatch, capsys):

@@ -92,13 +92,18 @@ def main():
     link = torch.nn.Linear(2, 1, bias=False)
     args = argparse.Namespace(weight_decay=0.0, lr_scheduler_type="constant", warmup_steps=0,
                               resume=False, max_grad_norm=0.0, grad_accum_steps=1, log_every=1,
-                              save_steps=0, seed=0, batch_size=1, max_steps=4, num_train_epochs=1,
+                              save_steps=0, seed=0, batch_size=2, max_steps=4, num_train_epochs=1,
                               mas_task="math")
     training = Training(link, args, 0.1, "FOLDER", 4)
     for step in training.steps("link"):
         bad = float("nan") if step == 1 and flags.RANK == 1 else 1.0
-        training.backward(link(torch.ones(2)).sum() * bad, tokens=1 + flags.RANK)
+        for rows in training.batches([0, 1, 2, 3], step):
+            with training.halved_if_full():
+                training.backward(link(torch.ones(2)).sum() * bad, len(rows) * (1 + flags.RANK))
+                if flags.RANK == 1 and len(rows) > 1:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
         training.step()
+    assert training.at_once == 2 - flags.RANK
     weights = [torch.zeros_like(link.weight) for _ in range(2)]
     torch.distributed.all_gather(weights, link.weight.data)
     assert torch.equal(*weights)
@@ -108,12 +113,12 @@ flags.run(main)
 
 
 def test_a_rank_that_skips_keeps_nobody_waiting(tmp_path):
-    """After a NaN on one rank, both leave the step out and go on. The links stay the same on both.
-    """
+    """After a NaN on one rank, both leave the step out and go on. The links stay the same on both,
+    also where one rank's card is full, and it takes fewer rows at once."""
     script = tmp_path / "nan.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(PROJECT)!r})\n"
                       + NAN_ON_ONE_RANK.replace("FOLDER", str(tmp_path / "out")))
-    run(2, script)
+    assert "rank 1: the card is too full, so a step takes 1 rows" in run(2, script)
     lines = log(tmp_path / "out")
     assert [line["skipped"] for line in lines] == [0, 1, 1, 1]
     assert lines[1]["grad_norm"] is None and lines[2]["grad_norm"] == pytest.approx(2 ** 0.5)

@@ -6,6 +6,8 @@ import os
 import re
 import signal
 import sys
+import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -106,6 +108,28 @@ def test_a_batch_is_the_mean_of_its_rows(double, latents):
     for name in gradients:
         mean = sum(s[1][name] for s in single) / len(ROWS)
         assert (gradients[name] - mean).norm() <= 1e-4 * mean.norm()
+
+
+@pytest.mark.parametrize("latents", ["rollout", "teacher"])
+def test_logged_gradients_do_not_depend_on_the_micro_batch(latents, double, tmp_path):
+    """Gold answers of one length. Oracle: each row alone, by autograd."""
+    logs = []
+    for size in (len(ROWS), 1):
+        run = training(tmp_path / str(size), double.outer, batch_size=len(ROWS))
+        for begin in range(0, len(ROWS), size):
+            train_outer.learn_from(double, ROWS[begin:begin + size], 2,
+                                   outer_args(latents=latents, log_gradients=1), run)
+        logs.append({name: total / run.sums["tokens"] for name, total in run.sums.items()
+                     if name.startswith("gradient")})
+        run.optimizer.zero_grad()
+    assert len(logs[0]) == 5 and logs[0] == pytest.approx(logs[1], rel=1e-3)
+    mas, alone = double, []
+    for row in ROWS:
+        outcome = train_outer.outer_loss(mas, [row], 2, outer_args(latents=latents,
+                                                                   log_gradients=1))
+        message, = train_outer.parts_of(outcome.sent[1, "outer_12"])
+        alone.append(torch.autograd.grad(outcome.loss, message)[0].norm().item())
+    assert logs[0]["gradient_outer_12_1"] == pytest.approx(sum(alone) / len(ROWS), rel=1e-3)
 
 
 def test_the_losses_are_weighed_as_documented(shipped):
@@ -427,23 +451,32 @@ def test_accumulated_micro_batches_equal_one_batch(tmp_path):
     torch.testing.assert_close(links[0].weight, links[1].weight)
 
 
+def learn_from(link, rows, run, holds, alive):
+    """A micro-batch on a card that holds so many rows. It fills up in the backward pass, when a
+    part of the gradient is there. alive: what other micro-batches have left in memory."""
+    assert not [kept for kept in alive if kept() is not None]
+    output = link(torch.stack(rows))
+    alive.append(weakref.ref(output))
+    loss = output.pow(2).mean()
+    run.backward(loss, len(rows), twice=2 * loss)
+    if len(rows) > holds:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 def three_steps(folder, link, rows, holds):
-    """Steps of 4 x 2 rows on a card that holds so many rows at once. It fills up in the backward
-    pass, when a part of the gradient is there. Returns the log."""
-    run = training(folder, link, batch_size=4, grad_accum_steps=2, max_steps=3, seed=0)
+    """Three steps of 4 x 2 rows. Returns the log."""
+    run, alive = training(folder, link, batch_size=4, grad_accum_steps=2, max_steps=3, seed=0), []
     for step in run.steps("link"):
         for batch in run.batches(rows, step):
             with run.halved_if_full():
-                loss = link(torch.stack(batch)).pow(2).mean()
-                run.backward(loss, len(batch), twice=2 * loss)
-                if len(batch) > holds:
-                    raise torch.OutOfMemoryError("CUDA out of memory")
+                learn_from(link, batch, run, holds, alive)
         run.step()
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("holds, said", [(4, []), (3, [2]), (1, [2, 1])])
 def test_a_full_card_takes_fewer_rows_at_once_and_learns_the_same(holds, said, tmp_path, capsys):
+    """And the failed micro-batch is gone from memory when the next one begins."""
     torch.manual_seed(0)
     rows, large, small = list(torch.randn(16, 3)), torch.nn.Linear(3, 1), torch.nn.Linear(3, 1)
     small.load_state_dict(large.state_dict())
@@ -451,7 +484,20 @@ def test_a_full_card_takes_fewer_rows_at_once_and_learns_the_same(holds, said, t
                three_steps(tmp_path / "small", small, rows, holds), strict=True)
     torch.testing.assert_close(small.weight, large.weight)
     assert all(ours == pytest.approx(wanted, rel=1e-5) for wanted, ours in logs)
-    assert [int(word) for word in re.findall(r"takes (\d+) rows", capsys.readouterr().out)] == said
+    assert [int(rows) for rows in re.findall(r"takes (\d+) rows", capsys.readouterr().err)] == said
+
+
+@pytest.mark.parametrize("problem, at_once, raised", [
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), 2, None),
+    (RuntimeError("CUDA error: out of memory"), 2, None),
+    (torch.OutOfMemoryError("CUDA out of memory"), 1, ValueError),
+    (RuntimeError("a bug"), 2, RuntimeError)])
+def test_what_counts_as_a_full_card(problem, at_once, raised, tmp_path):
+    """A single row that is too large is an error, and a bug stays one."""
+    run = training(tmp_path, torch.nn.Linear(3, 1), batch_size=at_once, seed=0)
+    with pytest.raises(raised) if raised else nullcontext(), run.halved_if_full():
+        raise problem
+    assert run.at_once == 1 or raised
 
 
 @pytest.mark.parametrize("device, sizes", [("cpu", [4, 4]), pytest.param("cuda", [8], marks=GPU)])
@@ -459,12 +505,6 @@ def test_on_a_gpu_a_step_takes_all_its_rows_at_once(device, sizes, tmp_path):
     link = torch.nn.Linear(3, 1).to(device)
     run = training(tmp_path, link, batch_size=4, grad_accum_steps=2, seed=0)
     assert [len(batch) for batch in run.batches(list(range(16)), 0)] == sizes
-
-
-def test_a_row_that_is_too_large_for_the_card_is_an_error(tmp_path):
-    run = training(tmp_path, torch.nn.Linear(3, 1), batch_size=1, seed=0)
-    with pytest.raises(torch.OutOfMemoryError), run.halved_if_full():
-        raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def test_gradients_are_clipped_to_the_limit(tmp_path):

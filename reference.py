@@ -39,9 +39,8 @@ def embed(agent, parts):
 def hidden_states(agent, embeds):
     """Hidden states after the model's final norm, (T, d). The whole sequence is run, every time.
 
-    (Several prompts of one length may come at once, (B, T, d): bench.py makes use of that.)"""
-    batch = embeds.reshape(-1, *embeds.shape[-2:])                             # (B, T, d)
-    return agent.body(inputs_embeds=batch, use_cache=False).last_hidden_state.reshape(embeds.shape)
+    (The library takes a batch of sequences. Here it is a batch of one.)"""
+    return agent.body(inputs_embeds=embeds[None], use_cache=False).last_hidden_state[0]
 
 
 def think(agent, embeds, m):
@@ -50,10 +49,10 @@ def think(agent, embeds, m):
         h_i = body(e_1 .. e_T, R_in(h_1) .. R_in(h_(i-1)))[-1]"""
     thoughts = []
     for _ in range(m):
-        h = hidden_states(agent, embeds)[..., -1:, :]                          # h_i     (1, d)
+        h = hidden_states(agent, embeds)[-1:]                                  # h_i     (1, d)
         thoughts.append(h)
-        embeds = torch.cat([embeds, agent.inner(h)], -2)                       # R_in(h_i) is next
-    return torch.cat(thoughts, -2)
+        embeds = torch.cat([embeds, agent.inner(h)])                           # R_in(h_i) is next
+    return torch.cat(thoughts)
 
 
 def write(agent, embeds, max_new_tokens):

@@ -29,10 +29,19 @@ def plain_prompt(question, role, heard):
     return [f"w1 {question} <|notes|>", *(heard.values() or ["none"]), "w2"]
 
 
+def plain_states(agent, embeds):
+    """reference.hidden_states for B prompts of one length at once: (B, T, d)."""
+    return agent.body(inputs_embeds=embeds, use_cache=False).last_hidden_state
+
+
 def plain_think(agent, texts, m):
-    """m thoughts after texts of one length, (B, m, d)."""
+    """reference.think for B texts of one length at once: (B, m, d)."""
     embeds = torch.stack([reference.embed(agent, [text]) for text in texts])       # (B, T, d)
-    return reference.think(agent, embeds, m)
+    thoughts = []
+    for _ in range(m):
+        thoughts.append(plain_states(agent, embeds)[:, -1:])                       # (B, 1, d)
+        embeds = torch.cat([embeds, agent.inner(thoughts[-1])], 1)
+    return torch.cat(thoughts, 1)
 
 
 def plain_messages(mas, questions, R, m):
@@ -59,7 +68,7 @@ def inner_losses(agent, texts, again):
     for epoch in range(EPOCHS):
         if again or epoch == 0:
             with torch.no_grad():
-                states = reference.hidden_states(agent, agent.embedding(tokens))  # (B, T, d)
+                states = plain_states(agent, agent.embedding(tokens))          # (B, T, d)
         got = link(states[:, :-1].float().flatten(0, 1))                       # (B (T - 1), d)
         loss, _ = word_losses(got, tokens[:, 1:].flatten(), agent.embedding)
         optimizer.zero_grad()

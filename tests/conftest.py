@@ -28,8 +28,6 @@ import reference  # noqa: E402
 from agents import Agent  # noqa: E402
 from link import InnerLink, OuterLink  # noqa: E402
 from recurse import MAS, load_mas_system  # noqa: E402
-from reference import hidden_states as plain_states  # noqa: E402, F401
-from reference import think as plain_think  # noqa: E402, F401
 from styles import ANSWER_FORMAT, Edge, Role, Style  # noqa: E402
 from tiny.build import CHAT_TEMPLATE, WORD_ID  # noqa: E402
 
@@ -215,6 +213,16 @@ def outer_equation(link, x):
     y = y @ w["proj2.weight"].T + w["proj2.bias"]
     y = x @ w["residual_proj.weight"].T + w["residual_proj.bias"] + y
     return F.layer_norm(y, y.shape[-1:], w["ln_target.weight"], w["ln_target.bias"])
+
+
+def plain_states(agent, embeds):
+    """Hidden states of one unpadded row of embeddings, (1, T, d), by reference.py."""
+    return reference.hidden_states(agent, embeds[0])[None]
+
+
+def plain_think(agent, embeds, m):
+    """m thoughts after one unpadded row of embeddings (1, T, d), by reference.py: (1, m, d)."""
+    return reference.think(agent, embeds[0], m)[None]
 
 
 @torch.no_grad()

@@ -9,9 +9,11 @@ import torch
 from conftest import FAMILIES, new_agent
 
 import bench
+import reference
 from agents import Agent
 from styles import Edge, Role, Style
 from support import dimensions, flags
+from support.compared import plain_think
 
 TINY = ["--dims", "tiny", "--device", "cpu", "--threads", "1", "--repeats", "1"]
 
@@ -85,6 +87,15 @@ def test_half_precision(ask):
     assert code == 0 and figures["dtype"] == "torch.bfloat16"
     apart = [row["apart"] for row in figures["sections"]["rollout"]]
     assert max(apart) <= 0.1
+
+
+@torch.no_grad()
+def test_the_batch_of_the_reference_is_the_reference():
+    agent = dimensions.new_agent("tiny", 0, torch.device("cpu"), torch.float32)
+    texts = dimensions.some_texts(8, 3)
+    for text, thoughts in zip(texts, plain_think(agent, texts, 4), strict=True):
+        alone = reference.think(agent, reference.embed(agent, [text]), 4)
+        torch.testing.assert_close(thoughts, alone, atol=1e-4, rtol=1e-3)
 
 
 @pytest.fixture

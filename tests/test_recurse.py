@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import (QUESTIONS, THREE, byte_tokenizer, chat, embed_words, inner_equation,
                       largest_difference, new_agent, new_mas, new_model, outer_equation,
-                      plain_think, plain_write, randomise, words)
+                      plain_write, randomise, words)
 
 import reference
 import writing as writing_module
@@ -68,10 +68,11 @@ def plain_recursion(mas, question, rounds, m, count=N):
     thoughts, turns = {}, [(r, name) for r in range(1, rounds + 1) for name in ROLES]
 
     def noted(agent, embeds, m):
-        H = plain_think(agent, embeds, m)
+        H = think(agent, embeds, m)
         thoughts[turns[len(thoughts)]] = H[None]
         return H
 
+    think = reference.think
     with mock.patch("reference.think", noted):
         agent, embeds, sent = reference.recurse(
             mas, lambda role, heard: prompt_parts(role.name, question, heard), rounds, m)

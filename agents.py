@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from cache import Context, Growing, Recorded, new_cache, say_once
-from support.compiled import CompiledForward, pays
+from cache import Context, Growing, new_cache, say_once
+from support.compiled import Recorder
 from support.errors import need
 from support.sampling import Sampling
 
@@ -58,9 +58,7 @@ class Agent:
         self.embedding = model.get_input_embeddings()    # Gemma's also scales, so it is called
         self.width = self.embedding.weight.shape[1]
         self.device, self.dtype = self.embedding.weight.device, self.embedding.weight.dtype
-        self.recorded = None                             # the Recorded steps of the last GPU turn
-        self.compile, self.compiled = "auto", None       # see support/compiled.py
-        self.steps_asked = {True: 0, False: 0}           # recorded ones: of single rows, of batches
+        self.recorder = Recorder(self)                   # of single steps on a GPU
         self.name = tokenizer.name_or_path or "this model"
         config = self.body.config
         self.positions = getattr(config, "max_position_embeddings", None) or math.inf
@@ -218,32 +216,7 @@ class Agent:
         """Single steps after a Context, with room for `count` of them: see cache.py."""
         if self.device.type == "cpu" or torch.is_grad_enabled():
             return Growing(self.forward, context)
-        return self.recorded_steps(context, count)
-
-    def recorded_steps(self, context, count):
-        """Recorded steps: those of the last turn, if this Context has room in their buffers."""
-        compiled, old = self.compiled_forward(len(context.mask), count), self.recorded
-        if not (old and old.fits(context, count) and (old.compiled or not compiled)):
-            old = self.recorded = None             # frees the old buffers before new ones are made
-            try:
-                with torch.inference_mode(False):  # later calls may write outside inference mode
-                    self.recorded = Recorded(self.forward, context, count, compiled=compiled)
-            except torch.OutOfMemoryError:
-                say_once("the card has no room for recorded steps, so they are launched kernel by "
-                         "kernel (fewer rows may have room: --batch_size)")
-                return Growing(self.forward, context)
-        self.recorded.load(context)
-        return self.recorded
-
-    def compiled_forward(self, rows, count):
-        """What runs `count` more steps of so many rows with compiled layers. None where it does not
-        pay."""
-        asked = self.steps_asked[rows == 1] + count
-        self.steps_asked = {**self.steps_asked, rows == 1: asked}
-        if not self.compiled and pays(self.compile, rows, asked):
-            say_once(f"layers are compiled from now on (--compile {self.compile})")
-            self.compiled = CompiledForward(self)
-        return self.compiled if self.compiled and not self.compiled.broken else None
+        return self.recorder.steps(context, count)
 
     def think(self, context, m):
         """m latent thoughts H = [h_1 .. h_m], (B, m, d): the paper's rollout. Differentiable.

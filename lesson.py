@@ -305,8 +305,7 @@ sizes = {f"{key} in round {r}": message.grad.norm().item() for (r, key), message
 print("8. |dL/d(message)|:")
 for name, size in sizes.items():
     print(f"   {name}  {size:.1e}")
-# The claims: the earlier a message was sent, the less it gets. Round 3 gets more than .9 of all.
-# Every link gets something, and frozen weights get nothing.
+# The claims: the earlier a message, the less it gets. Every link gets something, weights nothing.
 assert list(sizes.values()) == sorted(sizes.values())
 assert sizes["outer_12 in round 3"] + sizes["outer_23 in round 3"] > 0.9 * sum(sizes.values())
 assert all(link.proj1.weight.grad is not None for link in mas.outer.values())

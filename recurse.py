@@ -163,7 +163,7 @@ class MAS:
             for other in self.agents.values():
                 if other.model is not agent.model:
                     other.model.to("cpu")
-                    other.recorded = None                # a recording of weights that have moved
+                    other.recorder.recorded = None       # a recording of weights that have moved
             agent.model.to(agent.device)
         return agent
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import reference
 from link import word_losses
 from recurse import MAS, recurse
+from support.compiled import Recorder
 
 EPOCHS = 21        # as published: 20,000 steps of 2 rows, on 1,904 rows
 
@@ -111,8 +112,9 @@ def in_float32(system):
         twin.agents = {name: in_float32(agent) for name, agent in system.agents.items()}
         twin.outer = copy.deepcopy(system.outer).float()
         return twin
-    twin.recorded = twin.compiled = None
+    twin.recorder = None
     twin = copy.deepcopy(twin)
+    twin.recorder = Recorder(twin)
     twin.model.float()
     twin.inner.float()
     twin.dtype = torch.float32

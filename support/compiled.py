@@ -1,4 +1,5 @@
-"""Decoder layers as compiled code, for the single steps of a GPU. A reader may leave this closed.
+"""Who takes an agent's single steps on a GPU: a Recorder, with compiled layers where they pay.
+A reader may leave this closed.
 
 A step of a 1.7B model is some 1,200 small kernels. A CUDA graph (cache.py) takes away what Python
 spends on launching them. torch.compile also fuses them. All layers of a model do the same, so one
@@ -27,7 +28,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import StaticLayer
 from transformers.masking_utils import sdpa_mask
 
-from cache import say_once
+from cache import Growing, Recorded, say_once
 from support.errors import need
 
 
@@ -38,19 +39,56 @@ def set_compile(agents, choice):
     need(on_gpu or str(choice) != "1", "compile 1 is for a GPU: on a CPU no step is recorded, so "
          "none is compiled. Leave it out")
     for agent in agents:
-        agent.compile, agent.compiled = str(choice), None
+        agent.recorder.choice, agent.recorder.compiled = str(choice), None
 
 
-def pays(choice, rows, steps):
-    """Whether to compile for batches of so many rows, if so many steps were asked for by now."""
-    # Nobody knows how many steps will follow. So a model is compiled when the steps so far have
-    # lost as much as compiling costs: then a run loses at most twice what it had to lose. By the
-    # table above, that is after 5000 steps of one row (3.5 ms lost in each, against 13 to 29 s),
-    # and after 1000 steps of more rows (7.7 ms lost in each, against 3 to 6 s).
-    if choice == "auto":
-        say_once("steps are recorded; layers are compiled after 5000 steps of single rows, or 1000 of "
-                 "more rows (--compile auto)")
-    return choice == "1" or choice == "auto" and steps >= (5000 if rows == 1 else 1000)
+class Recorder:
+    """Records an agent's steps, and decides whether its layers are compiled.
+
+    choice: auto, 0 or 1. recorded: the Recorded steps of the last turn. asked: how many steps were
+    asked for by now, of single rows (True) and of batches (False)."""
+
+    def __init__(self, agent):
+        self.agent, self.choice = agent, "auto"
+        self.recorded = self.compiled = None
+        self.asked = {True: 0, False: 0}
+
+    def steps(self, context, count):
+        """Recorded steps: those of the last turn, if this Context has room in their buffers.
+        Growing ones, if the card has no room for buffers."""
+        compiled, old = self.compiled_forward(len(context.mask), count), self.recorded
+        if not (old and old.fits(context, count) and (old.compiled or not compiled)):
+            old = self.recorded = None             # frees the old buffers before new ones are made
+            try:
+                with torch.inference_mode(False):  # later calls may write outside inference mode
+                    self.recorded = Recorded(self.agent.forward, context, count, compiled=compiled)
+            except torch.OutOfMemoryError:
+                say_once("the card has no room for recorded steps, so they are launched kernel by "
+                         "kernel (fewer rows may have room: --batch_size)")
+                return Growing(self.agent.forward, context)
+        self.recorded.load(context)
+        return self.recorded
+
+    def compiled_forward(self, rows, count):
+        """What runs `count` more steps of so many rows with compiled layers. None where it does not
+        pay."""
+        self.asked[rows == 1] += count
+        if not self.compiled and self.pays(rows):
+            say_once(f"layers are compiled from now on (--compile {self.choice})")
+            self.compiled = CompiledForward(self.agent)
+        return self.compiled if self.compiled and not self.compiled.broken else None
+
+    def pays(self, rows):
+        """Whether to compile for batches of so many rows."""
+        if self.choice != "auto":
+            return self.choice == "1"
+        # Nobody knows how many steps will follow. So a model is compiled when the steps so far have
+        # lost as much as compiling costs: then a run loses at most twice what it had to lose. By
+        # the table above, that is after 5000 steps of one row (3.5 ms lost in each, against 13 to
+        # 29 s), and after 1000 steps of more rows (7.7 ms lost in each, against 3 to 6 s).
+        say_once("steps are recorded; layers are compiled after 5000 steps of single rows, or 1000 "
+                 "of more rows (--compile auto)")
+        return self.asked[rows == 1] >= (5000 if rows == 1 else 1000)
 
 
 # ---- attention of one position ------------------------------------------------------------------

@@ -284,7 +284,7 @@ def test_a_cuda_graph_is_the_step(family):
             thoughts = agent.think(context, M).cpu()
             assert largest_difference(thoughts, here.think(plain, M)) < 10 * here.close
             assert agent.write(context, 8) == here.write(plain, 8)
-    assert agent.recorded.graph is not None
+    assert agent.recorder.recorded.graph is not None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -294,7 +294,7 @@ def test_old_buffers_are_freed_before_new_ones_are_made():
     embeds, mask = left_pad([embed_words(here, [3] * 9)] * 4)
     with torch.no_grad():
         agent.think(agent.read(embeds.cuda(), mask.cuda()), M)
-        old = weakref.ref(agent.recorded)
+        old = weakref.ref(agent.recorder.recorded)
         agent.think(agent.read(embeds[:1].cuda(), mask[:1].cuda()), M)
         gc.collect()
     assert old() is None

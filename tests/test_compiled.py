@@ -13,9 +13,9 @@ from conftest import (FAMILIES, QUESTIONS, THREE, embed_words, largest_differenc
                       new_agent, new_mas, plain_think, words)
 from torch._dynamo.testing import CompileCounterWithBackend
 
-import agents
 from agents import Agent
 from cache import ROOM, Recorded, say_once
+from support import compiled
 from support.compiled import CompiledForward, one_position, set_compile
 
 M = 5
@@ -38,9 +38,9 @@ def read(agent, prompts):
 def recording(monkeypatch):
     """Agents take recorded steps here too, without a graph. recording(backend) compiles by it."""
     def use(backend, graph=False):
-        monkeypatch.setattr(Agent, "steps", Agent.recorded_steps)
-        monkeypatch.setattr(agents, "Recorded", partial(Recorded, graph=graph))
-        monkeypatch.setattr(agents, "CompiledForward", partial(CompiledForward, backend=backend))
+        monkeypatch.setattr(Agent, "steps", lambda self, *asked: self.recorder.steps(*asked))
+        monkeypatch.setattr(compiled, "Recorded", partial(Recorded, graph=graph))
+        monkeypatch.setattr(compiled, "CompiledForward", partial(CompiledForward, backend=backend))
     return use
 
 
@@ -50,9 +50,10 @@ def test_compiled_layers_are_the_plain_step_and_one_graph(family, recording, cap
     """All layers and lengths go through the same graph. There is one for the first batch, one for
     batches of any other size and one for single rows. Oracle: reference.py for each prompt alone,
     and the words that growing steps write."""
-    agent, plain, counter = new_agent(family), new_agent(family), CompileCounterWithBackend("aot_eager")
+    agent, plain = new_agent(family), new_agent(family)
+    counter = CompileCounterWithBackend("aot_eager")
     recording(counter)
-    agent.compile, plain.compile = "1", "0"
+    agent.recorder.choice, plain.recorder.choice = "1", "0"
     long = [(ids * 60)[:ROOM + 9] for ids in PROMPTS]
     for prompts, graphs in ((PROMPTS, 1), (long, 1), ([ids[:5] for ids in PROMPTS[1:]], 2),
                             (PROMPTS[:2], 2), (PROMPTS[:1], 3), (long[:1], 3), (PROMPTS, 3)):
@@ -64,7 +65,7 @@ def test_compiled_layers_are_the_plain_step_and_one_graph(family, recording, cap
     agent.end_tokens = plain.end_tokens = {7, 8, 9}                # some rows end early, and leave
     assert agent.write(read(agent, PROMPTS), 12) == plain.write(read(plain, PROMPTS), 12)
     assert counter.frame_count == 3
-    assert agent.recorded.compiled is agent.compiled
+    assert agent.recorder.recorded.compiled is agent.recorder.compiled
     assert capsys.readouterr().out.startswith("layers are compiled from now on (--compile 1)\n")
     assert agent.body.config._attn_implementation == "sdpa"
     assert not any("forward" in vars(layer) for layer in agent.body.layers)
@@ -78,10 +79,11 @@ def test_compilers(backend, recording):
     context = read(agent, PROMPTS[:2])
     wanted = agent.think(context, M)
     recording(backend)
-    agent.compile = "1"
+    agent.recorder.choice = "1"
     with torch._inductor.config.patch({"cpp.vec_isa_ok": False, "compile_threads": 1}):   # faster
         assert largest_difference(agent.think(context, M), wanted) < agent.close
-    assert agent.recorded.compiled is agent.compiled and not agent.compiled.broken
+    assert agent.recorder.recorded.compiled is agent.recorder.compiled
+    assert not agent.recorder.compiled.broken
 
 
 @torch.no_grad()
@@ -91,14 +93,15 @@ def test_compiled_layers_in_a_cuda_graph(family):
     """A batch, then a single row; thoughts, then words. Oracle: the same agent on the CPU."""
     there, here = new_agent(family), new_agent(family)
     agent = Agent(there.model.cuda(), there.tokenizer, there.inner.cuda())
-    agent.compile = "1"
+    agent.recorder.choice = "1"
     for prompts in (PROMPTS[:1], PROMPTS, PROMPTS):
         embeds, mask = left_pad([embed_words(here, ids) for ids in prompts])
         context, plain = agent.read(embeds.cuda(), mask.cuda()), here.read(embeds, mask)
         thoughts = agent.think(context, M).cpu()
         assert largest_difference(thoughts, here.think(plain, M)) < 10 * here.close
         assert agent.write(context, 8) == here.write(plain, 8)
-        assert agent.recorded.graph is not None and agent.recorded.compiled is agent.compiled
+        assert agent.recorder.recorded.graph is not None
+        assert agent.recorder.recorded.compiled is agent.recorder.compiled
 
 
 @torch.no_grad()
@@ -111,7 +114,7 @@ def test_a_system_of_compiled_agents_answers_the_same(recording):
         mas = new_mas()
         mas.offload = offload
         for agent in mas.agents.values():
-            agent.compile = "1"
+            agent.recorder.choice = "1"
         assert mas.answer(QUESTIONS, 2, 3, max_new_tokens=6) == wanted
     assert counter.frame_count == 3, "a graph for each model, the second time none"
 
@@ -120,32 +123,34 @@ def test_a_system_of_compiled_agents_answers_the_same(recording):
 def test_compiled_once_it_pays(recording, capsys):
     """auto: after so many steps of batches; from then on for single rows too. 0: never."""
     agent = new_agent("llama")
+    recorder = agent.recorder
     recording("eager")
-    agent.steps_asked = {True: 0, False: 1000 - 2 * (M - 1)}
+    recorder.asked = {True: 0, False: 1000 - 2 * (M - 1)}
     batch, row = read(agent, PROMPTS), read(agent, PROMPTS[:1])
     wanted = agent.think(row, M)
     agent.think(batch, M)
-    assert agent.compiled is None and agent.steps_asked == {True: M - 1, False: 1000 - (M - 1)}
-    assert capsys.readouterr().out == ("steps are recorded; layers are compiled after 5000 steps of "
-                                       "single rows, or 1000 of more rows (--compile auto)\n")
+    assert recorder.compiled is None and recorder.asked == {True: M - 1, False: 1000 - (M - 1)}
+    assert capsys.readouterr().out == (
+        "steps are recorded; layers are compiled after 5000 steps of single rows, or 1000 of more "
+        "rows (--compile auto)\n")
     agent.think(row, M)
-    assert agent.compiled is None                                    # a single row pays later
-    old = agent.recorded
+    assert recorder.compiled is None                                 # a single row pays later
+    old = recorder.recorded
     agent.think(batch, M)
-    assert agent.recorded.compiled and agent.recorded is not old
+    assert recorder.recorded.compiled and recorder.recorded is not old
     assert largest_difference(agent.think(row, M), wanted) < agent.close
-    assert agent.recorded.compiled
+    assert recorder.recorded.compiled
     assert capsys.readouterr().out == "layers are compiled from now on (--compile auto)\n"
-    agent.recorded, agent.compiled, agent.compile = None, None, "0"
+    recorder.recorded, recorder.compiled, recorder.choice = None, None, "0"
     agent.think(batch, M)
-    assert agent.recorded.compiled is None
+    assert recorder.recorded.compiled is None
 
 
 def test_steps_with_gradients_do_not_count():
     """They are never compiled."""
     agent = new_agent("llama")
     agent.think(read(agent, PROMPTS), M)
-    assert agent.steps_asked == {True: 0, False: 0}
+    assert agent.recorder.asked == {True: 0, False: 0}
 
 
 @torch.no_grad()
@@ -155,15 +160,15 @@ def test_which_rows_are_tuned(sizes, tuned, recording):
     """Single rows, unless a batch came first. Tuned code is used again after a batch."""
     agent = new_agent("llama")
     recording("eager")
-    agent.compile = "1"
+    agent.recorder.choice = "1"
     for rows, wanted in zip(sizes, tuned):
         context = read(agent, PROMPTS[:rows])
         agent.think(context, 2)
-        used, code = [], agent.compiled.step
-        agent.compiled.step = {which: partial(noted, used, which, step)
+        used, code = [], agent.recorder.compiled.step
+        agent.recorder.compiled.step = {which: partial(noted, used, which, step)
                                for which, step in code.items()}
         agent.think(context, 2)
-        agent.compiled.step = code
+        agent.recorder.compiled.step = code
         assert used == [wanted] * len(agent.body.layers)
 
 
@@ -187,7 +192,7 @@ def test_what_fails_is_left_away(family, backend, graph, complaints, recording, 
         pytest.skip("here a CUDA graph can be made")
     agent, plain = new_agent(family), new_agent(family)
     recording(backend, graph)
-    agent.compile = "1"
+    agent.recorder.choice = "1"
     for prompts in (PROMPTS, PROMPTS, PROMPTS[:1], PROMPTS):
         thoughts = agent.think(read(agent, prompts), M)
         for b, ids in enumerate(prompts):
@@ -204,7 +209,7 @@ def test_three_agents_complain_once(recording, capsys):
     recording(failing)
     mas = new_mas()
     for agent in mas.agents.values():
-        agent.compile = "1"
+        agent.recorder.choice = "1"
     assert mas.answer(QUESTIONS, 2, 3, max_new_tokens=6) == wanted
     assert capsys.readouterr().out.count("\n") == 2
 
@@ -224,7 +229,7 @@ def test_a_full_card_takes_plain_steps(where, lines, recording, monkeypatch, cap
     more room, layers are compiled."""
     agent, plain = new_agent("llama"), new_agent("llama")
     recording("eager", graph=True)
-    agent.compile, plain.compile = "1", "0"
+    agent.recorder.choice, plain.recorder.choice = "1", "0"
     wanted = [(plain.think(read(plain, prompts), M), plain.write(read(plain, prompts), 4))
               for prompts in (PROMPTS, PROMPTS[:1])]
     say_once.cache_clear(), capsys.readouterr()
@@ -236,9 +241,9 @@ def test_a_full_card_takes_plain_steps(where, lines, recording, monkeypatch, cap
     said = capsys.readouterr().out.splitlines()[1:]
     assert len(said) == len(lines) and all(map(str.startswith, said, lines)), said
     recording("eager")
-    agent.recorded = None
+    agent.recorder.recorded = None
     agent.think(read(agent, PROMPTS), M)
-    assert agent.recorded.compiled
+    assert agent.recorder.recorded.compiled
 
 
 @pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2),
@@ -263,7 +268,7 @@ def test_the_choice_is_checked():
     mas = new_mas(THREE)
     for choice in ("auto", 0, "0"):
         set_compile(mas.agents.values(), choice)
-    assert {agent.compile for agent in mas.agents.values()} == {"0"}
+    assert {agent.recorder.choice for agent in mas.agents.values()} == {"0"}
     for wrong, complaint in (("yes", "auto, 0 or 1"), (1, "is for a GPU"), ("1", "is for a GPU")):
         with pytest.raises(ValueError, match=complaint):
             set_compile(mas.agents.values(), wrong)

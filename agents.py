@@ -94,8 +94,11 @@ class Agent:
             return []
         # JSON may hold half a surrogate pair. Tokenizers fail on it, so it is replaced by `?`.
         proper = [text.encode("utf-8", "replace").decode() for text in unique]
-        ids = self.tokenizer(proper, add_special_tokens=False, split_special_tokens=plain)
-        found = dict(zip(unique, ids["input_ids"]))
+        ids = self.tokenizer(proper, add_special_tokens=False, split_special_tokens=plain).input_ids
+        word, token = self.tokenizer.unk_token, self.tokenizer.unk_token_id       # maybe None
+        if any(token in row and word not in text for text, row in zip(proper, ids)):
+            say_once(f"{self.name} does not know some words of its texts, and reads {word} for them")
+        found = dict(zip(unique, ids))
         return [found[text] for text in texts]
 
     def render(self, system, user):

@@ -152,13 +152,11 @@ def run_tool(tool, body, search=None):
         if run.status != "ok":
             result += f"\n[{run.status} after {run.seconds:.1f} s]\n{run.stderr.strip()[-2000:]}"
         result = result.strip("\n") or "(nothing was printed)"
-    elif tool == "search":
+    else:                                          # next_call knows no third tool
         try:
             result = search(body.strip()) if search else "web search is not available"
         except (RuntimeError, ValueError) as problem:
             result = f"web search failed: {problem}"
-    else:
-        raise ValueError(f"unknown tool '{tool}': there are python and search")
     # The model must not be able to close the result, or what follows would pass for its own words.
     result = re.sub(r"<\s*/\s*result\s*>", "[/result]", result, flags=re.IGNORECASE)
     if len(result) > RESULT_CAP:

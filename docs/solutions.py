@@ -3,20 +3,23 @@
     python docs/solutions.py            all of them, 2 minutes
     python docs/solutions.py 1 5        only exercises 1 and 5
 """
+import argparse
 import dataclasses
 import random
 import sys
+from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
-from link import KINDS, InnerLink, OuterLink, contrast, word_losses  # noqa: E402
+from link import KINDS, RELEASED, InnerLink  # noqa: E402
 from recurse import MAS, load_mas_system  # noqa: E402
 from styles import Edge, get_style  # noqa: E402
 from tasks import Example, get_task  # noqa: E402
-from warm_start import as_thoughts, shared_tokens  # noqa: E402
+from tasks.tiny import training_problems  # noqa: E402
+from warm_start import warm_start  # noqa: E402
 
 EXAMPLES = get_task("tiny").load(100)
 
@@ -64,49 +67,29 @@ def exercise_3(mas):
     return found["matched"] > found["gain 1"]
 
 
-def dictionary(source, target, kind, steps=300):
-    """An outer link of a kind, trained as in cell 5 of the lesson."""
-    torch.manual_seed(0)
-    link = OuterLink(source.width, target.width, kind, target.embedding_rms)
-    ours, theirs = torch.tensor(shared_tokens(source, target)).T
-    optimizer = torch.optim.AdamW(link.parameters(), lr=2e-3)
-    x = as_thoughts(source, ours, True)
-    for _ in range(steps):
-        noise = .3 * source.embedding_rms * torch.randn_like(x)
-        got = link(x + noise)
-        cosine, _ = word_losses(got, theirs, target.embedding)
-        loss = cosine + contrast(got, theirs, target.embedding)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return link.requires_grad_(False)
+def with_dictionaries(mas, kind=RELEASED):
+    """The system with new outer links of a kind, trained as dictionaries (cell 5 of the lesson)."""
+    mas = mas.with_fresh_outer({edge.key: kind for edge in mas.style.edges})
+    warm_start(mas, argparse.Namespace(warm_start_steps=300, num_recursive_rounds=3, seed=0,
+                                       scale_match=True))
+    return mas
 
 
 def exercise_4(mas):
     """Other kinds of outer links, all trained as dictionaries. There is no difference here: a
     single matrix is enough to translate 44 words."""
-    found = {}
-    for kind in KINDS:
-        links = {edge.key: dictionary(mas.agents[edge.src], mas.agents[edge.dst], kind)
-                 for edge in mas.style.edges}
-        found[kind] = accuracy(dataclasses.replace(mas, outer=torch.nn.ModuleDict(links)))
+    found = {kind: accuracy(with_dictionaries(mas, kind)) for kind in KINDS}
     print("4. accuracy by kind: " + "  ".join(f"{kind}: {found[kind]:.2f}" for kind in KINDS))
     return min(found.values()) > .9
 
 
-class Liar(MAS):
-    """A system whose critic sends the notes about the next problem of the batch."""
-
-    def send(self, edge, said, method="latent"):
-        """See MAS.send."""
-        return super().send(edge, said, "shuffle" if edge.src == "critic" else method)
-
-
 def exercise_5(mas):
-    """A role that lies: the solver believes what it hears, so the system falls to chance."""
-    told = accuracy(mas)
-    lied = accuracy(Liar(**{field.name: getattr(mas, field.name)
-                            for field in dataclasses.fields(mas)}))
+    """A role that lies: the solver believes what it hears, so the system falls to chance. The
+    critic sends the notes about the next problem of the batch."""
+    liar = dataclasses.replace(mas)
+    liar.send = lambda edge, said, method: mas.send(
+        edge, said, "shuffle" if edge.src == "critic" else method)
+    told, lied = accuracy(mas), accuracy(liar)
     print(f"5. honest critic {told:.2f}, lying critic {lied:.2f}")
     return lied < .3 < told
 
@@ -120,9 +103,7 @@ def exercise_6(mas):
                                            Edge("pair_21", "solver", "planner")),
         roles=(planner, dataclasses.replace(solver, prompt=solver.prompt.replace("critic",
                                                                                  "planner"))))
-    links = {edge.key: dictionary(mas.agents[edge.src], mas.agents[edge.dst], "2layer_ln_res")
-             for edge in pair.edges}
-    system = MAS(pair, mas.agents, torch.nn.ModuleDict(links))
+    system = with_dictionaries(MAS(pair, mas.agents, None))
     found = [accuracy(system, rounds) for rounds in (1, 2, 3, 4)]
     print("6. planner and solver alone, 1 to 4 rounds: " + " ".join(f"{a:.2f}" for a in found))
     return found[0] < found[1] < found[2] < found[3]
@@ -130,17 +111,10 @@ def exercise_6(mas):
 
 def exercise_7(mas):
     """A task of one's own: chains of a given length, made here and scored like the tiny task."""
-    from tasks.tiny import OPERATIONS
-    draw, found = random.Random(0), {}
+    problems, found = training_problems(random.Random(0)), {}
     for length in (2, 4, 8, 12):
-        examples = []
-        for i in range(50):
-            value = start = draw.randrange(10)
-            events = [draw.choice(list(OPERATIONS)) for _ in range(length)]
-            for event in events:
-                value = OPERATIONS[event](value)
-            steps = " ".join(f"s{n} {event}" for n, event in enumerate(events, start=1))
-            examples.append(Example(f"chain-{i}", f"start {start} {steps}", str(value), "math"))
+        chains = islice((one for one in problems if len(one.operations) == length), 50)
+        examples = [Example("", one.question, str(one.values[-1]), "math") for one in chains]
         found[length] = [accuracy(mas, rounds, examples=examples) for rounds in (1, 2, 3)]
     for length, shares in found.items():
         print(f"7. chains of {length:2d} events, 1 to 3 rounds: "

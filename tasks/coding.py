@@ -44,6 +44,7 @@ import textwrap
 import zlib
 
 from support.errors import blame, need
+from support.sandbox import call_function, passes, require_sandbox, run_python
 from tasks import CODE_RETRY, Example, Score, Unusable, column, parse_json, row_task
 
 SOURCES = {                     # name: hub id, configuration (or the numbers of its files), split
@@ -67,8 +68,8 @@ PRELUDE = "".join(f"from {module} import *\n" for module in (MODULES + " builtin
 
 def task(name, path=None):
     """The Task. Its rows stand in the file `path`, or on the hub."""
-    return row_task(name, "code", path, SOURCES.get(name), make_example, score, ready=ready,
-                    retry=CODE_RETRY)
+    return row_task(name, "code", path, SOURCES.get(name), make_example, score,
+                    ready=require_sandbox, retry=CODE_RETRY)
 
 
 # ---- questions ----------------------------------------------------------------------------------
@@ -198,7 +199,6 @@ def score(example, text):
     if code is None:
         return Score(False, None)
     if "test" in example.row:
-        from support.sandbox import passes
         test = "__name__ = '__main__'\n" + example.row["test"]      # or it may wait for that
         fault = fault_of(passes(after(example.row["head"], code), test, SCRIPT_SECONDS))
         return Score(not fault, code, fault)
@@ -218,7 +218,6 @@ def after(head, code):
 
 def live_fault(program, function, given, expected, reads_stdin):
     """What is wrong with the program by one LiveCodeBench test, "" if nothing is."""
-    from support.sandbox import call_function, run_python
     if reads_stdin:
         run = run_python(program, given, LIVE_SECONDS)
         return fault_of(run, same_output(run.stdout, expected))
@@ -258,9 +257,3 @@ def same_value(value, expected):
         with contextlib.suppress(TypeError, OverflowError):    # no number, or one of 400 digits
             return math.isclose(value, expected, rel_tol=1e-6, abs_tol=1e-6)
     return value == expected
-
-
-def ready(allow_unsafe=False):
-    """Raise ValueError, before anything is generated, if programs cannot be run safely here."""
-    from support.sandbox import require_sandbox
-    require_sandbox(allow_unsafe)

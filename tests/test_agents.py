@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from agents import Agent
 from support.sampling import Sampling
-from cache import ROOM, NewStateLayer, Recorded
+from cache import ROOM, NewStateLayer, Recorded, say_once
 from support.checkpoints import load_agent, save_inner
 from support.devices import pick_device
 from tiny.build import new_tokenizer
@@ -437,6 +437,16 @@ def test_tiny_tokenizer_gives_words_back():
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert len(ids) == 11
     assert tokenizer.batch_decode([ids], skip_special_tokens=True) == [text]
+
+
+@pytest.mark.parametrize("text, unknown", [("what is flip ?", True), ("s1 flip <unk>", False),
+                                           ("s1 flip", False)])
+def test_unknown_words_are_told_once(text, unknown, shipped, capsys):
+    say_once.cache_clear()
+    for _ in range(2):
+        shipped.agents["critic"].tokenize(["s1 x7", text])
+    said = capsys.readouterr().out
+    assert said.count("does not know some words") == unknown and said.count("\n") == unknown
 
 
 # ---- writing ------------------------------------------------------------------------------------

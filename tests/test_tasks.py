@@ -1281,10 +1281,10 @@ def test_ready_of_maths():
 
 
 def test_importing_tasks_is_light():
-    """Nothing heavy is imported before it is needed. The web and the sandbox are not, either."""
+    """Nothing heavy is imported before it is needed. The web is not, either."""
     code = "import sys, tasks; tasks.task_names(); print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
     loaded = set(run.stdout.split())
     assert "tasks.maths" in loaded
-    assert not {"torch", "datasets", "sympy", "math_verify", "numpy", "requests", "support.web",
-                "support.sandbox"} & loaded
+    assert not {"torch", "datasets", "sympy", "math_verify", "numpy", "requests",
+                "support.web"} & loaded

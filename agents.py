@@ -97,7 +97,7 @@ class Agent:
         ids = self.tokenizer(proper, add_special_tokens=False, split_special_tokens=plain).input_ids
         word, token = self.tokenizer.unk_token, self.tokenizer.unk_token_id       # maybe None
         if any(token in row and word not in text for text, row in zip(proper, ids)):
-            say_once(f"{self.name} does not know some words of its texts, and reads {word} for them")
+            say_once(f"{self.name} does not know some words of its texts: it reads {word} for them")
         found = dict(zip(unique, ids))
         return [found[text] for text in texts]
 

@@ -57,7 +57,7 @@ class Recorder:
         """Recorded steps: those of the last turn, if this Context has room in their buffers.
         Growing ones, if the card has no room for buffers."""
         compiled, old = self.compiled_forward(len(context.mask), count), self.recorded
-        if not (old and old.fits(context, count) and (old.compiled or not compiled)):
+        if not (old and old.fits(context, count) and (old.tried or not compiled)):
             old = self.recorded = None             # frees the old buffers before new ones are made
             try:
                 with torch.inference_mode(False):  # later calls may write outside inference mode

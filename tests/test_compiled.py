@@ -237,7 +237,9 @@ def test_a_full_card_takes_plain_steps(where, lines, recording, monkeypatch, cap
         crowded.setattr(where, full)
         for prompts, (thoughts, words) in zip((PROMPTS, PROMPTS[:1]), wanted):
             assert largest_difference(agent.think(read(agent, prompts), M), thoughts) < agent.close
+            tried = agent.recorder.recorded
             assert agent.write(read(agent, prompts), 4) == words
+            assert agent.recorder.recorded is tried      # a shape that fails is tried once
     said = capsys.readouterr().out.splitlines()[1:]
     assert len(said) == len(lines) and all(map(str.startswith, said, lines)), said
     recording("eager")

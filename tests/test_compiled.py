@@ -1,7 +1,7 @@
 """Compiled layers equal the plain step, are compiled once for all, and are left out if they fail.
 
-Here nothing is recorded. The steps run in the same buffers without a CUDA graph, and with a backend
-that compiles nothing (aot_eager), except for one test. tests/test_agents.py has what needs a GPU.
+Here nothing is recorded. The steps run in the same buffers without a CUDA graph. Most tests use a
+backend that compiles nothing (aot_eager, eager). tests/test_agents.py has what else needs a GPU.
 """
 import shutil
 from functools import partial
@@ -72,13 +72,13 @@ def test_compiled_layers_are_the_plain_step_and_one_graph(family, recording, cap
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.skipif(
-    not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler"))])
-def test_compilers(backend, recording):
-    agent = new_agent("qwen3")
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a compiler")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inductor(family, recording):
+    agent = new_agent(family)
     context = read(agent, PROMPTS[:2])
     wanted = agent.think(context, M)
-    recording(backend)
+    recording("inductor")
     agent.recorder.choice = "1"
     with torch._inductor.config.patch({"cpp.vec_isa_ok": False, "compile_threads": 1}):   # faster
         assert largest_difference(agent.think(context, M), wanted) < agent.close
@@ -184,7 +184,7 @@ def failing(graph_module, example_inputs):
 @torch.no_grad()
 @pytest.mark.parametrize("backend, graph, complaints", [
     (failing, False, ["are not compiled: BackendCompilerFailed: backend='failing' raised: "]),
-    ("eager", True, ["are not compiled: RuntimeError: ", "no CUDA graph, so steps are launched"])])
+    ("eager", True, ["layers are not compiled: ", "no CUDA graph, so steps are launched"])])
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_5"])
 def test_what_fails_is_left_away(family, backend, graph, complaints, recording, capsys):
     """Without a compiler, and without a card that records: a line each, and right results."""

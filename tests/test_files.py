@@ -47,9 +47,11 @@ def run(monkeypatch, capsys):
 
 
 def start(script, *options):
-    """A script in a process of its own."""
+    """A script in a process of its own. It hears Ctrl-C, also if the tests run in the background,
+    where a shell makes all that it starts deaf to it."""
     return subprocess.Popen([sys.executable, script, *map(str, options)], cwd=PROJECT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 # ---- one run, one folder ------------------------------------------------------------------------

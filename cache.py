@@ -130,7 +130,7 @@ class Recorded:
 
     def __init__(self, forward, context, count, graph=True, compiled=None):
         self.forward, self.compiled, self.ready = forward, compiled, False
-        self.tried = compiled is not None                        # also if it fails
+        self.tried = compiled is not None        # compiled layers were tried, even if they failed
         self.graph, self.wants_graph = None, graph
         rows, length = context.mask.shape
         self.capacity = -(-(length + count) // ROOM) * ROOM      # prompts differ a little in length

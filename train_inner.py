@@ -193,12 +193,13 @@ def tell(count, before, after, folder):
 
 
 def learn_from(agent, pairs, args, training):
-    """Add the gradient of one micro-batch of (states, tokens):  loss = 1 - cos(R_in(h_t), Emb(t+1))
-    """
+    """Add the gradient of one micro-batch of (states, tokens)."""
     states = torch.cat([h for h, _ in pairs]).to(agent.device)              # (n, d)
     targets = torch.cat([ids for _, ids in pairs])                          # (n,)
     got = agent.inner(states.float())                                       # R_in(h_t)   (n, d)
     cosine, mse = word_losses(got, targets, agent.embedding)
+    # loss = w_cos (1 - cos(R_in(h_t), Emb(token))) + w_mse MSE(R_in(h_t), Emb(token)), where the
+    # state h_t predicts the token. As published, w_cos = 1 and w_mse = 0.
     loss = args.adapter_cos_weight * cosine + args.adapter_mse_weight * mse
     training.backward(loss, len(states), cosine=cosine, mse=mse)
 

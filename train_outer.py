@@ -223,8 +223,8 @@ def learn_from(mas, rows, rounds, args, training):
     outcome = outer_loss(mas, rows, rounds, args)
     scale = training.backward(outcome.loss, outcome.tokens, final=outcome.final, rounds=rounds)
     for (round, key), message in outcome.sent.items():
-        # |dL/d(message)| of one row, with L the row's own loss. (The batch's loss is a mean over
-        # rows. In float32, because in half precision early rounds read as zero.)
+        # |dL/d(message)| of one row, where L is the row's own loss. The batch's loss is a mean over
+        # rows, hence the factor. float32, because in half precision early rounds read as zero.
         sizes = [part.grad.float().norm(dim=(-2, -1)).view(-1) for part in parts_of(message)
                  if part.grad is not None]
         if sizes:

@@ -1,5 +1,5 @@
-"""Who takes an agent's single steps on a GPU: a Recorder, with compiled layers where they pay.
-A reader may leave this closed.
+"""A Recorder takes an agent's single steps on a GPU, and compiles the layers where that pays. A
+reader may leave this closed.
 
 A step of a 1.7B model is some 1,200 small kernels. A CUDA graph (cache.py) takes away what Python
 spends on launching them. torch.compile also fuses them. All layers of a model do the same, so one
@@ -132,13 +132,13 @@ class OneLayer:
 class CompiledForward:
     """Agent.forward for a single position a row, with compiled layers and `one_position`.
 
-    broken: it failed on this machine, and is not to be tried again. tuned: single rows run the
-    tuned code. (If a batch came first, a single row is what is left of one, and not worth the
-    tuning.) batched: a batch has come."""
+    broken: it failed on this machine, and is not to be tried again. tuned: single rows run tuned
+    code. This is so if the first step was one of a single row. (If a batch came first, a single row
+    is what is left of a batch, and not worth the tuning.)"""
 
     def __init__(self, agent, backend="inductor"):
         self.agent, self.backend = agent, backend
-        self.layers, self.broken, self.tuned, self.batched = None, False, False, False
+        self.layers, self.broken, self.tuned = None, False, None       # tuned: not known yet
 
     def give_up(self, why):
         """Say why there are no compiled steps from now on. (Too little memory for these rows is no
@@ -174,8 +174,8 @@ class CompiledForward:
             for part, columns in ((own.keys, 2), (own.values, 2), (inputs["attention_mask"], 3)):
                 torch._dynamo.maybe_mark_dynamic(part, columns)        # one code for all lengths
             single = len(hidden_states) == 1
-            self.batched = self.batched or not single
-            self.tuned = self.tuned or not self.batched
+            if self.tuned is None:
+                self.tuned = single
             step = self.step[single and self.tuned]
             return step(layer, hidden_states, **{**inputs, name: OneLayer(own)})
 

@@ -165,7 +165,8 @@ class Training:
     @contextlib.contextmanager
     def halved_if_full(self):
         """Take a micro-batch. If there is too little memory on the card, halve all micro-batches
-        from here on. The tensors of the failed one must be a function's own: then they die with it.
+        from here on. What runs in here has to be one function, so that its tensors are freed when
+        it fails.
 
         Raises ValueError if there is too little memory for one row."""
         try:

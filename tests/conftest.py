@@ -261,7 +261,11 @@ def shipped():
 
 def tiny_in_float64():
     """The shipped agents with new outer links, all in float64."""
-    mas = load_mas_system("tiny", device="cpu").with_fresh_outer(seed=1)
+    return in_float64(load_mas_system("tiny", device="cpu").with_fresh_outer(seed=1))
+
+
+def in_float64(mas):
+    """A system, turned into float64: rollouts amplify rounding."""
     for agent in mas.agents.values():
         agent.model.double()
         agent.inner.double()

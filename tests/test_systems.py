@@ -17,8 +17,8 @@ import pyarrow.parquet
 import pytest
 import torch
 import transformers
-from conftest import (PROJECT, QUESTIONS, THREE, TOLERANCE, VOCABULARY, largest_difference,
-                      new_mas, new_model, randomise, word_tokenizer)
+from conftest import (PROJECT, QUESTIONS, THREE, TOLERANCE, VOCABULARY, in_float64,
+                      largest_difference, new_mas, new_model, randomise, word_tokenizer)
 from huggingface_hub import errors
 from huggingface_hub.utils import hf_raise_for_status
 from safetensors.torch import load_file
@@ -592,16 +592,10 @@ ANSWERERS = ("qwen3", "llama", "qwen2", "mistral", "gemma3", "gemma3_conditional
 
 
 def answering(family, double=True):
-    """A system whose last agent is of a family. It is in float64: rollouts amplify rounding."""
+    """A system whose last agent is of a family."""
     other = "llama" if family.startswith("qwen3_5") else "qwen3_5_conditional"
     mas = new_mas(KINDS, families=("qwen3", other, family))
-    if double:
-        for agent in mas.agents.values():
-            agent.model.double()
-            agent.inner.double()
-            agent.dtype = torch.float64
-        mas.outer.double()
-    return mas
+    return in_float64(mas) if double else mas
 
 
 def close_gradients(found, wanted, close):

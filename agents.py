@@ -4,6 +4,10 @@
     H       = agent.think(context, m)       m latent thoughts:   h_(i+1) = body(R_in(h_i) | cache)
     tokens  = agent.write(context, 100)     the same, in words:  token_i = argmax head(h_i)
 
+A prompt stands as its parts: token ids, and slots where the latents of other agents will go.
+
+    parts   [1, 4, 8, 25, .., 6], "planner", [7]        for one question; a batch has B of these
+
 Thinking and writing are the same loop. Writing chooses a word from the hidden state and feeds the
 word's embedding back. Thinking feeds the hidden state itself back, through the inner link, and
 chooses no word. So m thoughts cost one reading of the prompt and m - 1 single steps. The vocabulary
@@ -11,7 +15,7 @@ head never runs while an agent thinks. (Qwen3-0.6B's head is a third as large as
 
 h is the last layer's hidden state after the final norm. Prompts of a batch are padded on the left,
 so that all of them end in the same column. Every call of the library gets three things, single
-steps included: the whole 2-D mask (without it, padded rows come out wrong, and nothing says so),
+steps included: the whole 2-D mask (without it, padded prompts come out wrong, and nothing says so),
 position ids counted from that mask (so that padding changes nothing), and the cache.
 
 Shapes: B questions, T tokens, m latent steps, d hidden width, V words of the vocabulary.
@@ -25,10 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from cache import Context, Growing, new_cache, say_once
-from support.compiled import Recorder
-from support.errors import need
-from support.sampling import Sampling
+from cache import Context, Growing, new_cache
+from gpu.recorded import Recorder
+from support.errors import need, say_once
 
 MARK = "\ue000{}\ue001"         # stands for a {name} of a prompt: signs of Unicode's private range
 LAYER_KINDS = {"full_attention", "sliding_attention", "linear_attention"}       # those we support
@@ -45,6 +48,11 @@ def apply_link(link, states, dtype):
     return link(states.to(next(link.parameters()).dtype)).to(dtype)
 
 
+def greedy(logits, written, u):
+    """The likeliest tokens (B,) of logits (B, V). Sampling in writing.py chooses in other ways."""
+    return logits.argmax(-1)
+
+
 class Agent:
     """A frozen causal language model with its tokenizer and its inner link.
 
@@ -58,7 +66,7 @@ class Agent:
         self.embedding = model.get_input_embeddings()    # Gemma's also scales, so it is called
         self.width = self.embedding.weight.shape[1]
         self.device, self.dtype = self.embedding.weight.device, self.embedding.weight.dtype
-        self.recorder = Recorder(self)                   # of single steps on a GPU
+        self.recorder = Recorder(self.forward)           # of single steps on a GPU
         self.name = tokenizer.name_or_path or "this model"
         config = self.body.config
         self.positions = getattr(config, "max_position_embeddings", None) or math.inf
@@ -79,8 +87,8 @@ class Agent:
     @property
     def embedding_rms(self):
         """Root mean square of the token embeddings, over some 4096 evenly spaced tokens."""
-        count, place = len(self.embedding.weight), self.embedding.weight.device  # offload: the CPU
-        tokens = torch.arange(0, count, max(1, count // 4096), device=place)
+        weight = self.embedding.weight                       # with --offload it is on the CPU now
+        tokens = torch.arange(0, len(weight), max(1, len(weight) // 4096), device=weight.device)
         return self.embedding(tokens).float().pow(2).mean().sqrt().item()
 
     # ---- prompts ----------------------------------------------------------------------------
@@ -89,14 +97,14 @@ class Agent:
         """Token ids of each text, without special tokens: [[int]].
 
         plain: treat `<|im_end|>` in the text as ordinary characters. Used for tool output."""
-        unique = list(dict.fromkeys(texts))        # what follows a slot is the same in all rows
+        unique = list(dict.fromkeys(texts))        # a text after a slot is the same B times
         if not unique:
             return []
         # JSON may hold half a surrogate pair. Tokenizers fail on it, so it is replaced by `?`.
         proper = [text.encode("utf-8", "replace").decode() for text in unique]
         ids = self.tokenizer(proper, add_special_tokens=False, split_special_tokens=plain).input_ids
         word, token = self.tokenizer.unk_token, self.tokenizer.unk_token_id       # maybe None
-        if any(token in row and word not in text for text, row in zip(proper, ids)):
+        if any(token in tokens and word not in text for text, tokens in zip(proper, ids)):
             say_once(f"{self.name} does not know some words of its texts: it reads {word} for them")
         found = dict(zip(unique, ids))
         return [found[text] for text in texts]
@@ -125,17 +133,17 @@ class Agent:
              " leaves out what the user says: take one that writes message['content']")
         return text
 
-    def prompt(self, system, user, values, slots=()):
-        """B prompts as rows of parts: lists of token ids, and the names of slots between them.
+    def tokenize_prompts(self, system, user, values, slots=()):
+        """B prompts as lists of parts: lists of token ids, and the names of slots between them.
 
         In `user`, {name} is replaced by values[name][b] (the question, the answer format, a text
-        that another agent wrote: B texts a name). For a name in `slots` it is a slot, where latents
-        will go. All other braces stay as they are.
+        that another agent wrote: B texts for each name). For a name in `slots` it is a slot, where
+        latents will go. All other braces stay as they are.
 
-        The chat is rendered once with a mark in place of each {name}, and cut at the slots. Values
-        go in afterwards and in one pass, so that nothing in a question is taken for a mark.
-        Whatever stands between two slots is tokenised as one text, so that words are split as the
-        model knows them. With slots ("planner",):
+        The chat is rendered once with a mark for each {name}, and cut at the slots. Values go in
+        afterwards and in one pass, so that nothing in a question is taken for a mark. The text
+        between two slots is tokenised as one text, so that words are split as the model knows them.
+        With slots ("planner",):
 
             "{question} <|notes|> {planner}"  ->  [[1, 4, 8, 25, .., 6], "planner", [7]]"""
         names = sorted([*values, *slots], key=len, reverse=True)
@@ -144,47 +152,50 @@ class Agent:
         chat = self.render(system, user)
         pieces = re.split(MARK.format("(" + "|".join(map(re.escape, slots)) + ")"), chat)
         mark, count = MARK.format("(.*?)"), len(next(iter(values.values())))
-        columns = []
-        for place, piece in enumerate(pieces):
-            if place % 2:                                        # pieces: text, slot, text, slot ..
+        columns = []                                   # one part of all B prompts after the other
+        for i, piece in enumerate(pieces):
+            if i % 2:                                            # pieces: text, slot, text, slot ..
                 columns.append([piece] * count)
             elif piece:
                 columns.append(self.tokenize([
                     re.sub(mark, lambda found: values[found[1]][b], piece) for b in range(count)]))
-        return [list(row) for row in zip(*columns)]
+        return [list(parts) for parts in zip(*columns)]
 
-    def embed(self, rows, heard):
+    def embed(self, prompts, heard):
         """Prompts with latents in their slots: embeds (B, T, d), mask (B, T), padded on the left.
 
-        rows: see prompt. heard: {slot: B latents (m, d)}, where m may differ from row to row."""
-        # 1. Token ids, with a 0 in place of each latent; and where the latents go.
-        tokens, places, latents = [[] for _ in rows], [], []
-        for b, row in enumerate(rows):
-            for part in row:
+        prompts: see tokenize_prompts. heard: {slot: B latents (m, d)}, where m may differ."""
+        # 1. Token ids, with a 0 for each latent; and which question and position each latent has.
+        tokens, spots, latents = [[] for _ in prompts], [], []
+        for b, parts in enumerate(prompts):
+            for part in parts:
                 if isinstance(part, str):
                     latents.append(heard[part][b])                                  # (m, d)
-                    places += [(b, len(tokens[b]) + i) for i in range(len(latents[-1]))]
+                    spots += [(b, len(tokens[b]) + i) for i in range(len(latents[-1]))]
                     part = [0] * len(latents[-1])
                 tokens[b] = tokens[b] + part
         # 2. All of it as words.
-        ids = [torch.tensor(row, dtype=torch.long) for row in tokens]
-        mask = pad_sequence([torch.ones_like(row) for row in ids], True, 0, "left")
+        ids = [torch.tensor(one, dtype=torch.long) for one in tokens]
+        mask = pad_sequence([torch.ones_like(one) for one in ids], True, 0, "left")
         ids = pad_sequence(ids, True, 0, "left")                                    # (B, T)
         need(ids.numel() == 0 or ids.max() < self.embedding.num_embeddings, f"{self.name}: its "
              "tokenizer knows more tokens than its model: they do not belong together")
         embeds = self.embedding(ids.to(self.device))                                # (B, T, d)
-        # 3. The latents take their places. Gradients flow into them.
+        # 3. Latents take the positions that were kept for them. Gradients flow into them.
         if latents:
-            b, t = torch.tensor(places, device=self.device).view(-1, 2).T
+            b, t = torch.tensor(spots, device=self.device).view(-1, 2).T
             t = t + (mask == 0).sum(1).to(self.device)[b]                           # skip padding
             embeds = embeds.index_put((b, t), torch.cat(list(latents)).to(embeds.dtype))
         return embeds, mask.to(self.device)
 
     # ---- read, think, follow, write ---------------------------------------------------------
 
-    def forward(self, embeds, cache, mask, positions):
+    def forward(self, embeds, cache, mask):
         """Hidden states (B, n, d) of n new positions, which the cache takes in. mask: (B, T + n).
         """
+        # The number of each new position within its own text. (In recorded steps the mask is longer
+        # than the text, and 0 there. So its last column still counts the whole text.)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -embeds.shape[1]:]         # (B, n)
         return self.body(inputs_embeds=embeds, attention_mask=mask, position_ids=positions,
                          use_cache=True, **{self.cache_name: cache}).last_hidden_state
 
@@ -193,33 +204,36 @@ class Agent:
         """
         cache = new_cache(self.body.config) if context is None else context.fork()
         mask = mask if context is None else torch.cat([context.mask, mask], 1)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -embeds.shape[1]:]         # (B, T)
         if mask.shape[1] > self.positions and mask.sum(1).max() > self.positions:
             say_once(f"{self.name} was made for texts of {self.positions} tokens, and a prompt is "
                      "longer: what it says there may be nonsense")
-        states = self.forward(embeds, cache, mask, positions)                       # (B, T, d)
+        states = self.forward(embeds, cache, mask)                                  # (B, T, d)
         return Context(cache, mask, states[:, -1:])
 
-    def read_prompt(self, rows, heard, prefix=None):
+    def read_prompts(self, prompts, heard, prefix=None):
         """The Context of prompts with latents in their slots.
 
         prefix: (B token lists, their Context) of a beginning that was read before. The question
-        stands before the slots and is the same in every round, so only the rest is new. If all rows
-        have equally much left to read, only that is read; padding in the middle of a cache is
-        allowed where it does no harm (gaps). Otherwise everything is read again. (On the tiny
+        stands before the slots and is the same in every round, so only the rest is new. If all
+        prompts have equally much left to read, only that is read; padding in the middle of a cache
+        is allowed where it does no harm (gaps). Otherwise everything is read again. (On the tiny
         system a training step takes 1.6 times as long without this.)"""
-        if prefix and all(row[0][:len(begun)] == begun for row, begun in zip(rows, prefix[0])):
-            rest = [[row[0][len(begun):], *row[1:]] for row, begun in zip(rows, prefix[0])]
+        if prefix and all(parts[0][:len(begun)] == begun
+                          for parts, begun in zip(prompts, prefix[0])):
+            rest = [[parts[0][len(begun):], *parts[1:]]
+                    for parts, begun in zip(prompts, prefix[0])]
             embeds, mask = self.embed(rest, heard)
             if mask.sum(1).min() > 0 and (self.gaps or mask.all()):
                 return self.read(embeds, mask, prefix[1])
-        return self.read(*self.embed(rows, heard))
+        return self.read(*self.embed(prompts, heard))
 
     def steps(self, context, count):
-        """Single steps after a Context, with room for `count` of them: see cache.py."""
-        if self.device.type == "cpu" or torch.is_grad_enabled():
-            return Growing(self.forward, context)
-        return self.recorder.steps(context, count)
+        """Single steps after a Context, `count` of them: recorded ones on a GPU without gradients,
+        if the card has room for their buffers."""
+        recorded = None
+        if self.device.type != "cpu" and not torch.is_grad_enabled():
+            recorded = self.recorder.steps(context, count)
+        return recorded or Growing(self.read, context)
 
     def think(self, context, m):
         """m latent thoughts H = [h_1 .. h_m], (B, m, d): the paper's rollout. Differentiable.
@@ -234,18 +248,17 @@ class Agent:
         return torch.cat(thoughts, 1)
 
     def follow(self, context, tokens):
-        """Hidden states along given tokens (teacher forcing): (B, 1 + n, d), n the longest row.
+        """Hidden states along given tokens (teacher forcing): (B, 1 + n, d), n the longest list.
 
         State i, from 0, has read the prompt and i tokens, so it predicts tokens[i]. States after
-        the end of a shorter row mean nothing. tokens: B lists of ids."""
-        rows = [torch.tensor(row, dtype=torch.long, device=self.device) for row in tokens]
-        ids = pad_sequence(rows, True)                                              # (B, n)
+        the end of a shorter list mean nothing. tokens: B lists of ids."""
+        lists = [torch.tensor(one, dtype=torch.long, device=self.device) for one in tokens]
+        ids = pad_sequence(lists, True)                                             # (B, n)
         if ids.shape[1] == 0:
             return context.hidden
-        real = pad_sequence([torch.ones_like(row) for row in rows], True)           # (B, n)
-        mask = torch.cat([context.mask, real], 1)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
-        states = self.forward(self.embedding(ids), context.fork(), mask, positions)
+        real = pad_sequence([torch.ones_like(one) for one in lists], True)          # (B, n)
+        mask = torch.cat([context.mask, real], 1)                                   # (B, T + n)
+        states = self.forward(self.embedding(ids), context.fork(), mask)            # (B, n, d)
         return torch.cat([context.hidden, states], 1)
 
     def answer_loss(self, context, targets):
@@ -253,54 +266,56 @@ class Agent:
 
         In nats. The vocabulary head runs at the positions that predict a target, and nowhere else.
         """
-        states = self.follow(context, [row[:-1] for row in targets])                # (B, n, d)
-        used = torch.cat([states[b, :len(row)] for b, row in enumerate(targets)])   # (N, d)
-        labels = torch.tensor([token for row in targets for token in row], dtype=torch.long,
+        states = self.follow(context, [one[:-1] for one in targets])                # (B, n, d)
+        used = torch.cat([states[b, :len(one)] for b, one in enumerate(targets)])   # (N, d)
+        labels = torch.tensor([token for one in targets for token in one], dtype=torch.long,
                               device=self.device)                                   # (N,)
         losses = F.cross_entropy(self.head(used).float(), labels, reduction="none")    # (N,)
-        return losses.split([len(row) for row in targets])
+        return losses.split([len(one) for one in targets])
 
     @torch.no_grad()
-    def write(self, context, max_new_tokens, sampling=Sampling(), seeds=None, stop=()):
-        """Decode up to max_new_tokens words a row: B lists of token ids, end tokens included.
+    def write(self, context, max_new_tokens, choose=greedy, seeds=None, stop=()):
+        """Decode up to max_new_tokens words for each question: B lists of token ids, end tokens
+        included.
 
-        Row b draws from a generator of its own, seeded seeds[b], so that what it writes does not
-        depend on who shares its batch. A row also ends after the first of the strings `stop`.
+        choose(logits (B, V), B lists of the tokens written so far, u (B,)) -> B tokens. u is drawn
+        from U(0, 1). Question b draws from a generator of its own, seeded seeds[b], so that its
+        text does not depend on the rest of the batch. A text also ends after the first of the
+        strings `stop`.
 
         This loop is our own, because the library's generate cannot start from a full cache, refuses
         embeddings for some families, and would read the prompt once for each sample."""
-        rows = list(range(len(context.mask)))                # the rows still in the batch
+        going = list(range(len(context.mask)))               # the questions still in the batch
         draws = torch.stack([
             torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed))
-            for seed in seeds or [0] * len(rows)]).to(self.device)                  # (B, steps)
-        written, ends = [[] for _ in rows], {}               # ends[row]: how long its text is
+            for seed in seeds or [0] * len(going)]).to(self.device)                 # (B, steps)
+        written, ends = [[] for _ in going], {}              # ends[b]: how long text b is
         hidden, steps, room = context.hidden, None, 0
         for step in range(max_new_tokens):
-            # 1. The next word of each row.
+            # 1. The next word of each text.
             logits = self.head(hidden[:, -1]).float()                               # (b, V)
-            so_far = [written[row] for row in rows]
-            tokens = sampling.choose(logits, so_far, draws[rows, step])             # (b,)
-            # 2. Which rows have ended?
-            for row, token in zip(rows, tokens.tolist()):
-                written[row].append(token)
-                if token in self.end_tokens or self._stopped(written[row], stop):
-                    ends.setdefault(row, step + 1)
-            going = [place for place, row in enumerate(rows) if row not in ends]
-            if not going or step == max_new_tokens - 1:
+            tokens = choose(logits, [written[b] for b in going], draws[going, step])     # (b,)
+            # 2. Which texts have ended?
+            for b, token in zip(going, tokens.tolist()):
+                written[b].append(token)
+                if token in self.end_tokens or self._stopped(written[b], stop):
+                    ends.setdefault(b, step + 1)
+            open_ones = [i for i, b in enumerate(going) if b not in ends]
+            if not open_ones or step == max_new_tokens - 1:
                 break
-            # 3. Ended rows leave when half of the batch has: a step reads their whole cache too.
-            few = len(going) <= len(rows) // 2
+            # 3. Ended texts leave when half of the batch has ended: a step reads their cache too.
+            few = len(open_ones) <= len(going) // 2
             if few or room == 0:
                 context = steps.context() if steps else context
                 if few:
-                    rows, tokens = [rows[place] for place in going], tokens[going]
-                    context = context.rows(going)
+                    going, tokens = [going[i] for i in open_ones], tokens[open_ones]
+                    context = context.pick(open_ones)
                 room = min(max_new_tokens - step, max(256, step))     # buffers grow with the text
                 steps = self.steps(context, room)
                 room = max(room, steps.room)
             # 4. The word goes in, the next hidden state comes out.
             hidden, room = steps.step(self.embedding(tokens)[:, None]), room - 1    # (b, 1, d)
-        return [tokens[:ends.get(row)] for row, tokens in enumerate(written)]
+        return [tokens[:ends.get(b)] for b, tokens in enumerate(written)]
 
     def _stopped(self, tokens, stop):
         """Whether one of the stop strings has just been written (the last tokens are enough)."""

@@ -13,7 +13,7 @@ Controls: `untrained` (new outer links), `zero` (zeros are sent), `shuffle` (ano
 latents are sent).
 All of them share loop, decoding and scoring. All but `single` and `single_loop` share the prompts
 too, so among these a difference in the table is a difference in what travels between the agents.
-(Who works alone has no partner to hear, and so is asked the role's prompts `first` and `own`.)
+(An agent that works alone has no partner to hear. It gets its `first` and `own` prompts.)
 
 OUT is the folder of --out. OUT/parts has a file for each batch and method, written when that is
 done. A run that was stopped goes on with the missing files (--resume), and under torchrun each rank
@@ -21,24 +21,25 @@ writes its own share. From the parts come OUT/results.jsonl (a line for each que
 OUT/summary.json and OUT/summary.png.
 """
 import contextlib
-import json
 import random
 import time
 from pathlib import Path
 
+from checkpoints import notes_of
+from evaluation import report
+from evaluation.answers import METHODS, Job, Plan, answer_batch, in_batches, possible_methods
+from evaluation.in_words import show
 from recurse import load_mas_system
 from styles import get_style
-from support import flags, report
-from support.answers import Plan, answer_batch, in_batches, possible_methods, show
-from support.checkpoints import notes_of
+from support import flags
+from support.batches import progress
 from support.errors import need, need_same, need_saved
 from support.files import (RESULTS, claim, fingerprint, move_aside, read_json, write_json,
-                           write_whole)
-from support.flags import RANK, RANKS, wait_for_ranks
-from support.sampling import Sampling
-from support.web import search_tool
+                           write_lines)
+from support.ranks import rank, ranks, wait_for_ranks
 from tasks import get_task, task_names
-from writing import Writing
+from tools.web import search_tool
+from writing import Sampling, Writing
 
 # Flags free to resume with.
 CHANGES_NO_ANSWER = ("out", "resume", "show", "device", "threads", "compile", "offload")
@@ -50,26 +51,22 @@ def parse():
     flags.add_system_flags(parser)
     add = parser.add_argument
     # What is asked.
-    add("--dataset", default="tiny", help="a data set of tasks/, or a .json/.jsonl file")
-    add("--task", default="", help="what a file holds: a data set of tasks/, or maths, choice, "
-                                   "coding, search")
-    add("--dataset_split", default="", help="of a data set on the hub, in place of the usual one")
+    add("--dataset", default="", help="a data set of tasks/, or a .json/.jsonl file")
+    add("--task", default="", help="what a file holds: a data set, maths, choice, coding or search")
+    add("--dataset_split", default="", help="of a data set on the hub, instead of the usual one")
     add("--num_samples", type=flags.count, default=-1, help="questions, -1 for all")
-    add("--sample_seed", type=int, default=None,
-        help="draw num_samples questions by this seed, in place of the first ones")
+    add("--sample_seed", type=int, default=None, help="draw the questions, not the first ones")
     # By which methods.
-    add("--method", nargs="+", choices=report.METHODS, default=[],
-        help="default: all that the data set and the batches can serve")
+    add("--method", nargs="+", choices=METHODS, default=[], help="default: all that are possible")
     add("--num_recursive_rounds", nargs="+", type=flags.at_least(1), default=[1, 2, 3])
-    add("--latent_length", type=flags.LATENT_LENGTH, default=32, help="m, latent thoughts a turn")
+    add("--latent_length", type=flags.at_least(1), default=32, help="m, latent thoughts per turn")
     add("--batch_size", type=flags.at_least(1), default=32)
     add("--measure", default="accuracy", choices=["accuracy", "loss"],
-        help="loss: mean nats a token of the gold answer, with nothing decoded")
+        help="loss: mean nats per token of the gold answer, with nothing decoded")
     # How answers are written.
     add("--num_rollouts", type=flags.at_least(1), default=None,
-        help="answers drawn per question (default: 10 for the AIME, else 1); more than one gives "
-             "pass@k")
-    add("--answer_retry", type=int, default=1, choices=[0, 1],
+        help="answers drawn per question (default: 10 for the AIME, else 1), for pass@k")
+    add("--answer_retry", default=1, **flags.SWITCH,
         help="where no answer can be read, put `Final Answer: \\boxed{` after it and go on")
     add("--max_new_tokens", type=flags.at_least(1), default=2000)
     add("--temperature", type=flags.at_least(0, float), default=0.6, help="0 is greedy")
@@ -80,11 +77,9 @@ def parse():
     # Who answers, and with what.
     add("--ckpt_override", nargs="*", action="extend", default=[], metavar="KEY=PATH",
         help="a role's folder, or outer=FOLDER for the outer links")
-    add("--offload", action="store_true",
-        help="one agent on the device at a time, the others in main memory")
-    add("--tavily_keys_file", default="", help="keys for web search, one a line")
-    add("--allow_unsafe_code", action="store_true",
-        help="run model-written programs even where there is no sandbox")
+    add("--offload", action="store_true", help="one agent on the device at a time")
+    add("--tavily_keys_file", default="", help="keys for web search, one per line")
+    add("--allow_unsafe_code", action="store_true", help="run programs even without a sandbox")
     # What comes out.
     add("--out", default="out/evaluate")
     add("--show", type=flags.at_least(0), default=0, metavar="N",
@@ -94,13 +89,12 @@ def parse():
 
 def with_settings(parser):
     """(flags, style), with the settings of style, data set and trained links as defaults."""
-    style = get_style(flags.early(parser).style)
-    settings = style.settings.get("evaluate", {})
-    parser.set_defaults(dataset=settings.get("dataset", "tiny"))
-    known = flags.early(parser)
-    name = known.task or known.dataset
-    data_settings = style.settings.get(name, {}) if name in task_names() else {}
-    settings = {**settings, **data_settings}
+    known = flags.first_look(parser)
+    style = get_style(known.style)
+    settings = dict(style.settings.get("evaluate", {}))
+    # The settings of the data set that is asked: the user's, else the style's own.
+    asked = known.task or known.dataset or settings.get("dataset", "tiny")
+    settings.update(style.settings.get(asked, {}) if asked in task_names() else {})
     # What the links were trained with counts more than what the style says of all links.
     notes = notes_of(overrides(known.ckpt_override).get("outer") or style.repo)
     trained = {name: notes[name] for name in ("latent_length", "num_recursive_rounds")
@@ -110,7 +104,7 @@ def with_settings(parser):
     if trained:
         print("the links were trained with " + " ".join(
             f"{name}={value}" for name, value in trained.items()), flush=True)
-    parser.set_defaults(**trained)
+    parser.set_defaults(dataset=known.dataset or "tiny", **trained)
     return flags.parse(parser, {name: value for name, value in settings.items()
                                 if name not in trained}), style
 
@@ -131,49 +125,39 @@ def evaluate(mas, fresh, task, examples, plan, out, settings, resume=False):
     fresh: the same system with new outer links, for `untrained`. settings: what summary.json says
     of the run. Methods take turns on each batch. Whatever else the machine does meets all of them
     alike, so their times can be compared."""
-    batches = in_batches(examples, plan.batch_size)
-    jobs = []
+    jobs = {}                                            # {file for its lines: what is asked}
     for rounds in sorted(set(plan.rounds)):
-        for number in range(len(batches)):
-            for method in dict.fromkeys(plan.methods):
-                if method != "single":
-                    jobs.append((method, rounds, number))
-                elif rounds == min(plan.rounds):         # it has one round, and is asked once
-                    jobs.append((method, 1, number))
-    parts = [out / "parts" / f"{method}_{rounds}_{number:05d}.json"
-             for method, rounds, number in jobs]
-    if RANK == 0 and not resume:
+        for number, batch in enumerate(in_batches(examples, plan.batch_size)):
+            for method in plan.methods:
+                depth = 1 if method == "single" else rounds         # it has one round: asked once
+                part = out / "parts" / f"{method}_{depth}_{number:05d}.json"
+                jobs.setdefault(part, Job(task, plan, method, depth, examples=batch))
+    if rank() == 0 and not resume:
         move_aside(out, RESULTS)
         write_json(out / "summary.json", {"settings": settings, "rows": []})
     wait_for_ranks()
-    todo = [(part, *job) for part, job in zip(parts, jobs) if not finished(part, batches[job[2]])]
+    todo = [(part, job) for part, job in jobs.items() if not finished(part, job)]
+    first = next(iter(jobs.values())).examples
     with contextlib.suppress(RuntimeError):     # the first call is slow (imports, choosing kernels)
-        first = batches[0][:2]                   # so it happens before the clock starts
-        mas.respond([example.question for example in first], 1, 1, first[0].kind,
-                    writing=Writing(2), columns=[example.row for example in first])
-    name = f"evaluate, {len(batches[0])} questions a batch"
-    for part, method, rounds, number in flags.progress(todo[RANK::RANKS], name):
-        lines = answer_batch(fresh if method == "untrained" else mas, task, batches[number], method,
-                             rounds, plan)
-        write_json(part, {"lines": lines})
+        mas.respond([one.question for one in first[:2]], 1, 1, kind=first[0].kind,
+                    writing=Writing(2), columns=[one.row for one in first[:2]])
+    for part, job in progress(todo[rank()::ranks()], f"evaluate, {len(first)} questions per batch"):
+        write_json(part, {"lines": answer_batch(fresh if job.method == "untrained" else mas, job)})
     wait_for_ranks()
-    lines = [line for part in parts for line in read_json(part)["lines"]]
-    if RANK == 0:
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        write_whole(out / "results.jsonl", lambda beside: beside.write_text(text))
-        report.write_report(report.summarise(lines), out, settings, task, examples)
+    lines = [line for part in jobs for line in read_json(part)["lines"]]
+    if rank() == 0:
+        write_lines(out / "results.jsonl", lines)
+        report.write_report(report.summarise(lines), out, settings, task=task, examples=examples)
     return lines
 
 
-def finished(part, batch):
+def finished(part, job):
     """Whether a part is there, with an answer to each question and without an error."""
-    lines = None
-    with contextlib.suppress(ValueError):                # a torn part is asked again
-        lines = read_json(part).get("lines")
-    if not isinstance(lines, list) or not all(isinstance(line, dict) for line in lines):
+    try:
+        answered = [line["question"] for line in read_json(part)["lines"] if "error" not in line]
+    except (ValueError, LookupError, TypeError):         # missing, torn, or not ours: ask again
         return False
-    return not any("error" in line for line in lines) and (
-        [line.get("question") for line in lines] == [one.question for one in batch])
+    return answered == [example.question for example in job.examples]
 
 
 def compare(mas, task, args, out):
@@ -181,11 +165,13 @@ def compare(mas, task, args, out):
     test problems of the task that made the training rows. `untrained` is where training began."""
     settings = {"max_new_tokens": 1000, "batch_size": 32, **mas.style.settings.get(task.name, {})}
     examples, size = task.load(args.eval_samples), settings["batch_size"]
-    plan = Plan(possible_methods(mas.style, task, in_batches(examples, size)),
-                list(range(1, args.num_recursive_rounds + 1)), args.latent_length, size,
-                Writing(settings["max_new_tokens"], seed=args.seed, brief=task.brief))
+    plan = Plan(methods=possible_methods(mas.style, task, in_batches(examples, size)),
+                rounds=list(range(1, args.num_recursive_rounds + 1)), batch_size=size,
+                latent_length=args.latent_length,
+                writing=Writing(settings["max_new_tokens"], seed=args.seed, brief=task.brief))
     fresh = mas.with_fresh_outer(None, args.scale_match, args.seed)
-    evaluate(mas, fresh, task, examples, plan, out, vars(args), args.resume)
+    evaluate(mas, fresh, task, examples=examples, plan=plan, out=out, settings=vars(args),
+             resume=args.resume)
 
 
 # ---- the script ---------------------------------------------------------------------------------
@@ -207,15 +193,16 @@ def chosen_questions(args):
 
 def plan_of(args, style, task, examples):
     """The Plan of the flags: by which methods, with how many rounds and thoughts, how written."""
-    alone = args.show or args.measure == "loss"              # one answer a question is enough
-    methods = [] if args.show else possible_methods(
-        style, task, in_batches(examples, args.batch_size), args.method)
-    writing = Writing(
-        args.max_new_tokens, Sampling(args.temperature, args.top_p, args.top_k, args.min_p,
-                                      args.repetition_penalty),
-        args.seed, 1 if alone else args.num_rollouts or task.samples, brief=task.brief)
-    return Plan(methods, args.num_recursive_rounds, args.latent_length, args.batch_size, writing,
-                args.answer_retry, args.measure)
+    batches = in_batches(examples, args.batch_size)
+    sampling = Sampling(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,
+                        min_p=args.min_p, repetition_penalty=args.repetition_penalty)
+    alone = args.show or args.measure == "loss"          # then one answer per question is enough
+    samples = 1 if alone else args.num_rollouts or task.samples
+    return Plan(methods=[] if args.show else possible_methods(style, task, batches, args.method),
+                rounds=args.num_recursive_rounds, latent_length=args.latent_length,
+                batch_size=args.batch_size, answer_retry=args.answer_retry, measure=args.measure,
+                writing=Writing(args.max_new_tokens, sampling, args.seed, samples,
+                                brief=task.brief))
 
 
 def need_as_before(out, settings):
@@ -233,24 +220,25 @@ def main():
     settings = {name: value for name, value in vars(args).items() if name not in CHANGES_NO_ANSWER}
     settings.update(method=plan.methods, num_rollouts=plan.writing.samples)
     report.need_matplotlib()
-    if RANK == 0 and not args.show:
+    if not args.show:
         claim(args.out)
-    if args.resume and not args.show:
-        need_as_before(args.out, settings)
-    if task.ready and args.measure == "accuracy" and not args.show:
-        task.ready(args.allow_unsafe_code)
+        if args.resume:
+            need_as_before(args.out, settings)
+        if args.measure == "accuracy":
+            task.ready(args.allow_unsafe_code)
 
     # 2. Who answers.
     uses_links = {"latent", "shuffle"} & set(plan.methods)
-    mas = load_mas_system(style, args.device, args.dtype, task.kind, bool(args.trust_remote_code),
-                          overrides(args.ckpt_override), args.revision,
-                          bool(args.enable_thinking), args.offload, args.allow_unsafe_code,
-                          bool(args.show or uses_links), args.threads, args.compile)
+    mas = load_mas_system(
+        style, args.device, args.dtype, task=task.kind, threads=args.threads,
+        trust_remote_code=bool(args.trust_remote_code), revision=args.revision,
+        ckpt_override=overrides(args.ckpt_override), thinking=bool(args.enable_thinking),
+        offload=args.offload, allow_unsafe_code=args.allow_unsafe_code,
+        need_links=bool(args.show or uses_links), compile=args.compile)
     if mas.latent_length not in (None, args.latent_length) and uses_links:
-        print(f"asked with {args.latent_length} latent thoughts a turn, but the links were trained "
-              f"with {mas.latent_length}", flush=True)
-    if task.check_m:
-        task.check_m(mas.agents[style.roles[0].name], args.latent_length)
+        print(f"asked with {args.latent_length} latent thoughts per turn, but the links were "
+              f"trained with {mas.latent_length}", flush=True)
+    task.check_m(mas.agents[style.roles[0].name], args.latent_length)
     if "search" in style.tools:
         mas.search = search_tool(args.tavily_keys_file)
     if args.show:
@@ -263,7 +251,8 @@ def main():
         need_as_before(args.out, settings)
 
     # 3. The answers and their table.
-    lines = evaluate(mas, fresh, task, examples, plan, Path(args.out), settings, args.resume)
+    lines = evaluate(mas, fresh, task, examples=examples, plan=plan, out=Path(args.out),
+                     settings=settings, resume=args.resume)
     print(f"{len(examples)} questions, {time.time() - started:.0f} s; results.jsonl, summary.json "
           f"and summary.png are in {args.out}")
     need(any(line["outputs"] for line in lines),

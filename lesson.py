@@ -5,7 +5,7 @@ Run the file from top to bottom (a minute on a laptop), or open it in an editor 
 (`# %%`: VS Code, PyCharm, Spyder, Jupyter with jupytext). Each cell makes a claim, measures it,
 prints it and asserts it. You need a little PyTorch. Read reference.py first, which is the
 whole method on one page. All of it runs on the shipped tiny system; the head of tasks/tiny.py says
-what its three agents do. The pictures go to out/lesson. Exercises stand in docs/exercises.md.
+what its three agents do. The picture goes to out/lesson. docs/exercises.md has exercises.
 """
 # %%
 import re
@@ -35,7 +35,7 @@ rows = task.train_rows(300, seed=0)                  # 300 other problems, to tr
 def prompt(role, heard, question):
     """A role's prompt as parts for reference.embed: texts, and messages (m, d) in their slots."""
     role = mas.style.role(role)
-    words = mas.style.prompt(role, "math", list(heard)).replace("{question}", question)
+    words = mas.style.words_for(role, "math", list(heard)).replace("{question}", question)
     parts = re.split(r"\{(\w+)\}", mas.agents[role.name].render(role.system, words))
     return [heard.get(part, part) for part in parts if part]
 
@@ -89,7 +89,7 @@ class Shorter(torch.nn.Module):
 
 
 @torch.no_grad()
-def readable(agent, link, role="planner", m=6, count=40):
+def readable(agent, link, role="planner", m=6, count=20):
     """The share of problems whose i-th thought reads as the i-th written word: m numbers."""
     trained, right = agent.inner, torch.zeros(m)
     agent.inner = link                                   # reference.think asks the agent for it
@@ -176,7 +176,7 @@ assert after.min() > .95 > before.min()
 # right length, and is not understood.
 # %%
 @torch.no_grad()
-def understood(link, count=40):
+def understood(link, count=20):
     """The share of problems where the critic writes the same after latents as after words."""
     same = 0
     for example in examples[:count]:
@@ -204,8 +204,8 @@ assert shares["a new link"] < .5 < .95 < shares["the shipped link"]
 # After the inner link, a thought that predicts a word looks like that word's embedding. So the
 # outer link can begin as a dictionary: the planner's embedding of a word goes in, the critic's
 # embedding of the same word should come out. No model is run for this. A thought never equals an
-# embedding, so some noise is added to what goes in. (warm_start.py does this for all links.
-# train_outer.py goes on from there with the paper's loss, through the whole recursion.)
+# embedding, so some noise is added to what goes in. (training/warm_start.py does this for all
+# links. train_outer.py goes on from there with the paper's loss, through the whole recursion.)
 #
 # What to notice: the link learnt a dictionary of single words, and now translates whole thoughts.
 # This is our way and not the paper's, and it rests on the inner link: if thoughts do not look like

@@ -17,18 +17,19 @@ square (RMS) of 1. Token embeddings have an RMS of .02 to .2, so such a vector i
 than any word. Training does not correct the length: the inner loss is a cosine, which does not
 depend on length. We therefore start the gain at the RMS of the embeddings of the model that will
 read the vector (`gain=agent.embedding_rms`). On the tiny system this gives a better start and the
-same end. Before training, such a share of the planner's thoughts reads as the right word:
+same end: after train_inner.py all thoughts read as the right word, with either gain. Before
+training, the share of the planner's thoughts that read as the right word is:
 
     thought               3       4       5       6
     gain 1                .97     .56     .64     .67
-    matched gain          1.00    .71     .72     .74        (after train_inner.py, all with either)
+    matched gain          1.00    .71     .72     .74
 
 On a real model only the matched gain gives readable thoughts. SmolLM2's thoughts 2 to 8 read as the
-right word for .77 to .80 of the questions. With gain 1 it is .28 for thought 2, and at most .03 for
-the others (docs/real.md).
+right word for .77 to .80 of the questions. With gain 1 the share is .28 for thought 2, and at most
+.03 for the others (docs/real.md).
 
-Links are saved and loaded by support/checkpoints.py. Parameters keep the names they have in the
-released files: proj1, proj2, pre_ln, post_ln, residual_proj, ln_source, ln_target.
+checkpoints.py saves and loads links. Parameters keep the names that they have in the released
+files: proj1, proj2, pre_ln, post_ln, residual_proj, ln_source, ln_target.
 """
 import torch
 import torch.nn as nn
@@ -80,8 +81,8 @@ class InnerLink(nn.Module):
         if self.two_layers:
             y = self.proj2(F.gelu(y))               # W2 GELU(..)
         if self.residual:
-            y = h + y                               # h + ..        the thought itself is the start
-        return self.post_ln(y)                      # LN_post(..)   and the end has its length set
+            y = h + y                               # h + ..        starts from the thought itself
+        return self.post_ln(y)                      # LN_post(..)   sets the length of the result
 
 
 class OuterLink(nn.Module):
@@ -89,7 +90,7 @@ class OuterLink(nn.Module):
 
     Input is (.., src_width), output (.., dst_width). kind and gain are as in InnerLink. The agents
     differ in width, so the residual goes through a matrix W3. The hidden width is 2 dst_width with
-    LayerNorms and dst_width without, as in the released links."""
+    LayerNorms and dst_width without them, as in the released links."""
 
     def __init__(self, src_width, dst_width, kind=RELEASED, gain=1.0):
         super().__init__()
@@ -129,15 +130,16 @@ def word_losses(got, tokens, embedding):
 
 
 def contrast(got, tokens, embedding):
-    """How surely each of a link's outputs (n, d) is nearest to the right one of the batch's words.
+    """The loss of a classifier: which of the batch's words is each of a link's outputs (n, d)
+    nearest to? `tokens` (n,) are the right ones.
 
-    1 - cos (the paper's) pulls an output towards its word's embedding. But embeddings of a real
-    model lie close together, so the output may be near its word and nearer to another one. So we
-    ask which of the batch's words it is nearest to, as in a classification:
+    1 - cos (the paper's loss) pulls an output towards its word's embedding. But the embeddings of a
+    real model lie close together, so an output may be near its word and nearer to another one. So
+    we compare it with all of the batch's words:
 
         contrast = - log softmax_w( cos(got, Emb(w)) / .05 )[the right word]
 
-    The head of warm_start.py says what this gains."""
-    words, place = torch.unique(tokens, return_inverse=True)
+    The head of training/warm_start.py says what this gains."""
+    words, right = torch.unique(tokens, return_inverse=True)                       # right: (n,)
     vectors = F.normalize(embedding(words).float(), dim=-1)                        # (words, d)
-    return F.cross_entropy(F.normalize(got, dim=-1) @ vectors.T / TEMPERATURE, place)
+    return F.cross_entropy(F.normalize(got, dim=-1) @ vectors.T / TEMPERATURE, right)

@@ -8,129 +8,125 @@ Two rounds of a planner, a critic and a solver:
     nothing yet,      thinks           thinks         thinks            thinks          WRITES
     reads, thinks
 
-Each arrow is an outer link. It carries R_out(R_in(H)): m vectors that take the place of words in
-the next agent's prompt. No agent writes a word before the last agent's last turn.
+Each arrow is an outer link. It carries R_out(R_in(H)): m vectors that stand in the next
+agent's prompt where words would stand. No agent writes a word before the last agent's last turn.
 
-That last turn is the only place where answering and training differ. So recurse() stops before it
-and hands it to the caller. MAS.respond writes an answer there. train_outer.py takes the
-cross-entropy of the gold answer there. The turns before it think, unless the caller passes a
-`take_turn` of its own: the trainer passes one that also computes a loss.
+Answering and training differ in that last turn only. So recurse() stops before it and hands it to
+the caller. MAS.respond writes an answer there. train_outer.py takes the cross-entropy of the gold
+answer there. In the turns before it agents think, unless the caller passes a `take_turn` of its
+own: the trainer passes one that also computes a loss.
 
 Where gradients flow. In training, the loss of the last turn flows back through the frozen last
 agent into the vectors that it heard. From there it flows through R_out, R_in and the whole rollout
 of the agent that sent them, into the vectors that this agent heard, and so on, turn by turn, back
-to round 1. It ends at the words of the prompts: no link made their embeddings. (The words before
-the first slot are even read without a graph.) The weights of agents and inner links are frozen, so
-they keep nothing. Only the outer links keep their share of
-the gradient. A link gets one share from every round, because all rounds use the same link.
+to round 1. It ends at the words of the prompts, because no link made their embeddings. (The words
+before the first slot are even read without a graph.) The weights of agents and inner links are
+frozen, so they keep nothing. Only the outer links keep their share of the gradient. A link gets one
+share from every round, because all rounds use the same link.
 
 Shapes: B questions, m latent thoughts, d hidden width. Rounds count from 1.
 """
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from numbers import Integral
 
 import torch
 
 from agents import apply_link
+from checkpoints import load_agents, load_outer_links, outer_folder, trained_with
+from gpu.compiled import set_compile
 from link import RELEASED, OuterLink
+from prompts import WORDS, BatchPrompts, Request, Turn
 from styles import KINDS, get_style
-from support.checkpoints import load_agents, load_outer_links, outer_folder, trained_with
-from support.compiled import set_compile
+from support.batches import chunks
 from support.devices import settle
 from support.errors import need
-from support.prompts import LATENT, WORDS, Prompts, Turn, check_request
-from support.sampling import Sampling
-from support.sandbox import require_sandbox
-from writing import Writing, text_of, write
+from tools.sandbox import require_sandbox
+from writing import Sampling, Writing, write_message, write_turn
+
 
 @dataclass
-class Run:
-    """What happened in a run."""
+class Recursion:
+    """What happened in a run of recurse()."""
     thoughts: dict = field(default_factory=dict)    # (round, role): H (B, m, d), before any link
     sent: dict = field(default_factory=dict)        # (round, edge key): R_out(R_in(H)), (B, m, d)
     texts: dict = field(default_factory=dict)       # (round, role): B texts
-    latent_steps: int = 0                           # thoughts a question, of all roles together
-    decoded: list = field(default_factory=list)     # words a question, of all roles together
+    latent_steps: int = 0                           # thoughts per question, of all roles together
+    decoded: list = field(default_factory=list)     # words per question, of all roles together
     last_turn: Turn = None                          # recurse() stops before it
     drafts: list = field(default_factory=list)      # what was written last, as Drafts
+
+
+# ---- what can be sent ---------------------------------------------------------------------------
+
+def zeros(edge, message):
+    """A control: nothing arrives. What does the last agent know without the others?"""
+    return torch.zeros_like(message)
+
+
+def of_another_question(edge, message):
+    """A control: the message (B, m, d) about the next question of the batch. It has the right form
+    and the wrong content. So it shows what the form alone is worth."""
+    need(len(message) > 1, "method shuffle needs at least two questions in a batch")
+    return message.roll(1, 0)
+
+
+# A control changes what arrives: change(edge, message) -> a message of the same shape. To add one,
+# write such a function and name it here. recurse(change=..) takes any function of this kind.
+CONTROLS = {"zero": zeros, "shuffle": of_another_question}
 
 
 # ---- the recursion ------------------------------------------------------------------------------
 
 def recurse(mas, questions, rounds=None, latent_length=None, kind="math", method="latent",
-            trace=False, take_turn=None, writing=Writing(), columns=None):
-    """Run all rounds up to the last agent's last turn, which is left to the caller: a Run.
+            trace=False, take_turn=None, writing=Writing(), columns=None, change=None):
+    """Run all rounds up to the last agent's last turn, which is left to the caller: a Recursion.
 
-    rounds, latent_length (m): by default, those that the links were trained with. kind: of all
-    questions, or a list with one for each. method: see LATENT and WORDS. take_turn(turn) -> H (B,
-    m, d) is called in place of thinking. writing: how texts are written. trace: keep thoughts and
-    messages in the Run. columns: the row of each question, where prompts hold a {column}. Raises
+    questions: B texts, or a whole Request. rounds, latent_length (m), kind, method, columns: see
+    MAS.request. take_turn(turn) -> H (B, m, d) is called instead of thinking. writing: how texts
+    are written. trace: keep thoughts and messages in the Recursion. change: see CONTROLS. Raises
     ValueError for a request that cannot be served."""
-    rounds, latent_length = mas.as_trained(rounds, latent_length)
-    kinds = check_request(questions, rounds, latent_length, kind, method)
-    style = mas.style
-    if method in ("single", "single_loop"):
+    request, style = mas.request(questions, rounds, latent_length, kind=kind, method=method,
+                                 columns=columns), mas.style
+    if request.method in ("single", "single_loop"):
         # The last role works alone: once, or for as many turns as all roles have together.
-        rounds = rounds * len(style.roles) if method == "single_loop" else 1
-        style = style.alone()
-    # All that follows is the same for every method. Only what an agent says differs: m vectors that
-    # it has thought, or a text that it has written.
-    prompts = Prompts(mas, style, questions, kinds, columns, method in WORDS)
-    run = Run(decoded=[0] * (len(questions) // writing.repeats))
-    take_turn = take_turn or (lambda turn: turn.agent.think(turn.read(), latent_length))
-    # What each role has heard by now. At first nobody has heard anything, so in round 1 a role is
-    # asked its `first` prompt, with slots for those alone who have spoken before it.
+        turns = request.rounds * len(style.roles) if request.method == "single_loop" else 1
+        request, style = replace(request, rounds=turns), style.alone()
+    # The rest is the same for every method. Only what an agent says differs: m vectors that it has
+    # thought, or a text that it has written.
+    in_words, change = request.method in WORDS, change or CONTROLS.get(request.method)
+    prompts = BatchPrompts(mas, style, request)
+    run = Recursion(decoded=[0] * (len(request.questions) // writing.repeats))
+    take_turn = take_turn or (lambda turn: turn.agent.think(turn.read(), request.latent_length))
+    # What each role has heard by now. At first nobody has heard anything. So in round 1 a role gets
+    # its `first` prompt, which has slots only for roles that spoke before it.
     heard = {role.name: {} for role in style.roles}         # {who: {from whom: the last message}}
 
-    for round in range(1, rounds + 1):
+    for round in range(1, request.rounds + 1):
         for role in style.roles:
-            # 1. The agent gets its prompt, with the messages of the others in their slots. (In all
-            #    rounds the beginning of a prompt is the same, so it is read once.)
-            turn = prompts.turn(role, round, dict(heard[role.name]), reuse=rounds > 1)
-            if round == rounds and role is style.roles[-1]:
+            # 1. The agent gets its prompt, with the messages of the others in their slots.
+            turn = prompts.turn(role, round, dict(heard[role.name]))
+            if round == request.rounds and role is style.roles[-1]:
                 # Nobody would hear its thoughts. The caller lets it write, or takes its loss.
                 run.last_turn = turn
                 return run
             # 2. It thinks, or in the baselines it writes. (In training, take_turn also takes the
             #    role's own loss.)
-            if method in WORDS:
-                said = write_message(mas, run, turn, questions, writing, method)     # B texts
+            if in_words:
+                said = write_message(mas, run, turn, request=request, writing=writing)   # B texts
             else:
-                said = take_turn(turn)                                               # H (B, m, d)
+                said = take_turn(turn)                                                # H (B, m, d)
                 run.latent_steps += len(said[0])
-            # 3. What it said goes along each of its edges. A later message of the same agent takes
-            #    the place of the earlier one, so an agent hears the newest thoughts alone.
+                if trace:
+                    run.thoughts[round, role.name] = said
+            # 3. What it said goes along each of its edges. A later message of the same agent
+            #    replaces the earlier one, so an agent hears only the newest thoughts.
             for edge in style.edges:
                 if edge.src == role.name:
-                    message = mas.send(edge, said, method)            # R_out(R_in(H)) (B, m, d_dst)
+                    message = said if in_words else mas.send(edge, said)  # R_out(R_in(H)) (B, m, d)
+                    message = change(edge, message) if change else message
                     heard[edge.dst][role.name] = message
-                    if trace and method in LATENT:
-                        run.thoughts[round, role.name] = said
+                    if trace and not in_words:
                         run.sent[round, edge.key] = message
-
-
-def write_message(mas, run, turn, questions, writing, method):
-    """What an agent says in words to the others: B texts.
-
-    text_brief cuts a text off after writing.brief words, where its essence ends. That makes the
-    fair baseline for latents: it also spares the others' time, but somebody has to know the length.
-    """
-    limit = writing.max_new_tokens
-    if method == "text_brief":
-        need(writing.brief, "method text_brief needs a task that has a brief message length")
-        limit = min(writing.brief, limit)
-    writing = dataclasses.replace(writing, samples=1, max_new_tokens=limit)
-    return write_turn(mas, run, turn, questions, writing)
-
-
-def write_turn(mas, run, turn, questions, writing):
-    """Write one turn: its texts. The Run keeps the drafts and counts their words."""
-    tools = mas.style.tools if turn.role == mas.style.roles[-1].name else ()
-    run.drafts = write(turn, questions, writing, tools, mas.search)
-    for draft in run.drafts:
-        run.decoded[draft.row // writing.repeats] += draft.decoded
-    run.texts[turn.round, turn.role] = [text_of(turn, draft) for draft in run.drafts]
-    return run.texts[turn.round, turn.role]
 
 
 # ---- the system ---------------------------------------------------------------------------------
@@ -150,11 +146,32 @@ class MAS:
     rounds: int | None = None
     latent_length: int | None = None
 
-    def as_trained(self, rounds=None, latent_length=None):
-        """(rounds, latent_length). What is not given is as the links were trained, else 3 and 32.
-        """
-        return ((self.rounds or 3) if rounds is None else rounds,
-                (self.latent_length or 32) if latent_length is None else latent_length)
+    def request(self, questions, rounds=None, latent_length=None, kind="math", method="latent",
+                columns=None):
+        """A checked and complete Request. Every run is checked here, and nowhere else.
+
+        rounds and latent_length: by default what the links were trained with, else 3 and 32. kind:
+        of all questions, or a list with one for each. method: latent, a control, or one of WORDS.
+        columns: the row of data of each question, where prompts hold a {column}. Raises ValueError
+        for a request that cannot be served."""
+        if isinstance(questions, Request):
+            return questions
+        rounds = (self.rounds or 3) if rounds is None else rounds
+        m = (self.latent_length or 32) if latent_length is None else latent_length
+        need(isinstance(questions, (list, tuple)) and all(isinstance(one, str) and one.strip()
+                                                          for one in questions), "questions are a "
+             "list of texts, none of them empty: for a single one write [question]")
+        need(questions, "there are no questions")
+        kinds = [kind] * len(questions) if isinstance(kind, str) else list(kind)
+        need(len(kinds) == len(questions) and set(kinds) <= set(KINDS), f"kind {kind!r} is neither "
+             f"one of {', '.join(KINDS)}, nor a list of these with one for each question")
+        methods = ("latent", *CONTROLS, *WORDS)
+        need(method in methods, f"unknown method '{method}': choose one of {', '.join(methods)}")
+        need(all(isinstance(one, Integral) for one in (rounds, m)) and rounds >= 1
+             and (m >= 1 or method in WORDS), "rounds and latent length are whole numbers of at "
+             f"least 1, not {rounds} and {m}: for an answer without latents use method single")
+        return Request(list(questions), kinds, list(columns or [{}] * len(questions)),
+                       rounds=rounds, latent_length=m, method=method)
 
     def agent(self, role):
         """The agent of a role, its weights on its device."""
@@ -167,28 +184,17 @@ class MAS:
             agent.model.to(agent.device)
         return agent
 
-    def send(self, edge, said, method="latent"):
+    def send(self, edge, said):
         """What arrives at edge.dst: R_out(R_in(H)), (B, m, d) -> (B, m, d_dst).
 
         Both links are applied here, one after the other: R_in makes the thought an input of the
         agent itself, and R_out translates that input for the other agent. A link works on each
-        position alone, so in training H may also be a list of B tensors (m_b, d).
-
-        Texts arrive as they are. The controls send something else: `zero` sends zeros, so it shows
-        what the last agent knows without the others. `shuffle` sends the message of another
-        question, so it shows what a message is worth that has the right form and the wrong content.
-        """
-        if method in WORDS:
-            return said
+        position alone, so in training H may also be a list of B tensors (m_b, d)."""
         if not torch.is_tensor(said):
-            lengths = [len(h) for h in said]
-            return self.send(edge, torch.cat(list(said)), method).split(lengths)
+            return self.send(edge, torch.cat(list(said))).split([len(h) for h in said])
         source, target = self.agents[edge.src], self.agents[edge.dst]
         inward = apply_link(source.inner, said, source.dtype).to(target.device)     # R_in(H)
-        message = apply_link(self.outer[edge.key], inward, target.dtype)            # R_out(R_in(H))
-        if method == "zero":
-            return torch.zeros_like(message)
-        return message.roll(1, 0) if method == "shuffle" else message
+        return apply_link(self.outer[edge.key], inward, target.dtype)               # R_out(R_in(H))
 
     def with_fresh_outer(self, kinds=None, scale_match=True, seed=42):
         """The same agents with new, untrained outer links. kinds: {edge key: kind of link}, by
@@ -200,55 +206,48 @@ class MAS:
             source, target = self.agents[edge.src], self.agents[edge.dst]
             gain = target.embedding_rms if scale_match else 1.0       # see link.py
             link = OuterLink(source.width, target.width, kinds.get(edge.key, RELEASED), gain)
+            # A link lives where the hearing agent lives, so R_in(H) (B, m, d) is what crosses over.
             links[edge.key] = link.to(target.device).requires_grad_(False)
-        return dataclasses.replace(self, outer=links)
+        return replace(self, outer=links)
 
     @torch.no_grad()
     def respond(self, questions, rounds=None, latent_length=None, kind="math", method="latent",
-                trace=False, writing=Writing(), columns=None):
-        """Answer one batch of B questions: (B * writing.samples texts, Run).
+                trace=False, writing=Writing(), columns=None, change=None):
+        """Answer one batch of B questions: (B * writing.samples texts, Recursion).
 
         The recursion runs without gradients, and then the last agent's last turn is written. All K
         samples of a question share prompts and latents; only the written answers differ. Where the
-        agents exchange words, each sample is a run of its own."""
-        rounds, latent_length = self.as_trained(rounds, latent_length)
-        K = writing.samples
-        if K > 1 and method in ("text", "text_brief", "single_loop"):
-            kinds = check_request(questions, rounds, latent_length, kind, method)
-            questions = [question for question in questions for _ in range(K)]
-            kind = [one for one in kinds for _ in range(K)]
-            columns = columns and [row for row in columns for _ in range(K)]
-            writing = dataclasses.replace(writing, samples=1, repeats=K)
-        run = recurse(self, questions, rounds, latent_length, kind, method, trace, None, writing,
-                      columns)
-        return write_turn(self, run, run.last_turn, questions, writing), run
+        agents exchange words, each sample is a conversation of its own."""
+        request = self.request(questions, rounds, latent_length, kind=kind, method=method,
+                               columns=columns)
+        B, K = len(request.questions), writing.samples
+        if K > 1 and request.method in ("text", "text_brief", "single_loop"):
+            # K = 2 asks the questions 0, 0, 1, 1, .. so that no two samples share a conversation.
+            request = request.pick([b for b in range(B) for _ in range(K)])
+            writing = replace(writing, samples=1, repeats=K)
+        run = recurse(self, request, trace=trace, writing=writing, change=change)
+        texts = write_turn(self, run, run.last_turn, questions=request.questions, writing=writing)
+        return texts, run
 
     def answer(self, questions, rounds=None, latent_length=None, kind="math", method="latent",
-               max_new_tokens=1000, temperature=0.0, top_p=1.0, seed=42, batch_size=32):
+               max_new_tokens=1000, temperature=0.0, top_p=1.0, seed=42, batch_size=32,
+               change=None):
         """Answers to any number of questions: a list of texts.
 
-        rounds, latent_length: by default, those that the links were trained with. A text does not
-        depend on the batch it is in: sampling (temperature above 0) draws from a seed of the
-        question's own."""
+        rounds, latent_length, kind, method: see request. A text does not depend on the batch it is
+        in: sampling (temperature above 0) draws from a seed of the question's own."""
         need(batch_size >= 1, f"batch_size is at least 1, not {batch_size}")
-        rounds, latent_length = self.as_trained(rounds, latent_length)
-        kinds, texts = check_request(questions, rounds, latent_length, kind, method), []
-        writing = Writing(max_new_tokens, Sampling(temperature, top_p), seed)
-        for batch in chunks(list(zip(questions, kinds)), batch_size):
-            asked, theirs = map(list, zip(*batch))
-            texts += self.respond(asked, rounds, latent_length, theirs, method, writing=writing)[0]
+        request = self.request(questions, rounds, latent_length, kind=kind, method=method)
+        writing, texts = Writing(max_new_tokens, Sampling(temperature, top_p), seed), []
+        # The whole request was checked before the first batch: no answer is lost to a late error.
+        for numbers in chunks(range(len(questions)), batch_size):
+            texts += self.respond(request.pick(numbers), writing=writing, change=change)[0]
         return texts
-
-
-def chunks(items, size):
-    """Items in the fewest batches of at most `size`, all of nearly the same length."""
-    count = -(-len(items) // size)
-    return [items[len(items) * i // count: len(items) * (i + 1) // count] for i in range(count)]
 
 
 def load_mas_system(style, device="auto", dtype="auto", task="math", trust_remote_code=False,
                     ckpt_override=None, revision=None, thinking=False, offload=False,
-                    allow_unsafe_code=False, need_links=True, threads=0, compile="auto"):
+                    allow_unsafe_code=False, need_links=True, threads=0, compile=0):
     """A whole system, ready to answer.
 
     style: a name, a .py file or a Style. ckpt_override: {role or "outer": folder or hub id}, in
@@ -256,11 +255,12 @@ def load_mas_system(style, device="auto", dtype="auto", task="math", trust_remot
     the style's repos. offload: see MAS. allow_unsafe_code: let tools run programs even where
     nothing confines them. need_links: False puts new, untrained links where none are found, which
     is enough for baselines in words and for controls. device, threads: see support/devices.py.
-    compile: auto, 0 or 1, see support/compiled.py. Raises ValueError or OSError, naming the file.
+    compile: 0 or 1, see gpu/compiled.py. Raises ValueError or OSError, naming the file.
     """
     style = get_style(style)
     need(task in KINDS, f"unknown task '{task}': choose one of {', '.join(KINDS)}")
     device = settle(style, device, threads)
+    # Roles may be given by their published names.
     override = {key if key == "outer" else style.role(key).name: folder
                 for key, folder in (ckpt_override or {}).items()}
     if "python" in style.tools:
@@ -268,13 +268,16 @@ def load_mas_system(style, device="auto", dtype="auto", task="math", trust_remot
     folder = outer_folder(style, override, revision, need_links)
     # The links know the system they were trained in: models, inner links, m, R.
     notes, models, inner = trained_with(folder, style, override)
-    agents = load_agents(style, device, dtype, task, trust_remote_code, {**override, **inner},
-                         revision, models, notes.get("inner_adapter_type_fallback", RELEASED),
-                         thinking, offload, need_links)
+    agents = load_agents(
+        style, device, dtype, task=task, trust_remote_code=trust_remote_code,
+        override={**override, **inner}, revision=revision, models=models,
+        inner_kind=notes.get("inner_adapter_type_fallback", RELEASED), thinking=thinking,
+        offload=offload, need_links=need_links)
     set_compile(agents.values(), compile)
+    # m and R: what the links were trained with, else what the style trains with.
     notes = {**style.settings.get("train_outer", {}), **notes}
     mas = MAS(style, agents, None, offload, rounds=notes.get("num_recursive_rounds"),
               latent_length=notes.get("latent_length"))
     if folder is None:
         return mas.with_fresh_outer()
-    return dataclasses.replace(mas, outer=load_outer_links(folder, style, agents, task))
+    return replace(mas, outer=load_outer_links(folder, style, agents, task))

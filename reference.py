@@ -26,7 +26,7 @@ def embed(agent, parts):
     """A prompt as one sequence of embeddings, (T, d).
 
     parts: what the prompt is made of, in order. A part is a text, or a message of another agent, a
-    tensor (m, d) that takes the place of m words."""
+    tensor (m, d) that stands where m words would stand."""
     sequence = []
     for part in parts:
         if isinstance(part, str):

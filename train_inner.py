@@ -21,27 +21,27 @@ kept for all epochs, in a file that is mapped into memory and may be larger than
 """
 import dataclasses
 import json
+import math
 import shutil
 import time
 from pathlib import Path
 
 import torch
 
-from link import KINDS as LINK_KINDS
+from checkpoints import load_agent, load_inner, local_folder, save_inner
+from evaluation.in_words import readability, tell
+from gpu.compiled import set_compile
 from link import InnerLink, kind_name, word_losses
-from recurse import chunks
 from styles import KINDS, PUBLISHED_DESIGNS, get_style
 from support import flags
-from support import rows as data
-from support.checkpoints import load_agent, load_inner, local_folder, save_inner
-from support.compiled import set_compile
+from support.batches import by_length, progress
 from support.devices import pick_device, settle
 from support.errors import need
-from support.files import claim, fingerprint, write_json
-from support.flags import RANK
-from support.sampling import Sampling
-from support.training import Training
-from writing import text_seed
+from support.files import claim, fingerprint, read_lines
+from support.ranks import rank
+from training import rows as data
+from training.loop import (State, mean_over_tokens, micro_batches, new_schedule, number_of_steps)
+from writing import Sampling, text_seed
 
 
 def parse():
@@ -52,23 +52,20 @@ def parse():
     add = parser.add_argument
     add("--mas_role", default="planner", help="the role whose link is trained")
     add("--mas_design", default="", choices=["", *PUBLISHED_DESIGNS],
-        help="the published name of a style, in place of --style")
-    add("--model_name_or_path", default="", help="base model, in place of the role's")
+        help="the published name of a style, instead of --style")
+    add("--model_name_or_path", default="", help="base model, instead of the role's")
     add("--save_dir", default="out/train_inner")
     add("--load_dir", default="", help="start from the inner link in this folder")
-    add("--text", default="own", choices=["own", "gold"],
-        help="the agent's own words for the rows' prompts; or the role's gold text, as published")
-    add("--text_field", default="", help="column with the gold text, in place of the role's")
+    add("--text", default="own", choices=["own", "gold"], help="see the head of this file")
+    add("--text_field", default="", help="column with the gold text, instead of the role's")
     add("--own_length", type=flags.at_least(1), default=64, help="tokens of an own text")
     add("--own_temperature", type=flags.at_least(0, float), default=0.0, help="0 is greedy")
-    add("--held_out", type=flags.at_least(1), default=40,
-        help="texts on which readability is measured, and which are not trained on")
+    add("--held_out", type=flags.at_least(1), default=40, help="texts for readability alone")
     add("--max_length", type=flags.at_least(1), default=2048, help="tokens of a gold text")
-    add("--adapter_type", default="ln_res_adapter",
-        help=f"kind of link: {', '.join(LINK_KINDS)} or a published name")
+    add("--adapter_type", default="ln_res_adapter", help="kind of link, ours or as published")
     add("--adapter_cos_weight", type=flags.at_least(0, float), default=1.0)
     add("--adapter_mse_weight", type=flags.at_least(0, float), default=0.0)
-    known = flags.early(parser)
+    known = flags.first_look(parser)
     design = PUBLISHED_DESIGNS.get(known.mas_design, "")
     style = get_style(design if design and known.style == "tiny" else known.style)
     need(style.name.startswith(design.split("_")[0]), f"--mas_design {known.mas_design} is not the "
@@ -81,47 +78,66 @@ def parse():
     return args, style, role
 
 
-def own_tokens(agent, style, role, texts, args):
+# ---- the texts, and the hidden states along them -----------------------------------------------
+
+def texts_of(args, style, role):
+    """(RoleTexts to train on, RoleTexts held out for readability, if there are enough)."""
+    rows = data.keep_usable(data.load_rows(args), [role] if args.text == "gold" else [])
+    texts = data.role_texts_of(style, role, rows, args.mas_task)
+    if len(texts) >= 2 * args.held_out:
+        return texts[args.held_out:], texts[:args.held_out]
+    print("too few texts to hold any out: readability is measured on the training texts")
+    return texts, texts
+
+
+def tokens_of(agent, texts, args):
+    """The tokens to train along, a list for each of these RoleTexts."""
+    if args.text == "gold":
+        return [tokens[:args.max_length] for tokens in agent.tokenize([one.text for one in texts])]
+    print("texts: the agent's own, along which latents stay readable (--text gold: the rows')")
+    return own_tokens(agent, texts, args)
+
+
+def own_tokens(agent, texts, args):
     """What the frozen agent itself writes for the prompts of these RoleTexts: a token list each.
 
     Written in batches into a file of --save_dir. A run that is started again goes on with it."""
-    file = Path(args.save_dir) / f"own_texts.rank{RANK}.jsonl"
+    file = Path(args.save_dir) / f"own_texts.rank{rank()}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
-    keys = [text_seed(agent.name, role, one.question, one.kind, one.heard, one.row,
+    keys = [text_seed(agent.name, one.role, one.question, one.kind, one.heard, one.row,
                       args.own_length, args.own_temperature, args.seed, agent.thinking, agent.dtype)
             for one in texts]
-    lines = file.read_text().split("\n") if file.is_file() else []
-    whole = [json.loads(line) for line in lines if line.endswith("}")]     # one may be torn
-    written = {line["key"]: line["tokens"] for line in whole}
-    todo = {key: i for i, key in enumerate(keys) if key not in written}    # equal prompts once
-    todo = sorted(todo.values(), key=lambda i: len(texts[i].question))     # so little is padding
-    for chunk in flags.progress(chunks(todo, args.batch_size), "own texts"):
-        context = data.read_role_texts(agent, style, role, [texts[i] for i in chunk])
-        tokens = agent.write(context, args.own_length, Sampling(args.own_temperature),
-                             [keys[i] for i in chunk])
+    written = {line["key"]: line["tokens"] for line in read_lines(file)}
+    todo = list({key: i for i, key in enumerate(keys) if key not in written}.values())
+    batches = by_length([len(texts[i].question) for i in todo], args.batch_size)
+    for batch in progress(batches, "own texts"):
+        numbers = [todo[i] for i in batch]
+        context = data.read_role_texts(agent, [texts[i] for i in numbers])
+        tokens = agent.write(context, args.own_length, Sampling(args.own_temperature).choose,
+                             seeds=[keys[i] for i in numbers])
         with open(file, "a") as out:
-            for i, row in zip(chunk, tokens):
-                written[keys[i]] = row
-                out.write("\n" + json.dumps({"key": keys[i], "tokens": row}))
+            for i, text in zip(numbers, tokens):
+                written[keys[i]] = text
+                out.write("\n" + json.dumps({"key": keys[i], "tokens": text}))
     return [[token for token in written[key] if token not in agent.end_tokens] for key in keys]
 
 
 @torch.no_grad()
-def states_along(agent, style, role, texts, tokens):
+def states_along(agent, texts, tokens):
     """Hidden states along given tokens after the prompts of RoleTexts: [(n, d)].
 
     State i, from 0, has read the prompt and i tokens, so it predicts tokens[i]."""
-    context = data.read_role_texts(agent, style, role, texts)
-    states = agent.follow(context, [row[:-1] for row in tokens])                   # (B, n, d)
-    return [h[:len(row)] for h, row in zip(states, tokens)]
+    context = data.read_role_texts(agent, texts)
+    states = agent.follow(context, [text[:-1] for text in tokens])                 # (B, n, d)
+    return [h[:len(text)] for h, text in zip(states, tokens)]
 
 
-def hidden_states(agent, style, role, texts, tokens, args):
+def hidden_states(agent, texts, tokens, args):
     """Hidden states along all texts, computed once: [(states (n, d), tokens (n,))].
 
-    They lie in a file of --save_dir that is mapped into memory. The file has no name any more when
-    this returns, so it goes away with the process, however that ends."""
-    lengths, file = list(map(len, tokens)), Path(args.save_dir) / f"hidden_states.rank{RANK}.bin"
+    They lie in a file of --save_dir that is mapped into memory. The file is unlinked before this
+    returns, so the system frees it when the process ends, even by a crash."""
+    lengths, file = list(map(len, tokens)), Path(args.save_dir) / f"hidden_states.rank{rank()}.bin"
     file.parent.mkdir(parents=True, exist_ok=True)
     size = sum(lengths) * agent.width * agent.embedding.weight.element_size()
     need(shutil.disk_usage(file.parent).free > 1.1 * size, f"there is no room for {file} "
@@ -130,42 +146,23 @@ def hidden_states(agent, style, role, texts, tokens, args):
                              dtype=agent.dtype).view(-1, agent.width)              # (all n, d)
     print(f"{len(texts)} texts, {len(states)} tokens: {size / 1e9:.2f} GB of hidden states in "
           f"{file}", flush=True)
-    places = states.split(lengths)
-    by_length = sorted(range(len(texts)), key=lengths.__getitem__)         # so little is padding
-    for chunk in flags.progress(chunks(by_length, args.batch_size), "hidden states"):
-        found = states_along(agent, style, role, [texts[i] for i in chunk],
-                             [tokens[i] for i in chunk])
-        for i, h in zip(chunk, found):
-            places[i].copy_(h)
+    of_text = states.split(lengths)                                                # [(n, d)]
+    for batch in progress(by_length(lengths, args.batch_size), "hidden states"):
+        found = states_along(agent, [texts[i] for i in batch], [tokens[i] for i in batch])
+        for i, h in zip(batch, found):
+            of_text[i].copy_(h)
     file.unlink()
-    return list(zip(places, (torch.tensor(row, device=agent.device) for row in tokens)))
+    return list(zip(of_text, (torch.tensor(text, device=agent.device) for text in tokens)))
 
 
-@torch.no_grad()
-def readability(agent, style, role, texts, args):
-    """Do the latents, read through the vocabulary head, say what the text would say?
-
-    Returns, for each latent step, the share of prompts whose thought reads as the token that greedy
-    decoding writes at that place; and the first prompt's thoughts in words. The first thought comes
-    before any link, so it always agrees."""
-    agreed, counted, words = torch.zeros(args.latent_length), torch.zeros(args.latent_length), ""
-    for batch in flags.progress(chunks(texts, args.batch_size), "readability"):
-        context = data.read_role_texts(agent, style, role, batch)
-        thoughts = agent.think(context, args.latent_length)                 # (b, m, d)
-        read_out = agent.head(thoughts).argmax(-1).cpu()                    # (b, m)
-        words = words or agent.tokenizer.decode(read_out[0])
-        for row, ids in zip(read_out, agent.write(context, args.latent_length)):
-            agreed[:len(ids)] += row[:len(ids)] == torch.tensor(ids)
-            counted[:len(ids)] += 1
-    return (agreed / counted.clamp(min=1)).tolist(), words
-
+# ---- one run ------------------------------------------------------------------------------------
 
 def frozen_agent(args, style, role):
     """The role's base model as an Agent, without an inner link."""
     device, dtype = pick_device(settle(style, args.device, args.threads), args.dtype)
     base = local_folder(args.model_name_or_path, args.revision, f"role {role.name}")
-    agent = load_agent(base, device, dtype, bool(args.trust_remote_code),
-                       bool(args.enable_thinking))
+    agent = load_agent(base, device, dtype, trust_remote_code=bool(args.trust_remote_code),
+                       thinking=bool(args.enable_thinking))
     set_compile([agent], args.compile)
     return agent
 
@@ -181,74 +178,69 @@ def new_link(agent, args):
     return InnerLink(agent.width, args.adapter_type, gain).to(agent.device)
 
 
-def tell(count, before, after, folder):
-    """Print and save what readability() returned before and after training."""
-    (shares_before, words_before), (shares_after, words_after) = before, after
-    write_json(Path(folder) / "readability.json", {"before": shares_before, "after": shares_after})
-    print(f"share of {count} prompts whose latents read as the greedy text, by step:")
-    for name, shares in (("before", shares_before), ("after", shares_after)):
-        print(f"  {name:7s}" + " ".join(f"{share:.2f}" for share in shares))
-    print(f"the first one's latents in words:\n  before {words_before!r}\n  after  {words_after!r}")
-    print(f"the link is in {folder}")
+def inner_loss(agent, pairs, args):
+    """(loss, 1 - cos, MSE) of a micro-batch of (states (n, d), tokens (n,)).
 
+        loss = w_cos (1 - cos(R_in(h_t), Emb(token))) + w_mse MSE(R_in(h_t), Emb(token))
 
-def learn_from(agent, pairs, args, training):
-    """Add the gradient of one micro-batch of (states, tokens)."""
+    where the state h_t predicts the token. As published, w_cos = 1 and w_mse = 0."""
     states = torch.cat([h for h, _ in pairs]).to(agent.device)              # (n, d)
     targets = torch.cat([ids for _, ids in pairs])                          # (n,)
     got = agent.inner(states.float())                                       # R_in(h_t)   (n, d)
     cosine, mse = word_losses(got, targets, agent.embedding)
-    # loss = w_cos (1 - cos(R_in(h_t), Emb(token))) + w_mse MSE(R_in(h_t), Emb(token)), where the
-    # state h_t predicts the token. As published, w_cos = 1 and w_mse = 0.
-    loss = args.adapter_cos_weight * cosine + args.adapter_mse_weight * mse
-    training.backward(loss, len(states), cosine=cosine, mse=mse)
+    return args.adapter_cos_weight * cosine + args.adapter_mse_weight * mse, cosine, mse
 
 
 def main():
     """Texts, agent, hidden states, the loop, and what the trained link is worth."""
     (args, style, role), started = parse(), time.time()
-    # 1. The prompts. Some are held out for readability, if there are enough.
-    rows = data.load_rows(args.dataset_name, args.dataset_split, args.dataset_json_field,
-                          args.num_samples, args.seed)
-    rows = data.keep_usable(rows, [role] if args.text == "gold" else [])
-    texts = held_out = data.role_texts_of(style, role, rows, args.mas_task)
-    if len(texts) >= 2 * args.held_out:
-        held_out, texts = texts[:args.held_out], texts[args.held_out:]
-    else:
-        print("too few texts to hold any out: readability is measured on the training texts")
-    if RANK == 0:
-        claim(args.save_dir)
-
-    # 2. The frozen agent, its link, and its hidden states along the texts.
+    # 1. The texts, the frozen agent with its link, and its hidden states along the texts.
+    texts, held_out = texts_of(args, style, role)
+    claim(args.save_dir)
     agent = frozen_agent(args, style, role)
-    agent.inner = new_link(agent, args)
-    if args.text == "own":
-        print("texts: the agent's own, along which latents stay readable (--text gold: the rows')")
-        tokens = own_tokens(agent, style, role, texts, args)
-    else:
-        tokens = [row[:args.max_length] for row in agent.tokenize([one.text for one in texts])]
-    pairs = [pair for pair in zip(texts, tokens) if pair[1]]             # (text, its tokens)
-    need(pairs, "--text own: the agent writes nothing for these prompts, try --text gold")
-    before = readability(agent, style, role, held_out, args)
-    pairs = hidden_states(agent, style, role, *zip(*pairs), args)
+    link = agent.inner = new_link(agent, args)
+    tokens = tokens_of(agent, texts, args)
+    written = [pair for pair in zip(texts, tokens) if pair[1]]           # (text, its tokens)
+    need(written, "--text own: the agent writes nothing for these prompts, try --text gold")
+    before = readability(agent, held_out, args.latent_length, args.batch_size)
+    pairs = hidden_states(agent, *zip(*written), args)                   # (states, tokens)
+
+    # 2. The optimizer, and the state of the run: a new one, or with --resume the saved one.
+    optimizer = torch.optim.AdamW(link.parameters(), lr=args.adapter_lr, betas=(0.9, 0.95),
+                                  weight_decay=args.weight_decay, fused=True)
+    steps = number_of_steps(args, len(pairs))
+    schedule = new_schedule(optimizer, args, steps)
+    state = State(args, steps, contents=fingerprint([], role, texts, tokens), links=link,
+                  optimizer=optimizer, schedule=schedule)
 
     # 3. The loop.
-    training = Training(agent.inner, args, args.adapter_lr, args.save_dir, len(pairs),
-                        contents=fingerprint([], role, texts, tokens))
-    for step in training.steps("inner link"):
-        for batch in training.batches(pairs, step):
-            with training.halved_if_full():
-                learn_from(agent, batch, args, training)
-        training.step()
+    for step in state.steps("inner link"):
+        for batch in micro_batches(pairs, step, args):
+            loss, cosine, mse = inner_loss(agent, batch, args)
+            # A mean over tokens, times its tokens, is a sum. Sums of micro-batches can be added up.
+            weight = sum(len(ids) for _, ids in batch) / 1000
+            (loss * weight).backward()
+            state.add(weight, loss=loss, cosine=cosine, mse=mse)
+        mean_over_tokens(link, state)                        # of all micro-batches and all ranks
+        norm = torch.nn.utils.clip_grad_norm_(link.parameters(), args.max_grad_norm or math.inf)
+        finite = math.isfinite(norm) and math.isfinite(state.means["loss"])
+        if finite:                                           # else the step is skipped
+            optimizer.step()
+            schedule.step()
+        optimizer.zero_grad()
+        state.end_step(norm.item(), finite)                  # the log, state.pt, Ctrl-C
 
     # 4. The link, and what it is worth.
-    if RANK == 0:
-        save_inner(agent.inner, args.save_dir, args.mas_task if style.links_by_task else None,
+    link.requires_grad_(False)
+    if rank() == 0:
+        save_inner(link, args.save_dir, args.mas_task if style.links_by_task else None,
                    args.save_format)
-        training.save()
-        print(f"\n{style.name} {role.name}: 1-cos {training.logged['cosine']:.4f}, mse "
-              f"{training.logged['mse']:.5f}, {training.summary()}, {time.time() - started:.0f} s")
-        tell(len(held_out), before, readability(agent, style, role, held_out, args), args.save_dir)
+        state.save()
+        print(f"\n{style.name} {role.name}: 1-cos {state.logged['cosine']:.4f}, mse "
+              f"{state.logged['mse']:.5f}, {state.done} steps, {state.skipped} skipped, "
+              f"{time.time() - started:.0f} s")
+        after = readability(agent, held_out, args.latent_length, args.batch_size)
+        tell(len(held_out), before, after, folder=args.save_dir)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,14 @@ is worth on the tiny system.
     --role_loss_weight w    Every role that hears latents is also asked for its own gold text:
                             loss = (CE_final + w sum_k CE_k) / (1 + w K), over K such turns
     --random_rounds 1       R is drawn from 1 .. num_recursive_rounds at each step
-    --warm_start_steps n    links first learn to translate single words: see warm_start.py
+    --warm_start_steps n    links first learn to translate single words: see training/warm_start.py
 
 What is sent in training. `--latents rollout`: the thoughts of a true rollout, as at inference.
 `teacher`, as published: the hidden states after each token of the gold text. `teacher_aligned`: the
 states before each token, which predict it. Both cost one pass of the model. But at inference there
 is no gold text, so links that were trained this way meet other vectors there.
 """
+import math
 import random
 import time
 from dataclasses import dataclass
@@ -31,21 +32,22 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import evaluate
-from link import KINDS as LINK_KINDS
+from checkpoints import PROJECT, load_agents, save_outer
+from evaluation.gradients import keep_gradients, message_gradients, plot_gradients
+from gpu.compiled import set_compile
 from link import kind_name
 from recurse import MAS, recurse
 from styles import KINDS, get_style
-from support import flags, report
-from support import rows as data
-from support.checkpoints import load_agents, save_outer
-from support.compiled import set_compile
+from support import flags
 from support.devices import settle
 from support.errors import need
 from support.files import claim, fingerprint
-from support.flags import RANK
-from support.training import Training
+from support.ranks import rank
 from tasks import generated_task
-from warm_start import warm_start
+from training import rows as data
+from training.loop import (State, mean_over_tokens, micro_batches, new_scaler, new_schedule,
+                           number_of_steps)
+from training.warm_start import warm_start
 
 
 def parse():
@@ -53,7 +55,7 @@ def parse():
     parser = flags.Parser(__doc__)
     flags.add_system_flags(parser)
     flags.add_training_flags(parser, "--outer_lr", "--outer_dtype", KINDS)
-    add, style = parser.add_argument, get_style(flags.early(parser).style)
+    add, style = parser.add_argument, get_style(flags.first_look(parser).style)
     add("--save_dir", default="out/train_outer")
     # Who takes part: the published flags, by number or by role.
     for i, role in enumerate(style.roles, start=1):
@@ -62,35 +64,32 @@ def parse():
             add(f"--{name}_inner_aligner_path", dest=f"{role.name}_inner", default="")
     for edge in style.edges:
         add(f"--{edge.key}_type", default="", help="kind of this one outer link")
-    add("--outer_adapter_type", default="outer_ln_res_adapter",
-        help=f"kind of link: {', '.join(LINK_KINDS)} or a published name")
+    add("--outer_adapter_type", default="outer_ln_res_adapter", help="kind of link: see link.py")
     add("--inner_adapter_type_fallback", type=kind_name, default="ln_res_adapter",
         help="kind of an inner link that has no adapter_config.json")
-    # What is unrolled, and what the loss is.
+    # What is unrolled, and what the loss is: see the head of this file.
     add("--num_recursive_rounds", type=flags.at_least(1), default=3, help="R")
     add("--max_length", type=flags.at_least(1), default=4096, help="tokens of a gold text")
-    add("--latents", default="rollout", choices=["rollout", "teacher", "teacher_aligned"],
-        help="the thoughts that are sent in training: see the head of this file")
+    add("--latents", default="rollout", choices=["rollout", "teacher", "teacher_aligned"])
     add("--max_latent_tokens", type=flags.at_least(1), default=80, help="cap of --latents teacher")
-    add("--supervise_final_only", type=int, default=1, choices=[0, 1])
+    add("--supervise_final_only", default=1, **flags.SWITCH)
     add("--non_last_loss_weight", type=flags.at_least(0, float), default=0.1,
         help="of the earlier rounds' answers, with --supervise_final_only 0")
     add("--role_loss_weight", type=flags.at_least(0, float), default=0.0)
     add("--warm_start_steps", type=flags.at_least(0), default=0)
-    add("--random_rounds", type=int, default=0, choices=[0, 1])
-    add("--gradient_checkpointing", type=int, default=1, choices=[0, 1],
-        help="run each turn again in the backward pass instead of keeping it: less memory")
-    add("--log_gradients", type=int, default=0, choices=[0, 1],
-        help="log |dL/d(message)| for every edge and round, and draw it")
-    add("--eval_samples", type=flags.at_least(0), default=500,
-        help="problems of the comparison afterwards, where the data set has test problems")
+    add("--random_rounds", default=0, **flags.SWITCH)
+    add("--gradient_checkpointing", default=1, **flags.SWITCH,
+        help="run each turn again in the backward pass, which takes less memory than keeping it")
+    add("--log_gradients", default=0, **flags.SWITCH, help="log and draw |dL/d(message)| by round")
+    add("--eval_samples", type=flags.at_least(0), default=500, help="problems of the comparison")
     add("--shuffle", action="store_true", help="no effect: rows are always shuffled")
     args = flags.parse(parser, style.settings.get("train_outer", {}))
     need(args.eval_samples != 1, "--eval_samples must be 0 (no comparison) or at least 2")
     for role in style.roles:
         inner = vars(args)[f"{role.name}_inner"]
-        need(not inner or Path(inner).resolve() != Path(args.save_dir).resolve(), f"--save_dir "
-             f"{args.save_dir} holds the inner link of {role.name}: name another folder")
+        found = [(folder / inner).resolve() for folder in (Path(), PROJECT) if inner]
+        need(Path(args.save_dir).resolve() not in found, f"--save_dir {args.save_dir} holds the "
+             f"inner link of {role.name}: name another folder")
     return args, style
 
 
@@ -100,13 +99,13 @@ def parse():
 class Outcome:
     """What a batch of rows gave."""
     loss: torch.Tensor           # to be minimised
-    final: torch.Tensor          # cross-entropy of the final answer, nats a token
+    final: torch.Tensor          # cross-entropy of the final answer, nats per token
     tokens: int                  # of the final answers
     sent: dict                   # (round, edge key): message, with --log_gradients
 
 
 def outer_loss(mas, rows, rounds, args):
-    """The Outcome of a batch of rows, unrolled over so many rounds.
+    """The Outcome of a batch of rows, unrolled over `rounds` rounds.
 
     All cross-entropies are means over target tokens. With --supervise_final_only 0, the last role's
     answers in earlier rounds count too: + non_last_loss_weight x their mean."""
@@ -115,8 +114,10 @@ def outer_loss(mas, rows, rounds, args):
     def take_turn(turn):
         """Think, as recurse() asks, and take this turn's own loss on the way if it counts."""
         early = turn.role == last.name and not args.supervise_final_only
-        H, loss = kept_or_rerun(args, think_and_loss, turn, mas.style.role(turn.role), rows, args,
-                                early or args.role_loss_weight > 0)
+        with_loss, gold = early or args.role_loss_weight > 0, None
+        if with_loss or args.latents != "rollout":
+            gold = gold_tokens(turn, mas.style.role(turn.role), rows)
+        H, loss = kept_or_rerun(lambda: think_and_loss(turn, gold, args, with_loss), args)
         if loss is not None:
             role_losses.append(loss.to(mas.agents[last.name].device))   # it may be on another card
             if early:
@@ -126,31 +127,26 @@ def outer_loss(mas, rows, rounds, args):
     run = recurse(mas, [data.question_of(row) for row in rows], rounds, args.latent_length,
                   kind=[data.kind_of(row, args.mas_task) for row in rows], take_turn=take_turn,
                   trace=bool(args.log_gradients), columns=rows)
-    targets = gold_tokens(run.last_turn, last, rows, args.max_length)
-    final = kept_or_rerun(args, last_loss, run.last_turn, targets)
+    turn = run.last_turn
+    targets = [tokens[:args.max_length] for tokens in gold_tokens(turn, last, rows)]
+    final = kept_or_rerun(lambda: mean_loss(turn.agent, turn.read(), targets), args)
     # loss = (CE_final + w sum_k CE_k) / (1 + w K)
     w = args.role_loss_weight
     loss = (final + w * sum(role_losses)) / (1 + w * len(role_losses))
     if early_answers:
         loss = loss + args.non_last_loss_weight * sum(early_answers) / len(early_answers)
-    for message in run.sent.values():
-        for part in parts_of(message):
-            if part.requires_grad:
-                part.retain_grad()
+    keep_gradients(run.sent)
     return Outcome(loss, final, sum(map(len, targets)), run.sent)
 
 
-def think_and_loss(turn, role, rows, args, with_loss):
-    """One turn: (H, the cross-entropy of the role's own gold text or None)."""
+def think_and_loss(turn, gold, args, with_loss):
+    """One turn: (H, the cross-entropy of the role's own gold text or None).
+
+    gold: B token lists of what the role should say."""
     context, loss = turn.read(), None
     if with_loss and context.hidden.requires_grad:     # else it has heard nothing through a link
-        loss = mean_loss(turn.agent, context, gold_tokens(turn, role, rows, args.max_length))
-    return thoughts(turn, context, role, rows, args), loss
-
-
-def last_loss(turn, targets):
-    """The last turn: the cross-entropy of the gold answer."""
-    return mean_loss(turn.agent, turn.read(), targets)
+        loss = mean_loss(turn.agent, context, [tokens[:args.max_length] for tokens in gold])
+    return thoughts(turn.agent, context, gold, args), loss
 
 
 def mean_loss(agent, context, targets):
@@ -158,35 +154,32 @@ def mean_loss(agent, context, targets):
     return torch.cat(list(agent.answer_loss(context, targets))).mean()
 
 
-def kept_or_rerun(args, function, *inputs):
-    """Run a turn. With --gradient_checkpointing it is run again in the backward pass; otherwise all
-    that the backward pass needs is kept.
+def kept_or_rerun(turn, args):
+    """Run a turn, a function. With --gradient_checkpointing it is run again in the backward pass.
+    Otherwise all that the backward pass needs is kept.
 
     The whole turn is run again, with its cache made inside. The library's own switch does this
     layer by layer, and silently drops the cache."""
     if args.gradient_checkpointing and torch.is_grad_enabled():
-        return checkpoint(function, *inputs, use_reentrant=False)
-    return function(*inputs)
+        return checkpoint(turn, use_reentrant=False)
+    return turn()
 
 
-def gold_tokens(turn, role, rows, max_length):
+def gold_tokens(turn, role, rows):
     """B token lists of what the role should say in this round."""
-    texts = [data.role_text(role, row, turn.round) for row in rows]
-    return [tokens[:max_length] for tokens in turn.agent.tokenize(texts)]
+    return turn.agent.tokenize([data.role_text(role, row, turn.round) for row in rows])
 
 
-def thoughts(turn, context, role, rows, args):
-    """The thoughts that this turn sends: (B, m, d), or a list of B tensors (m_b, d)."""
+def thoughts(agent, context, gold, args):
+    """The thoughts that a turn sends: (B, m, d), or a list of B tensors (m_b, d)."""
     if args.latents == "rollout":
-        return turn.agent.think(context, args.latent_length)
-    if args.latents == "teacher":              # the states at the gold tokens
-        start, length = 1, args.max_latent_tokens
-    else:                                      # the states that predict them
-        start, length = 0, args.latent_length
-    tokens = gold_tokens(turn, role, rows, start + length - 1)
-    # State i has read i gold tokens.
-    states = turn.agent.follow(context, tokens)                                     # (B, 1 + n, d)
-    return [states[b, start:len(row) + 1] for b, row in enumerate(tokens)]
+        return agent.think(context, args.latent_length)
+    # State i has read i gold tokens. teacher_aligned starts at 0: with the state before each token.
+    start = 1 if args.latents == "teacher" else 0
+    length = args.max_latent_tokens if args.latents == "teacher" else args.latent_length
+    gold = [tokens[:start + length - 1] for tokens in gold]
+    states = agent.follow(context, gold)                                            # (B, 1 + n, d)
+    return [states[b, start:len(tokens) + 1] for b, tokens in enumerate(gold)]
 
 
 # ---- one run ------------------------------------------------------------------------------------
@@ -198,12 +191,13 @@ SOME_QUESTIONS = {"math": "math500", "choice": "gpqa", "code": "mbppplus", "sear
 def new_system(args, style):
     """The system of the flags, with new outer links."""
     given = vars(args)
-    inner, models = ({role.name: given[f"{role.name}_{what}"] for role in style.roles
-                      if given[f"{role.name}_{what}"]} for what in ("inner", "model"))
-    device = settle(style, args.device, args.threads)
-    agents = load_agents(style, device, args.dtype, args.mas_task,
-                         bool(args.trust_remote_code), inner, args.revision, models,
-                         args.inner_adapter_type_fallback, bool(args.enable_thinking))
+    inner, models = ({role.name: given[f"{role.name}_{what}"] for role in style.roles}
+                     for what in ("inner", "model"))               # "" where a flag is not given
+    agents = load_agents(
+        style, settle(style, args.device, args.threads), args.dtype, task=args.mas_task,
+        trust_remote_code=bool(args.trust_remote_code), override=inner, revision=args.revision,
+        models=models, inner_kind=args.inner_adapter_type_fallback,
+        thinking=bool(args.enable_thinking))
     set_compile(agents.values(), args.compile)
     kinds = {edge.key: kind_name(given[f"{edge.key}_type"] or args.outer_adapter_type)
              for edge in style.edges}
@@ -213,73 +207,81 @@ def new_system(args, style):
 def rounds_of(step, args):
     """R of a step: all rounds, or with --random_rounds a number of them. It is drawn by seed and
     step, so all ranks draw the same."""
-    if not args.random_rounds:
-        return args.num_recursive_rounds
-    return random.Random(f"rounds {args.seed} {step}").randint(1, args.num_recursive_rounds)
+    fewest = 1 if args.random_rounds else args.num_recursive_rounds
+    return random.Random(f"rounds {args.seed} {step}").randint(fewest, args.num_recursive_rounds)
 
 
-def learn_from(mas, rows, rounds, args, training):
-    """Add the gradient of one micro-batch of rows, and note what the log says of it."""
-    outcome = outer_loss(mas, rows, rounds, args)
-    scale = training.backward(outcome.loss, outcome.tokens, final=outcome.final, rounds=rounds)
-    for (round, key), message in outcome.sent.items():
-        # |dL/d(message)| of one row, where L is the row's own loss. The batch's loss is a mean over
-        # rows, hence the factor. float32, because in half precision early rounds read as zero.
-        sizes = [part.grad.float().norm(dim=(-2, -1)).view(-1) for part in parts_of(message)
-                 if part.grad is not None]
-        if sizes:
-            size = torch.cat(sizes).mean().item() * len(rows) / scale
-            training.note(outcome.tokens, **{f"gradient_{key}_{round}": size})
-
-
-def parts_of(message):
-    """A message as tensors: (B, m, d), or one for each row where rows differ in length."""
-    return [message] if torch.is_tensor(message) else message
+def training_rows(args, style):
+    """The rows of the flags that can be used. If they are missing, an error says so before any
+    model is loaded."""
+    all_roles = args.role_loss_weight or args.latents != "rollout"
+    return data.keep_usable(data.load_rows(args), style.roles if all_roles else style.roles[-1:])
 
 
 def main():
     """Rows, agents, links, the loop, and the comparison."""
     (args, style), started = parse(), time.time()
+    # 1. Rows, frozen agents, and new outer links. Nothing but these links is trained.
     task = generated_task(args.dataset_name)
-    # 1. The rows. If they are missing, say so before models are loaded.
-    rows = data.load_rows(args.dataset_name, args.dataset_split, args.dataset_json_field,
-                          args.num_samples, args.seed)
-    all_roles = args.role_loss_weight or args.latents != "rollout"
-    rows = data.keep_usable(rows, style.roles if all_roles else style.roles[-1:])
-    if RANK == 0:
-        claim(args.save_dir)
-
-    # 2. Frozen agents, new outer links.
+    rows = training_rows(args, style)
+    claim(args.save_dir)
     mas = new_system(args, style)
-    if task and task.check_m:
+    if task:
         task.check_m(mas.agents[style.roles[0].name], args.latent_length)
     if args.warm_start_steps and not args.resume:
         warm_start(mas, args, task.leave_out if task else ())
 
-    # 3. The loop.
-    inner, last = [agent.inner for agent in mas.agents.values()], mas.agents[style.roles[-1].name]
-    training = Training(mas.outer, args, args.outer_lr, args.save_dir, len(rows), last.dtype,
-                        fingerprint(inner, style.roles, style.edges, rows),
-                        prompts=fingerprint([], style.words()))
-    for step in training.steps("outer links"):
-        rounds = rounds_of(step, args)
-        for batch in training.batches(rows, step):
-            with training.halved_if_full():
-                learn_from(mas, batch, rounds, args, training)
-        training.step()
+    # 2. The optimizer, and the state of the run: a new one, or with --resume the saved one.
+    links, last = mas.outer.requires_grad_(True), mas.agents[style.roles[-1].name]
+    steps = number_of_steps(args, len(rows))
+    optimizer = torch.optim.AdamW(links.parameters(), lr=args.outer_lr, betas=(0.9, 0.95),
+                                  weight_decay=args.weight_decay, fused=True)
+    schedule, scaler = new_schedule(optimizer, args, steps), new_scaler(links, last.dtype)
+    inner = [agent.inner for agent in mas.agents.values()]
+    state = State(args, steps, contents=fingerprint(inner, style.roles, style.edges, rows),
+                  notes={"prompts": fingerprint([], style.words())}, links=links,
+                  optimizer=optimizer, schedule=schedule, scaler=scaler)
 
-    # 4. The links, and what they are worth.
-    if RANK == 0:
-        save_outer(mas.outer, args.save_dir, style.name, args.save_format,
-                   args.mas_task if style.links_by_task else None)
-    training.save()
-    print(f"{training.summary()}, {time.time() - started:.0f} s; the links are in {args.save_dir}")
-    if args.log_gradients and RANK == 0:
-        report.plot_gradients(Path(args.save_dir))
+    # 3. The loop.
+    for step in state.steps("outer links"):
+        rounds = rounds_of(step, args)
+        for batch in micro_batches(rows, step, args):
+            outcome = outer_loss(mas, batch, rounds, args)
+            # The loss is a mean over tokens. Times its tokens it is a sum, and sums can be added
+            # up. (In thousands of tokens, which keeps gradients in fp16 in range.)
+            weight = outcome.tokens / 1000
+            scaler.scale(outcome.loss * weight).backward()
+            state.add(weight, loss=outcome.loss, final=outcome.final, rounds=rounds,
+                      **message_gradients(outcome.sent, len(batch), weight * scaler.get_scale()))
+        mean_over_tokens(links, state)                       # of all micro-batches and all ranks
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(links.parameters(), args.max_grad_norm or math.inf)
+        finite = math.isfinite(norm) and math.isfinite(state.means["loss"])
+        if finite:                                           # else the step is skipped
+            scaler.step(optimizer)
+            schedule.step()
+        scaler.update()                                      # fp16: an overflow lowers the scale
+        optimizer.zero_grad()
+        state.end_step(norm.item(), finite)                  # the log, state.pt, Ctrl-C
+    links.requires_grad_(False)
+    finish(mas, args, task, state, started)
+
+
+def finish(mas, args, task, state, started):
+    """Save the links, and show what they are worth."""
+    style, folder = mas.style, Path(args.save_dir)
+    if rank() == 0:
+        save_outer(mas.outer, folder, style.name, format=args.save_format,
+                   task=args.mas_task if style.links_by_task else None)
+    state.save()
+    print(f"{state.done} steps, {state.skipped} skipped, {time.time() - started:.0f} s; the links "
+          f"are in {folder}")
+    if args.log_gradients and rank() == 0:
+        plot_gradients(folder)
     if args.eval_samples and task:
-        evaluate.compare(mas, task, args, Path(args.save_dir))
-    print(f"{time.time() - started:.0f} s in all; links and log.jsonl are in {args.save_dir}. Ask "
-          f"them:\npython evaluate.py --style {args.style} --ckpt_override outer={args.save_dir}"
+        evaluate.compare(mas, task, args, folder)
+    print(f"{time.time() - started:.0f} s in all; links and log.jsonl are in {folder}. Ask them:\n"
+          f"python evaluate.py --style {args.style} --ckpt_override outer={folder}"
           + (" --show 2" if task else f" --dataset {SOME_QUESTIONS[args.mas_task]}"))
 
 

@@ -1,37 +1,90 @@
-"""A turn in words: drafts that grow piece by piece.
+"""A turn in words: drafts that grow piece by piece, and how each next word is chosen.
 
 An answer is rarely written in one go. Ten samples stand after one reading of the prompt. A tool's
 result is put in where its call ends. An answer that cannot be read gets `Final Answer: \\boxed{`
 put after it. All three are the same thing: something is put after a draft, and the model goes on
 from there. So there is one way to write:
 
-    drafts = new_drafts(turn, questions, writing)     empty drafts, writing.samples a question
-    go_on(turn, drafts, writing, limits, stop)        each draft grows by so many words at most
+    drafts = new_drafts(turn, questions, writing)     empty drafts, writing.samples per question
+    go_on(turn, drafts, writing, limits, stop)        each draft grows by at most limits[i] words
     insert(turn, draft, text)                         a text is put after a draft
 
-write() below does all of a turn with these three, calls of tools included.
+write() does all of a turn with these three, tool calls included. write_turn() is what the recursion
+asks for.
 """
 import hashlib
-import re
+import math
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 
+import torch
+from transformers import (LogitsProcessorList, MinPLogitsWarper, RepetitionPenaltyLogitsProcessor,
+                          TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
+
 from support.errors import need
-from support.sampling import Sampling
-from support.sandbox import run_python
+from tools.calls import TAGS, next_call, run_tool
 
-TOOL_TAGS, MAX_CALLS = ("</python>", "</search>"), 5       # calls of tools an answer, as published
-RESULT_CAP = 6000                                          # characters of a tool's result
+MAX_CALLS = 5                                              # tool calls per answer, as published
 
+
+# ---- the next word ------------------------------------------------------------------------------
+
+@dataclass
+class Sampling:
+    """How the next word is chosen from a model's logits: the likeliest word, or a draw.
+
+        p = softmax(logits / temperature)        then top_p, top_k or min_p set unlikely words to 0
+
+    temperature 0 takes the likeliest word. repetition_penalty makes words less likely that were
+    written before. Each text brings its own random number u, so its words do not depend on the
+    texts beside it. (The library's own sampling draws for the whole batch at once.)"""
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self):
+        # A NaN fails every comparison, so it is refused too.
+        need(0 <= self.temperature < math.inf and self.top_k >= 0 and self.repetition_penalty > 0
+             and 0 <= self.top_p <= 1 and 0 <= self.min_p <= 1, f"{self}: temperature and top_k are"
+             " at least 0, repetition_penalty is above 0, top_p and min_p are between 0 and 1")
+
+    def choose(self, logits, so_far, u):
+        """The next tokens (B,) from logits (B, V). so_far: B equally long lists of the tokens
+        written before. u (B,), drawn from U(0, 1), decides where a word is drawn."""
+        if self.repetition_penalty != 1.0:               # only this one looks back
+            so_far = torch.tensor(so_far, dtype=torch.long, device=logits.device)
+        logits = self.warpers()(so_far, logits)
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        # Inverse transform sampling: the first word whose cumulated probability exceeds u.
+        cumulated = logits.softmax(-1).cumsum(-1)                                   # (B, V)
+        u = u[:, None] * cumulated[:, -1:]               # the last sum is 1 only up to rounding
+        return torch.searchsorted(cumulated, u, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+
+    def warpers(self):
+        """The library's functions (tokens so far, logits) -> logits, in the library's order."""
+        drawn = self.temperature > 0                     # else the likeliest word is taken
+        penalty = self.repetition_penalty
+        return LogitsProcessorList(warper(value) for wanted, warper, value in (
+            (penalty != 1, RepetitionPenaltyLogitsProcessor, penalty),
+            (drawn, TemperatureLogitsWarper, self.temperature),
+            (drawn and self.top_k > 0, TopKLogitsWarper, self.top_k),
+            (drawn and self.top_p < 1, TopPLogitsWarper, self.top_p),
+            (drawn and self.min_p > 0, MinPLogitsWarper, self.min_p)) if wanted)
+
+
+# ---- drafts -------------------------------------------------------------------------------------
 
 @dataclass
 class Writing:
     """How texts are written.
 
-    samples: drafts a question. repeats: so many rows of the batch are the same question, because
-    agents that exchange words need a conversation of its own for each sample. stop: strings that
-    end a text. brief: how many tokens hold all that a message has to say (method text_brief)."""
+    samples: drafts per question. repeats: each question stands `repeats` times in the batch,
+    because agents that exchange words need a conversation of its own for each sample. stop: strings
+    that end a text. brief: how many tokens hold all that a message says (method text_brief)."""
     max_new_tokens: int = 1000
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = 42
@@ -41,15 +94,16 @@ class Writing:
     brief: int | None = None
 
     def __post_init__(self):
-        need(all(isinstance(one, Integral) and one >= 1
-                 for one in (self.max_new_tokens, self.samples)), "max_new_tokens and samples are "
-             f"whole numbers of at least 1, not {self.max_new_tokens} and {self.samples}")
+        for name in ("max_new_tokens", "samples"):
+            value = getattr(self, name)
+            need(isinstance(value, Integral) and value >= 1, f"{name} is a whole number of at least"
+                 f" 1, not {value}")
 
 
 @dataclass
 class Draft:
     """A text in the making: which prompt it follows, and its tokens so far."""
-    row: int                                       # the prompt, as a row of the batch
+    b: int                                         # the number of its prompt in the batch
     seed: int
     tokens: list = field(default_factory=list)     # the text so far
     newest: list = field(default_factory=list)     # what the model wrote last
@@ -62,26 +116,26 @@ def text_seed(*parts):
 
 
 def new_drafts(turn, questions, writing):
-    """Empty drafts, writing.samples a question, side by side. Each sample has a seed of its own."""
+    """Empty drafts, writing.samples per question, side by side. Each has a seed of its own."""
     drafts = []
-    for row, question in enumerate(questions):
+    for b, question in enumerate(questions):
         for _ in range(writing.samples):
             sample = len(drafts) % (writing.samples * writing.repeats)
             seed = text_seed(writing.seed, turn.role, turn.round, question, sample)
-            drafts.append(Draft(row, seed))
+            drafts.append(Draft(b, seed))
     return drafts
 
 
 def go_on(turn, drafts, writing, limits, stop=()):
     """Let each draft grow by at most limits[i] words, or until it has one of the strings `stop`."""
-    rows = [draft.row for draft in drafts]
-    if any(draft.tokens for draft in drafts):      # what stands after the prompt is read with it
-        context = turn.read(rows, [draft.tokens for draft in drafts])
+    numbers = [draft.b for draft in drafts]
+    if any(draft.tokens for draft in drafts):      # a text after the prompt is read with it
+        context = turn.read(numbers, [draft.tokens for draft in drafts])
     else:                                          # all samples start from one reading
-        context = turn.read().rows(rows)
-    seeds = [text_seed(draft.seed, len(draft.tokens)) for draft in drafts]
-    stop = (*writing.stop, *stop)
-    written = turn.agent.write(context, max(limits), writing.sampling, seeds, stop)
+        context = turn.read().pick(numbers)
+    written = turn.agent.write(
+        context, max(limits), choose=writing.sampling.choose, stop=(*writing.stop, *stop),
+        seeds=[text_seed(draft.seed, len(draft.tokens)) for draft in drafts])
     for draft, tokens, limit in zip(drafts, written, limits):
         draft.newest = tokens[:limit]
         draft.tokens = draft.tokens + draft.newest
@@ -89,7 +143,7 @@ def go_on(turn, drafts, writing, limits, stop=()):
 
 
 def insert(turn, draft, text, plain=False):
-    """Put a text after a draft, in place of its end token. plain: see Agent.tokenize."""
+    """Put a text after a draft. Its end token goes. plain: see Agent.tokenize."""
     while draft.tokens and draft.tokens[-1] in turn.agent.end_tokens:
         draft.tokens = draft.tokens[:-1]
     draft.tokens = draft.tokens + turn.agent.tokenize([text], plain)[0]
@@ -101,17 +155,43 @@ def text_of(turn, draft):
 
 
 def write(turn, questions, writing, tools=(), search=None):
-    """Write a whole turn: its drafts, writing.samples a question.
+    """Write a whole turn: its drafts, writing.samples per question.
 
     tools: names of the tools that the writer may call. search: query -> text, or None."""
     drafts = going = new_drafts(turn, questions, writing)
     for calls_left in range(MAX_CALLS if tools else 0, -1, -1):
         limits = [writing.max_new_tokens - draft.decoded for draft in going]
-        go_on(turn, going, writing, limits, TOOL_TAGS if calls_left else ())
-        if calls_left:
-            going = use_tools(turn, going, writing, tools, search)
-        if not calls_left or not going:
+        go_on(turn, going, writing, limits=limits, stop=TAGS if calls_left else ())
+        going = use_tools(turn, going, writing, tools=tools, search=search) if calls_left else []
+        if not going:
             return drafts
+
+
+def write_turn(mas, recursion, turn, questions, writing):
+    """Write one turn of a recursion: its texts, B * writing.samples of them.
+
+    The Recursion keeps texts and drafts, and counts the words."""
+    tools = mas.style.tools if turn.role == mas.style.roles[-1].name else ()
+    recursion.drafts = write(turn, questions, writing, tools=tools, search=mas.search)
+    for draft in recursion.drafts:
+        recursion.decoded[draft.b // writing.repeats] += draft.decoded
+    texts = [text_of(turn, draft) for draft in recursion.drafts]
+    recursion.texts[turn.round, turn.role] = texts
+    return texts
+
+
+def write_message(mas, recursion, turn, request, writing):
+    """What an agent says in words to the others: B texts.
+
+    text_brief cuts a text off after writing.brief words, where its essence ends. That makes the
+    fair baseline for latents: it also spares the others' time, but somebody has to know the length.
+    """
+    limit = writing.max_new_tokens
+    if request.method == "text_brief":
+        need(writing.brief, "method text_brief needs a task that has a brief message length")
+        limit = min(writing.brief, limit)
+    writing = replace(writing, samples=1, max_new_tokens=limit)
+    return write_turn(mas, recursion, turn, questions=request.questions, writing=writing)
 
 
 # ---- tools --------------------------------------------------------------------------------------
@@ -124,7 +204,7 @@ def use_tools(turn, drafts, writing, tools, search):
     going, calls = [], []
     for draft in drafts:
         text = turn.agent.tokenizer.decode(draft.newest)
-        ends = [text.find(tag) + len(tag) for tag in TOOL_TAGS if tag in text]
+        ends = [text.find(tag) + len(tag) for tag in TAGS if tag in text]
         if not ends or draft.decoded >= writing.max_new_tokens:
             continue
         going.append(draft)
@@ -136,29 +216,3 @@ def use_tools(turn, drafts, writing, tools, search):
         for (draft, *_), result in zip(calls, results):
             insert(turn, draft, result, plain=True)
     return going
-
-
-def next_call(text):
-    """(tool, body) if `text` ends in <python> .. </python> or <search> .. </search>, else None."""
-    found = re.fullmatch(r".*<(python|search)>(.*)</\1>\s*", text, re.DOTALL)
-    return found.groups() if found else None
-
-
-def run_tool(tool, body, search=None):
-    """Run one call. Returns the text to insert, <result> .. </result>, which also tells errors."""
-    if tool == "python":
-        run = run_python(re.sub(r"^\s*```\w*\n|\n```\s*$", "", body).strip("\n"), timeout_s=10)
-        result = run.stdout.rstrip()
-        if run.status != "ok":
-            result += f"\n[{run.status} after {run.seconds:.1f} s]\n{run.stderr.strip()[-2000:]}"
-        result = result.strip("\n") or "(nothing was printed)"
-    else:                                          # next_call knows no third tool
-        try:
-            result = search(body.strip()) if search else "web search is not available"
-        except (RuntimeError, ValueError) as problem:
-            result = f"web search failed: {problem}"
-    # The model must not be able to close the result, or what follows would pass for its own words.
-    result = re.sub(r"<\s*/\s*result\s*>", "[/result]", result, flags=re.IGNORECASE)
-    if len(result) > RESULT_CAP:
-        result = result[:RESULT_CAP - 6] + "\n[cut]"
-    return f"\n<result>\n{result}\n</result>\n"

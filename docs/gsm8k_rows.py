@@ -27,9 +27,9 @@ def main():
     need(len(sys.argv) == 2, "give a file of rows, or a split of the hub's (train, test)")
     source = sys.argv[1]
     is_file = source.endswith((".json", ".jsonl"))
-    for place, row in read_rows(source) if is_file else read_rows("openai/gsm8k", "main", source):
+    for where, row in read_rows(source) if is_file else read_rows("openai/gsm8k", "main", source):
         steps, _, result = re.sub("<<.*?>>", "", row.get("answer", "")).partition("\n#### ")
-        need(result, f"{place} has no answer with a number after ####")
+        need(result, f"{where} has no answer with a number after ####")
         answer = f"{steps}\nThe answer is \\boxed{{{result}}}.\n#### {result}"
         print(json.dumps({"question": row["question"], "plan": steps.split("\n")[0],
                           "answer": answer}))

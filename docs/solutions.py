@@ -19,14 +19,17 @@ from recurse import MAS, load_mas_system  # noqa: E402
 from styles import Edge, get_style  # noqa: E402
 from tasks import Example, get_task  # noqa: E402
 from tasks.tiny import training_problems  # noqa: E402
-from warm_start import warm_start  # noqa: E402
+from training.warm_start import warm_start  # noqa: E402
 
 EXAMPLES = get_task("tiny").load(100)
 
 
-def accuracy(mas, rounds=3, m=6, examples=EXAMPLES):
-    """The share of problems that the latent system answers rightly."""
-    answers = mas.answer([one.question for one in examples], rounds, m, max_new_tokens=32)
+def accuracy(mas, rounds=3, m=6, examples=None, change=None):
+    """The share of problems that the latent system answers rightly: of `examples`, by default
+    EXAMPLES. change: see recurse.CONTROLS."""
+    examples = examples or EXAMPLES
+    answers = mas.answer([one.question for one in examples], rounds, m, max_new_tokens=32,
+                         change=change)
     score = get_task("tiny").score
     return sum(score(*pair).correct for pair in zip(examples, answers)) / len(examples)
 
@@ -50,10 +53,11 @@ def exercise_3(mas):
 
     Six thoughts of the planner, read as words, and what it writes: how often are they the same?"""
     planner, style = mas.agents["planner"], mas.style
-    words = style.prompt(style.role("planner"), "math", [])
-    rows = planner.prompt("", words, {"question": [one.question for one in EXAMPLES]})
+    words = style.words_for(style.role("planner"), "math", [])
+    questions = [one.question for one in EXAMPLES]
+    prompts = planner.tokenize_prompts("", words, {"question": questions})
     with torch.no_grad():
-        context = planner.read_prompt(rows, {})
+        context = planner.read_prompts(prompts, {})
         written = torch.tensor(planner.write(context, 6))                        # (B, 6)
         found = {}
         for name, gain in (("gain 1", 1.0), ("matched", planner.embedding_rms)):
@@ -86,10 +90,10 @@ def exercise_4(mas):
 def exercise_5(mas):
     """A role that lies: the solver believes what it hears, so the system falls to chance. The
     critic sends the notes about the next problem of the batch."""
-    liar = dataclasses.replace(mas)
-    liar.send = lambda edge, said, method: mas.send(
-        edge, said, "shuffle" if edge.src == "critic" else method)
-    told, lied = accuracy(mas), accuracy(liar)
+    def lie(edge, message):
+        return message.roll(1, 0) if edge.src == "critic" else message           # (B, m, d)
+
+    told, lied = accuracy(mas), accuracy(mas, change=lie)
     print(f"5. honest critic {told:.2f}, lying critic {lied:.2f}")
     return lied < .3 < told
 
@@ -110,7 +114,7 @@ def exercise_6(mas):
 
 
 def exercise_7(mas):
-    """A task of one's own: chains of a given length, made here and scored like the tiny task."""
+    """A task of our own: chains of a given length, made here and scored like the tiny task."""
     problems, found = training_problems(random.Random(0)), {}
     for length in (2, 4, 8, 12):
         chains = islice((one for one in problems if len(one.operations) == length), 50)

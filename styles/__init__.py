@@ -17,7 +17,7 @@ A role has up to three prompts, all written out:
 A style is a file of this folder that makes a Style, or any other .py file, given by its path.
 Nothing has to be registered. To change a shipped style, make a file that imports it and uses
 dataclasses.replace. The prompts of all styles are our own words. The released links were trained
-under other words, so they may score lower here than published.
+under other words, so they may score lower here than published (see docs/published_prompts.py).
 """
 import importlib
 import pkgutil
@@ -27,6 +27,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+
+from support.errors import blame, need
 
 # The published names of roles and styles. Flags and data may use them as well.
 PUBLISHED_ROLES = {
@@ -51,8 +53,9 @@ ANSWER_FORMAT = {
 class Role:
     """One agent: its base model, the repo or folder with its trained inner link, what it is asked.
 
-    target: the data columns with its gold text, of which the first one present counts. A cell is a
-    text (said in every round) or a list with one text a round (the last one repeats)."""
+    prompt, first, own: one text for all kinds of questions, or {kind: text}. target: the columns of
+    the data with its gold text, of which the first one present counts. A cell is a text (said in
+    every round) or a list with one text per round (the last one repeats)."""
     name: str
     model: str
     repo: str
@@ -85,17 +88,16 @@ class Style:
     links_by_task: bool = False
 
     def __post_init__(self):
-        # A style of one role that hears itself is made by alone(), of a style that was checked.
+        # Only alone() makes a style of one role that hears itself, from a style that was checked.
         if not (len(self.roles) == 1 and self.edges and self.edges[0].src == self.edges[0].dst):
             check(self)
 
     def role(self, name):
         """The role of that name, ours or the published one. Raises ValueError if there is none."""
-        for role in self.roles:
-            if role.name in (name, PUBLISHED_ROLES.get(name)):
-                return role
-        names = ", ".join(role.name for role in self.roles)
-        raise ValueError(f"style {self.name} has no role '{name}': choose one of {names}")
+        found = [role for role in self.roles if role.name in (name, PUBLISHED_ROLES.get(name))]
+        need(found, f"style {self.name} has no role '{name}': choose one of "
+             f"{', '.join(role.name for role in self.roles)}")
+        return found[0]
 
     def heard_by(self, name):
         """Names of the roles that `name` hears, in order of speaking."""
@@ -107,7 +109,7 @@ class Style:
         names = [role.name for role in self.roles]
         return [other for other in self.heard_by(name) if names.index(other) < names.index(name)]
 
-    def prompt(self, role, kind, heard):
+    def words_for(self, role, kind, heard):
         """What `role` is asked about a question of `kind`, having heard the roles in `heard`.
 
         Raises ValueError if the style has no words with just these slots."""
@@ -115,12 +117,11 @@ class Style:
         text = getattr(role, which)
         text = text.get(kind) if isinstance(text, dict) else text
         slots = {other.name for other in self.roles if text and f"{{{other.name}}}" in text}
-        if not text or slots != set(heard):
-            which = "own" if list(heard) == [role.name] else which              # see alone()
-            wanted = ", ".join(f"{{{name}}}" for name in heard) or "nobody"
-            raise ValueError(f"style {self.name}: role {role.name} has no `{which}` prompt for "
-                             f"kind '{kind}' with a slot for those heard there ({wanted}) and no "
-                             "other slot: add it, or change the edges")
+        called = "own" if list(heard) == [role.name] else which             # see alone()
+        wanted = ", ".join(f"{{{name}}}" for name in heard) or "nobody"
+        need(text and slots == set(heard), f"style {self.name}: role {role.name} has no `{called}`"
+             f" prompt for kind '{kind}' with a slot for those heard there ({wanted}) and no other "
+             "slot: add it, or change the edges")
         return text
 
     def words(self):
@@ -137,83 +138,71 @@ class Style:
 # ---- checks -------------------------------------------------------------------------------------
 
 def check(style):
-    """Raise ValueError, naming style, role and fix, for a style that cannot work."""
-    def need(fine, what):
-        if not fine:
-            raise ValueError(f"style {style.name}: {what}")
-
-    for what, kind, items in (("roles", Role, style.roles), ("edges", Edge, style.edges)):
-        need(isinstance(items, tuple) and items and all(isinstance(one, kind) for one in items),
-             f"its {what} are no tuple of {kind.__name__}: write ({kind.__name__}(..), ..), with a "
-             "comma even after a single one")
-    need(isinstance(style.settings, dict) and all(isinstance(one, dict)
-                                                  for one in style.settings.values()),
-         "its settings are no dict of dicts: write {script or data set: {flag: default}}")
-    names, keys = [role.name for role in style.roles], [edge.key for edge in style.edges]
-    ways = [f"{edge.src} -> {edge.dst}" for edge in style.edges]
-    for what, items in (("roles", names), ("edges", keys), ("ways", ways)):
+    """Raise ValueError, naming style, role and fix, for a style that cannot work. Types are left to
+    Python: it says itself that one Edge without a comma is not a tuple of Edges."""
+    who, names = f"style {style.name}", [role.name for role in style.roles]
+    need(names, f"{who} has no roles: name at least one")
+    need(all(isinstance(one, dict) for one in style.settings.values()),
+         f"{who}: its settings are not {{script or data set: {{flag: default}}}}")
+    for what, items in (("roles", names), ("edges", [edge.key for edge in style.edges]),
+                        ("ways", [f"{edge.src} -> {edge.dst}" for edge in style.edges])):
         for item in items:
-            need(items.count(item) == 1, f"two {what} are called {item}: rename one, or take one "
-                 "out")
+            need(items.count(item) == 1,
+                 f"{who}: two {what} are called {item}: rename one, or take one out")
     for name in names:
         need(not re.fullmatch(r"question|answer_format|outer|agent\d+", name),
-             f"a role cannot be called {name}, a word of prompts or flags: rename it")
+             f"{who}: a role cannot be called {name}, a word of prompts or flags: rename it")
     for edge in style.edges:
         for end in (edge.src, edge.dst):
-            need(end in names, f"edge {edge.key} names role {end}, which does not exist: use one "
-                 "of " + ", ".join(names))
+            need(end in names, f"{who}: edge {edge.key} names role {end}, which does not exist: "
+                 f"use one of {', '.join(names)}")
         # The key names a file, a flag and a module of a ModuleDict.
         need(re.fullmatch(r"\w+", edge.key) and not hasattr(torch.nn.ModuleDict, edge.key)
              and edge.key not in ("training", "outer_adapter", "lr_scheduler"),
-             f"edge key '{edge.key}' is taken, or no file name: use other letters, digits and _")
-    need(style.heard_by(names[-1]), f"nobody is heard by {names[-1]}, the last role, which writes: "
-         "add an edge to it")
-    check_prompts(style, need)
+             f"{who}: edge key '{edge.key}' is taken or cannot name a file: use other letters")
+    need(style.heard_by(names[-1]),
+         f"{who}: {names[-1]}, the last role, hears nobody: add an edge to it")
+    check_prompts(style)
 
 
-def check_prompts(style, need):
-    """Every prompt that a run can ask for is asked for now: once everyone was heard, in round 1,
-    and where a role that hears only earlier ones is asked alone."""
-    asked = []
+def check_prompts(style):
+    """Ask now for every prompt that a run can ask for: a missing one would cost hours later.
+
+    A role is asked when it has heard everyone, and in round 1, when it has heard those who speak
+    before it. A role with a `first` can be asked alone, and the last role can hear its own text."""
+    asked, names = [], {role.name for role in style.roles}
     for role in style.roles:
-        need(role.model, f"role {role.name} has no model: name a hub id or a folder")
-        need(isinstance(role.target, tuple), f"role {role.name}: target is no tuple of columns, "
-             "like ('plan',)")
+        who = f"style {style.name}: role {role.name}"
+        need(role.model, f"{who} has no model: name a hub id or a folder")
         for prompts in (role.prompt, role.first, role.own):
             odd = sorted(set(prompts) - set(KINDS)) if isinstance(prompts, dict) else []
-            need(not odd, f"role {role.name} has prompts for the unknown kinds {', '.join(odd)}: "
-                 f"use {', '.join(KINDS)}")
+            need(not odd, f"{who} has prompts for the unknown kinds {', '.join(odd)}: use "
+                 f"{', '.join(KINDS)}")
         heard, early = style.heard_by(role.name), style.heard_first(role.name)
-        alone = [[]] if role.first and heard == early else []
-        asked += [(style, role, told) for told in (heard, early, *alone)]
-    last, names = style.roles[-1], {role.name for role in style.roles}
-    if last.own:
-        asked.append((style.alone(), style.alone().roles[0], [last.name]))
+        nobody = [[]] if role.first and heard == early else []
+        asked += [(style, role, told) for told in (heard, early, *nobody)]
+    alone = style.alone()                                # its prompt is the last role's `own`
+    asked += [(alone, role, [role.name]) for role in alone.roles if role.prompt]
     for one, role, told in asked:
         for kind in role.prompt if isinstance(role.prompt, dict) and role.prompt else KINDS[:1]:
-            text = one.prompt(role, kind, told)
-            need(names_in(text) - names - {"answer_format"}, f"role {role.name} is asked '{text}', "
-                 "which holds no {question} and no other column of the data: add it")
+            text = one.words_for(role, kind, told)
+            need(names_in(text) - names - {"answer_format"}, f"style {style.name}: role {role.name}"
+                 f" is asked {text!r}, without {{question}} or another column of the data: add it")
 
 
 def names_in(prompt):
-    """The {names} in a prompt. Braces after a backslash command, like \\boxed{x}, are none."""
-    return {found[2] for found in re.finditer(r"(\\\w+)?{([A-Za-z_]\w*)}", prompt)
-            if not found[1]}
+    """The {names} in a prompt. Braces after a backslash command, like \\boxed{x}, are not names."""
+    return {found[2] for found in re.finditer(r"(\\\w+)?{([A-Za-z_]\w*)}", prompt) if not found[1]}
 
 
 # ---- finding a style ----------------------------------------------------------------------------
 
-def styles_in(variables):
-    """The Styles among {name: value}, in order."""
-    return [value for value in variables.values() if isinstance(value, Style)]
-
-
 def all_styles():
-    """{name: Style} of all files of this folder."""
+    """{name: Style} of all files of this folder. Each is imported, so it must not be a script."""
     modules = [importlib.import_module(f"{__name__}.{info.name}")
                for info in pkgutil.iter_modules(__path__)]
-    return {style.name: style for module in modules for style in styles_in(vars(module))}
+    return {value.name: value for module in modules for value in vars(module).values()
+            if isinstance(value, Style)}
 
 
 def get_style(name):
@@ -223,17 +212,13 @@ def get_style(name):
         return name
     path, styles = Path(name), all_styles()
     if path.suffix == ".py":
-        try:
-            made = styles_in(runpy.run_path(str(path)))
-        except (Exception, SystemExit) as problem:       # a user's program may raise anything
-            raise ValueError(f"style file {path} does not run: {type(problem).__name__}: {problem}"
-                             ) from problem
-        made = [style for style in made if style not in styles.values()]     # not only imported
-        if not made:
-            raise ValueError(f"style file {path} makes no style of its own: let it make one")
+        with blame(f"style file {path} does not run"):
+            made = runpy.run_path(str(path)).values()
+        made = [value for value in made if isinstance(value, Style)
+                and value not in styles.values()]        # a shipped style was only imported
+        need(made, f"style file {path} makes no style of its own: let it make one")
         return made[-1]
     name = PUBLISHED_DESIGNS.get(name, name)
-    if name not in styles:
-        raise ValueError(f"unknown style '{name}': choose one of {', '.join(sorted(styles))}, or "
-                         "give a .py file that makes one")
+    need(name in styles, f"unknown style '{name}': choose one of {', '.join(sorted(styles))}, or "
+         "give a .py file that makes one")
     return styles[name]

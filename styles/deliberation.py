@@ -1,6 +1,6 @@
 """Reflector -> tool-caller -> reflector ..: one thinks it over, the other uses tools and answers.
 
-In the rounds before the last the tool-caller only thinks. In the last round it writes: whatever it
+In the rounds before the last the tool-caller only thinks. In the last round it writes. Text that it
 writes between <python> or <search> tags is run (writing.py), and the result is put after it.
 """
 from styles import Edge, Role, Style

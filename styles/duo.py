@@ -1,8 +1,8 @@
 """The smallest real system: two small models, a planner that lays out and a solver that answers.
 
-Both models are small enough for a laptop's CPU, so one can see here what the method is worth on
-real models before one pays for large ones. Nobody is heard by the planner, so there is one round.
-docs/real.md was made with it.
+Both models are small enough for a laptop's CPU. So one can see here what the method is worth on
+real models before one pays for large ones. The planner hears nobody, so there is one round. The
+figures of docs/real.md were made with this style.
 """
 from styles import Edge, Role, Style
 from styles.sequential import PLAN

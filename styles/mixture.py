@@ -5,12 +5,12 @@ from styles.words import SOLVE, TASK, benchmark_settings, per_kind
 REPO = "RecursiveMAS/Mixture-"
 
 
-def expert(name, subject, model, repo, target):
+def expert(name, subject, model, repo):
     """One of the experts. In round 1 it has not heard the summarizer yet."""
     share = (f"Say what {subject} contributes to the answer: the facts, methods and steps that you "
              "are sure of, and where others are likely to go wrong.")
     return Role(
-        name, model, REPO + repo, target=target,
+        name, model, REPO + repo, target=(f"hie_{name}_expert", f"{name}_expert", f"expert_{name}"),
         system=f"You are the {subject} expert in a team of three experts and a summarizer.",
         first=per_kind(TASK, share),
         prompt=per_kind(TASK, "What the summarizer made of the last round: {summarizer}", share))
@@ -21,13 +21,10 @@ mixture = Style(
     repo=REPO + "Outerlinks",
     roles=(
         expert("math", "mathematics", "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
-               "Math-DeepSeek-R1-Distill-Qwen-1.5B",
-               ("hie_math_expert", "math_expert", "expert_math")),
-        expert("code", "programming", "Qwen/Qwen2.5-Coder-3B-Instruct", "Code-Qwen2.5-Coder-3B",
-               ("hie_code_expert", "code_expert", "expert_code")),
+               "Math-DeepSeek-R1-Distill-Qwen-1.5B"),
+        expert("code", "programming", "Qwen/Qwen2.5-Coder-3B-Instruct", "Code-Qwen2.5-Coder-3B"),
         expert("science", "natural and life sciences", "BioMistral/BioMistral-7B",
-               "Science-BioMistral-7B",
-               ("hie_science_expert", "science_expert", "expert_science")),
+               "Science-BioMistral-7B"),
         Role("summarizer", "Qwen/Qwen3.5-2B", REPO + "Summarizer-Qwen3.5-2B",
              target=("hie_summarizer", "summary", "answer"),
              system="You put together what a mathematician, a programmer and a scientist say: "

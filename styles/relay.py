@@ -1,7 +1,7 @@
 """Two small models and one link between them: the channel test of tasks/relay.py.
 
-The planner is told a fact, and the solver is asked for it. Nobody is heard by the planner, so there
-is one round and no more. Nobody hears the solver, so it needs no inner link.
+The planner is told a fact, and the solver is asked for it. The planner hears nobody, so there is
+only one round. Nobody hears the solver, so it needs no inner link.
 """
 from styles import Edge, Role, Style
 

@@ -1,4 +1,4 @@
-"""What the prompts of the real styles are put together from, and their published settings."""
+"""The words that the prompts of the real styles share, and the published settings."""
 from styles import KINDS
 
 TASK = {
@@ -24,8 +24,8 @@ def per_kind(*parts):
 def benchmark_settings(batch_size, latent_length, math500_tokens=2000):
     """Style.settings for evaluate.py: the published decoding budgets. latent_length: {data set: m}.
 
-    Without flags the latent system alone is asked, in three rounds, as the publishers' command
-    does."""
+    Without flags evaluate.py asks the latent system alone, in three rounds, as the publishers'
+    command does."""
     tokens = {"math500": math500_tokens, "aime25": 16000, "aime26": 16000, "gpqa": 4000,
               "medqa": 4000, "mbppplus": 4000, "livecodebench": 4000}
     settings = {name: {"max_new_tokens": count} for name, count in tokens.items()}

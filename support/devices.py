@@ -5,7 +5,8 @@ links are trained, so they stay in float32 (agents.apply_link runs them under au
 """
 import os
 import re
-from pathlib import Path
+import sys
+import time
 
 import torch
 
@@ -33,8 +34,6 @@ def pick_device(device="auto", dtype="auto"):
     dtype = str(dtype).removeprefix("torch.")                  # a torch.dtype will do as well
     if dtype == "auto":
         dtype = "float32"
-        if why and device.type == "cpu" and "avx512_bf16" in cpu_flags():
-            why = " (no GPU found; this processor is 2 to 3 times as fast with --dtype bfloat16)"
         if device.type == "cuda":              # cards before compute capability 8 emulate bfloat16
             dtype = "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
     need(dtype in DTYPES, f"unknown dtype '{dtype}': choose auto, {', '.join(DTYPES)}")
@@ -42,22 +41,15 @@ def pick_device(device="auto", dtype="auto"):
     return device, DTYPES[dtype]
 
 
-def cpu_flags():
-    """What the processor can do, in Linux's words. Nothing on other systems."""
-    info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.is_file() else ""
-    return text.partition("flags")[2].partition("\n")[0].split()
-
-
 def settle(style, device="auto", threads=0):
-    """The device that `style` runs on, as pick_device takes it. Sets the number of CPU threads.
+    """The device for `style`, in the form pick_device accepts. Sets the number of CPU threads.
 
     A flag counts first. Then the style's settings count, under "device":
 
         settings={"device": {"device": "cpu", "threads": 1, "why": "its matrices are .."}}
 
     The variable OMP_NUM_THREADS does not count against a style: on a machine of 16 cores it is
-    often set to 16, and a step of tiny's training takes 2.3 s then, in place of .4 s.
+    often set to 16, and a step of tiny's training takes 2.3 s then, instead of .4 s.
     Device and threads are settled one by one: on a GPU, tiny keeps its single thread. pick_device
     and torch choose what nobody asks for. One line says what was chosen, and by whom."""
     own = style.settings.get("device", {})
@@ -74,3 +66,52 @@ def settle(style, device="auto", threads=0):
         print(f"style {style.name}: device {device} ({whose}), CPU threads "
               f"{torch.get_num_threads()} ({who}){why}", flush=True)
     return device
+
+
+# ---- time and memory ----------------------------------------------------------------------------
+
+def cards():
+    """The GPUs that this process has put something on. (Before CUDA is initialised there are none,
+    and asking for their memory does not initialise it.)"""
+    return [card for card in range(torch.cuda.device_count())
+            if torch.cuda.max_memory_allocated(card)]
+
+
+class Clock:
+    """The seconds of a with-block.
+
+        with Clock() as clock:
+            texts, run = mas.respond(questions)
+        print(clock.seconds)
+
+    A GPU works on while Python goes ahead. So the clock waits for it, before and after."""
+
+    def __enter__(self):
+        self.wait()
+        self.started = time.perf_counter()
+        return self
+
+    def __exit__(self, problem, *_):
+        if problem is None:                    # a card that has failed cannot be waited for
+            self.wait()
+        self.seconds = time.perf_counter() - self.started
+
+    def wait(self):
+        """Wait until the GPUs have done all that they were asked for."""
+        for card in cards():
+            torch.cuda.synchronize(card)
+
+
+def reset_peak_memory():
+    """Begin to measure peak memory anew, on all GPUs."""
+    for card in cards():
+        torch.cuda.reset_peak_memory_stats(card)
+
+
+def peak_memory_mb():
+    """Peak memory: of the GPUs since the last reset, on a CPU of the whole process so far."""
+    if cards():
+        return sum(torch.cuda.max_memory_allocated(card) for card in cards()) / 2**20
+    import resource                    # not on Windows, where there is no such figure to be had
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)

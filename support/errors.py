@@ -3,13 +3,14 @@
 flags.run prints that line and ends with exit code 2. Any other exception is a bug, and a traceback.
 """
 import contextlib
+import functools
 
 
-def need(fine, what):
-    """Raise ValueError(what) unless `fine`. It is for errors that a user can mend: `what` is one
-    line that says what is wrong and what to do."""
+def need(fine, what, kind=ValueError):
+    """Raise kind(what) unless `fine`. It is for errors that a user can mend: `what` is one line
+    that says what is wrong and what to do."""
     if not fine:
-        raise ValueError(what)
+        raise kind(what)
 
 
 @contextlib.contextmanager
@@ -21,7 +22,7 @@ def blame(what, kind=ValueError, hide="\0"):
     a temporary path that would only confuse."""
     try:
         yield
-    except Exception as problem:
+    except (Exception, SystemExit) as problem:         # a user's file may call exit()
         if type(problem) in (FileNotFoundError, PermissionError) and kind is not OSError:
             raise
         says = " ".join(str(problem).split()).replace(hide, "..")[:400]
@@ -31,8 +32,8 @@ def blame(what, kind=ValueError, hide="\0"):
 
 def need_saved(path):
     """The path of what a run has saved. Raises FileNotFoundError if there is nothing to resume."""
-    if not path.is_file():
-        raise FileNotFoundError(f"nothing to resume: {path} is missing; leave --resume out")
+    need(path.is_file(), f"nothing to resume: {path} is missing; leave --resume out",
+         FileNotFoundError)
     return path
 
 
@@ -41,3 +42,9 @@ def need_same(path, theirs, ours):
     odd = [name for name in ours if theirs.get(name) != ours[name]]
     need(not odd, f"{path} is of another run ({', '.join(odd)} differ): use the same "
          "flags, links, prompts and data, or another folder")
+
+
+@functools.cache
+def say_once(text):
+    """Print a line, unless it was printed before."""
+    print(text, flush=True)

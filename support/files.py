@@ -1,34 +1,31 @@
-"""Files that are whole or not there, one run a folder, and a hash of what a run was about."""
+"""Atomic files, one run per folder, and a fingerprint of what a run was about."""
 import contextlib
 import hashlib
 import json
 import os
+import secrets
 from pathlib import Path
 
-from support.errors import blame, need
+from filelock import FileLock, Timeout
 
-try:
-    import fcntl
-except ImportError:          # Windows has none, so there a folder is not locked
-    fcntl = None
+from support.errors import blame, need
+from support.ranks import rank
 
 RESULTS = ("results.jsonl", "summary.json", "summary.png", "parts")      # of an evaluation
-HELD = []                    # the lock on the folder of this process's run
+HELD = {}          # {the lock of this run's folder: what was saved there when the run began}
 
 
 def write_whole(path, write):
     """Write a file by write(temporary path), then rename it.
 
-    A rename happens at once or not at all. So nobody ever sees half a file, also after a crash."""
+    A rename happens at once or not at all. So nobody ever sees half a file, not even after a crash.
+    Raises OSError, naming the file."""
     path = Path(path)
-    beside = path.with_name(path.name + ".part")
+    beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")    # threads may write alike
     try:
         with blame(f"{path} could not be written", OSError):      # torch says RuntimeError
             path.parent.mkdir(parents=True, exist_ok=True)
             write(beside)
-            mask = os.umask(0)               # safetensors makes files that only their owner reads
-            os.umask(mask)
-            os.chmod(beside, 0o666 & ~mask)
             os.replace(beside, path)
     finally:
         with contextlib.suppress(OSError):   # half a file of a full disk; else nothing is there
@@ -48,65 +45,73 @@ def read_json(path):
         return {**json.loads(Path(path).read_text())}   # a list or a number is an error here
 
 
-def claim(folder):
-    """Take a folder for this run alone, before any work is done: release() gives it free.
+def write_lines(path, objects):
+    """Write objects as .jsonl, one in each line."""
+    text = "".join(json.dumps(one) + "\n" for one in objects)
+    write_whole(path, lambda part: part.write_text(text))
 
-    Raises ValueError if another run writes to it, OSError if nothing can be written. A process that
-    dies leaves a file and no lock."""
+
+def read_lines(path):
+    """The objects in a .jsonl file, or [] if there is no such file. The end of a line that a crash
+    has cut off is left out."""
+    lines = Path(path).read_text().split("\n") if Path(path).is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def claim(folder):
+    """Lock a folder for this run before any work is done. release() unlocks it. (Of several ranks,
+    rank 0 holds the lock for all.)
+
+    Raises ValueError if another run writes to it, OSError if nothing can be written. The system
+    unlocks the folder of a process that dies."""
+    if rank() > 0:
+        return
     release()
     need(str(folder), "the name of the folder to write to is empty: name one")
-    path = Path(folder) / ".lock"
-    cannot = f"{folder} cannot be written to: name another folder, or make room"
-    with blame(cannot, OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(path, "a")
-    try:
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        need(False, f"another run writes to {folder}: wait for its end, or name another folder")
-    if not is_there(lock):                    # its owner released it between our two steps
-        lock.close()
-        return claim(folder)
-    HELD.append(lock)
-    with blame(cannot, OSError):
-        lock.truncate(0)
-        lock.write("a run writes here\n" * 200)      # a full disk has room for an empty file
-        lock.flush()
+    folder = Path(folder)
+    lock = FileLock(folder / ".lock")
+    with blame(f"{folder} cannot be written to: name another folder, or make room", OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(Timeout):
+            lock.acquire(timeout=0)
+        if lock.is_locked:
+            HELD[lock] = saved_in(folder)
+            # A full disk still has room for an empty lock. So we try whether 4 kB fit.
+            write_whole(folder / ".room", lambda part: part.write_text("room?\n" * 700))
+            (folder / ".room").unlink()
+    need(lock.is_locked,
+         f"another run writes to {folder}: wait for its end, or name another folder")
 
 
-def is_there(lock):
-    """Whether an open lock is still the file of that name, and not one that was deleted."""
-    path = Path(lock.name)
-    return path.exists() and os.path.samestat(path.stat(), os.fstat(lock.fileno()))
+def saved_in(folder):
+    """What a run can go on from: {(file, time)} of state.pt and of an evaluation's parts."""
+    return {(path, path.stat().st_mtime_ns) for name in ("state.pt", "parts/*")
+            for path in folder.glob(name)}
 
 
 def saved():
-    """The folder of this run, if anything is saved there by now: state.pt, or an evaluation's
-    parts. Else None."""
-    for lock in HELD:
-        folder, began = Path(lock.name).parent, os.fstat(lock.fileno()).st_mtime
-        if any(path.stat().st_mtime >= began for name in ("state.pt", "parts/*")
-               for path in folder.glob(name)):
+    """The folder of this run, if the run has saved anything there, else None."""
+    for lock, before in HELD.items():
+        folder = Path(lock.lock_file).parent
+        if saved_in(folder) - before:
             return folder
 
 
 def release():
-    """Give the folder of this run free. An empty folder goes away."""
+    """Unlock this run's folder, and remove it if it is empty."""
     for lock in HELD:
-        with contextlib.suppress(OSError):
-            if is_there(lock):
-                os.unlink(lock.name)
-                os.rmdir(Path(lock.name).parent)
-        with contextlib.suppress(OSError):           # on a full disk the rest cannot be written
-            lock.close()
+        with contextlib.suppress(OSError):       # on Windows an open file cannot be removed
+            os.unlink(lock.lock_file)
+        lock.release()
+        with contextlib.suppress(OSError):       # the folder is not empty
+            os.rmdir(Path(lock.lock_file).parent)
     HELD.clear()
 
 
 def move_aside(folder, names):
-    """Move what an earlier run has left to a folder of its own, FOLDER/earlier_1, earlier_2, .. So
-    nothing of one run lies beside another's, and nothing is lost. names: of files, with wildcards.
-    """
+    """Move what an earlier run left here into a folder of its own: earlier_1, earlier_2, ..
+
+    So the files of two runs never mix, and nothing is lost. names: of files, with wildcards."""
     found = [path for name in names for path in sorted(Path(folder).glob(name))]
     if found:
         numbers = [int(path.name[8:]) for path in Path(folder).glob("earlier_*")
@@ -119,8 +124,10 @@ def move_aside(folder, names):
 
 
 def fingerprint(links, *data):
-    """A short hash of links' weights and of plain data. A run that goes on compares it: the flags
-    may be the same where a link, a prompt or a row is another one."""
+    """A short hash of links' weights and of plain data.
+
+    A resumed run compares it. Its flags may be the same although a link, a prompt or a row of the
+    data has changed."""
     digest = hashlib.sha256(repr(data).encode())
     for link in links:
         for value in link.state_dict().values():

@@ -1,4 +1,4 @@
-"""Tasks: where questions come from and how an answer is scored. One file a kind of task.
+"""Tasks: where questions come from and how an answer is scored. One file per kind of task.
 
     from tasks import get_task
     task = get_task("tiny")
@@ -9,7 +9,7 @@
     get_task("math500", "my/rows.jsonl")       rows from a local file with the same columns
     get_task("choice", "my/rows.json")         any layout that tasks/choice.py can read
 
-A file of this folder names the data sets it knows in NAMES and makes a Task of each in `task()`.
+A file of this folder derives a class from Task. Its `names` are the data sets that it knows.
 Adding a data set means adding a file (or a name to one); nothing else needs to hear of it.
 """
 import importlib
@@ -18,20 +18,20 @@ import math
 import pkgutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 from support.errors import blame, need
 from tasks.boxes import last_box, without_fonts    # noqa: F401: what scorers are made of
 
 ID_COLUMNS = ("unique_id", "id", "_id", "problem_idx", "Record ID", "task_id", "question_id")
-# What is put after an answer that cannot be read, and how many words more, as the publishers did.
+# The text put after an answer that cannot be read, and how many tokens may follow it, as published.
 BOXED_RETRY = ("\nFinal Answer: \\boxed{", 16)
 CODE_RETRY = ("\nFinal Answer:\n```python\n", 256)
 
 
 @dataclass(frozen=True)
 class Example:
-    """One question. `row` is the raw record it was made from, kept for scorers that need more."""
+    """One question. `row` is the record it was made from, kept for scorers that need more."""
     id: str
     question: str
     gold: str
@@ -41,53 +41,69 @@ class Example:
 
 @dataclass(frozen=True)
 class Score:
-    """`parsed` is the answer found in the text; None = unparsed, which always counts as wrong.
+    """`parsed` is the answer found in the text. None means unparsed, and always counts as wrong.
     `note` says what decided where that is not plain: `judge: correct`, `test 3 of 9: timeout`."""
     correct: bool
     parsed: str | None
     note: str = ""
 
 
-@dataclass(frozen=True)
 class Task:
-    """A data set with its scorer; `load` and `score` are plain functions of the task's file."""
-    name: str
-    kind: str
-    load: Callable               # load(limit=None, split=None) -> [Example]; split: of a hub set
-    score: Callable              # score(example, text) -> Score
-    train_rows: Callable | None = None    # train_rows(n, seed) -> [row]: generated training data
-    brief: int | None = None     # tokens that hold all a message needs (method text_brief)
-    leave_out: tuple = ()        # words of the test that no training may see (relay)
-    ceiling: Callable | None = None       # ceiling(examples, rounds) -> best accuracy possible
-    samples: int = 1             # answers to draw per question, as the publishers did (pass@k)
-    ready: Callable | None = None         # ready(allow_unsafe=False): can answers be scored here?
-    retry: tuple | None = None   # (text put after an answer that cannot be read, words more)
-    check_m: Callable | None = None       # check_m(agent, m): an error or a warning if m cannot do
+    """A data set with its scorer. A class defines load and score; everything else has a default.
+
+    This base is for tasks that make their own questions. RowTask is for those that read them."""
+    names = ()                   # the data sets that the class knows
+    kind = ""                    # of the questions, as in Example
+    brief = None                 # tokens that hold all a message needs (method text_brief)
+    leave_out = ()               # words of the test that no training may see (relay)
+    samples = 1                  # answers to draw per question, as the publishers did (pass@k)
+    retry = None                 # (text put after an answer that cannot be read, tokens after it)
+    train_rows = None            # train_rows(n, seed) -> [row], if the task makes training data
+
+    def __init__(self, name, path=None):
+        need(path is None, f"{name} makes its own questions: leave the path out")
+        self.name = name
+
+    def load(self, limit=None, split=None):
+        """The first `limit` Examples. split: of the data set, None for its usual one."""
+
+    def score(self, example, text):
+        """The Score of an answer to the question."""
+
+    def ceiling(self, examples, rounds):
+        """The best accuracy possible in `rounds` rounds, or None if it is not known."""
+
+    def ready(self, allow_unsafe=False):
+        """Raise ValueError, before anything is generated, if answers cannot be scored here."""
+
+    def check_m(self, agent, m):
+        """Raise ValueError, or print a warning, if m thoughts do not fit the task."""
 
 
 def get_task(name, path=None):
-    """The Task of data set `name`, its rows read from `path` if one is given. With a path, name
-    may also be a file of this folder (`maths`): rows in any layout that file can read.
+    """The Task of data set `name`. With a path, its rows are read from there, and name may also be
+    a file of this folder (`maths`): then the rows have any layout that this file can read.
 
     Raises ValueError for an unknown name, listing the known ones."""
-    files = task_files()
-    file = next((file for file in files.values() if name in file.NAMES), files.get(name))
-    need(file, f"unknown data set '{name}': choose one of {', '.join(task_names())}")
-    need(path or name in file.NAMES, f"'{name}' is a kind of task, not a data set: give it a .json "
-         f"or .jsonl file, or choose one of {', '.join(file.NAMES)}")
-    return file.task(name, path)
+    task = next((one for one in task_classes()
+                 if name in one.names or one.__module__ == f"{__name__}.{name}"), None)
+    need(task, f"unknown data set '{name}': choose one of {', '.join(task_names())}")
+    need(path or name in task.names, f"'{name}' is a kind of task, not a data set: give it a .json "
+         f"or .jsonl file, or choose one of {', '.join(task.names)}")
+    return task(name, path)
 
 
-def task_files():
-    """{name: module} of the files of this folder that know data sets."""
-    files = {info.name: importlib.import_module(f"{__name__}.{info.name}")
-             for info in pkgutil.iter_modules(__path__)}
-    return {name: file for name, file in files.items() if hasattr(file, "NAMES")}
+def task_classes():
+    """The classes of the files of this folder that derive from Task."""
+    files = [importlib.import_module(f"{__name__}.{info.name}")
+             for info in pkgutil.iter_modules(__path__)]
+    return [one for file in files for one in vars(file).values() if isinstance(one, type)
+            and issubclass(one, Task) and one.__module__ == file.__name__]
 
 
 def task_names():
     """The names of all data sets."""
-    return sorted(name for file in task_files().values() for name in file.NAMES)
+    return sorted(name for task in task_classes() for name in task.names)
 
 
 def generated_task(name):
@@ -107,8 +123,8 @@ def pass_at_k(n, c, k):
 
 # ---- rows ---------------------------------------------------------------------------------------
 
-class Place(NamedTuple):
-    """Where a row stands: the file or data set, its number from 1, its first byte in a .jsonl."""
+class Source(NamedTuple):
+    """Where a row is from: the file or data set, its number from 1, its first byte in a .jsonl."""
     file: str
     number: int
     offset: int | None = None
@@ -121,50 +137,54 @@ class Unusable(ValueError):
     """A row that cannot be scored. It is skipped, and the skip is printed."""
 
 
-def row_task(name, kind, path, source, make_example, score, **more):
-    """The Task of questions that make_example(place, row) makes of rows. more: fields of Task.
+class RowTask(Task):
+    """A task whose questions are made of rows, from the file `path` or from the hub.
 
-    The rows stand in the file `path`, or on the hub: source = (id, configuration, usual split)."""
-    def load(limit=None, split=None):
+    A class has names = {data set: (its id on the hub, its configuration, its usual split)} and
+    make_example(source, row), which returns an Example without its id, or raises Unusable."""
+
+    def __init__(self, name, path=None):
+        self.name, self.path = name, path
+
+    def load(self, limit=None, split=None):
         """The first `limit` Examples. What make_example calls Unusable is left out, and printed.
 
-        Raises ValueError or OSError naming the row: for one that is no object, or has the id of
+        Raises ValueError or OSError naming the row: for one that is not an object, or has the id of
         another, and where nothing is left."""
-        need(not (path and split), f"{path} has no split '{split}': leave --dataset_split out")
+        need(not (self.path and split), f"{self.path} has no split '{split}': leave --dataset_split"
+             " out")
+        origin, config, usual = (self.path, None, None) if self.path else self.names[self.name]
         examples, left_out = {}, []
-        for place, row in read_rows(path) if path else read_rows(*source[:2], split or source[2]):
-            need(isinstance(row, dict), f"{place} is not an object: {str(row)[:60]!r}")
+        for source, row in read_rows(origin, config, split or usual):
+            need(isinstance(row, dict), f"{source} is not an object: {str(row)[:60]!r}")
             ids = [str(row[column]) for column in ID_COLUMNS if row.get(column) not in (None, "")]
-            own = ids[0] if ids else f"{name}-{place.number}"
-            need(own not in examples, f"{place} has the id '{own}' of a row before it")
+            own = ids[0] if ids else f"{self.name}-{source.number}"
+            need(own not in examples, f"{source} has the id '{own}' of a row before it")
             try:
-                examples[own] = replace(make_example(place, row), id=own)
+                examples[own] = replace(self.make_example(source, row), id=own)
             except Unusable as problem:
                 left_out.append(str(problem))
             if len(examples) == limit:         # before another row is read: it may be megabytes
                 break
         if left_out:
             print(f"left out {len(left_out)} of the rows: {'; '.join(left_out[:5])}", flush=True)
-        need(examples, f"{path or name} holds no question that can be scored")
+        need(examples, f"{self.path or self.name} holds no question that can be scored")
         return list(examples.values())
-
-    return Task(name, kind, load, score, **more)
 
 
 def read_rows(name, config=None, split=None, field="data"):
-    """Yields (Place, row) of a local .json or .jsonl file, or of a data set on the hub.
+    """Yields (Source, row) of a local .json or .jsonl file, or of a data set on the hub.
 
     A .json holds a list, or a list under `field`. A .jsonl is read line by line. config: of a hub
     set, or the numbers of its files `SPLIT2.jsonl`, if `datasets` cannot read it. Raises ValueError
     or OSError, naming the file and the row."""
-    path, offset = Path(name), 0
+    path = Path(name)
     if path.suffix == ".jsonl":
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
-                place = Place(str(path), number, offset)
-                offset += len(line)
+                source = Source(str(path), number, file.tell() - len(line))
                 if line.strip():
-                    yield place, parse_json(line, place)
+                    yield source, parse_json(line, source)
         return
     if path.suffix == ".json":
         content = parse_json(path.read_bytes(), path)
@@ -185,22 +205,22 @@ def read_rows(name, config=None, split=None, field="data"):
             import datasets                    # takes a second to import: only where it is needed
             rows = datasets.load_dataset(str(name), config, split=split)
     for number, row in enumerate(rows, start=1):
-        yield Place(str(name), number), row
+        yield Source(str(name), number), row
 
 
 def parse_json(text, name):
-    """json.loads whose ValueError says in one line what `name` is at fault."""
+    """json.loads whose ValueError names the file or row in one line."""
     with blame(f"{name} is not JSON: correct or remove it"):
         return json.loads(text)
 
 
-def column(place, row, *names):
+def column(source, row, *names):
     """The first of the columns `names` that the row has, as a string without outer blanks.
 
     Raises ValueError if it has none of them, Unusable if the cell is empty."""
     name = next((name for name in names if name in row), None)
-    need(name, f"{place} has no column {' or '.join(map(repr, names))}; its columns are "
+    need(name, f"{source} has no column {' or '.join(map(repr, names))}; its columns are "
          f"{', '.join(map(str, row)) or 'none'}")
     if not isinstance(row[name], (str, int, float)) or not str(row[name]).strip():
-        raise Unusable(f"{place} has no text in '{name}'")
+        raise Unusable(f"{source} has no text in '{name}'")
     return str(row[name]).strip()

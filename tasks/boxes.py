@@ -1,10 +1,10 @@
-r"""What an answer says in its last box, and what these words are without LaTeX.
+r"""The last box of an answer, and its words without LaTeX.
 
     text     First \boxed{4}. No: \boxed{\textbf{Ren\'e}~Descartes}. (It was to be in \boxed{}.)
     box      \textbf{Ren\'e}~Descartes            last_box(text)
     words    René Descartes                       without_fonts(box)
 
-The last box counts that says something. An empty box, or one with dots, is an echo of the prompt,
+The last box that says something counts. An empty box, or one with dots, is an echo of the prompt,
 which asks for "\boxed{...}". \fbox{12}, and \boxed 12 without braces, are boxes too.
 """
 import re
@@ -12,17 +12,17 @@ import unicodedata
 
 LONGEST_ANSWER = 2000    # characters in a box; longer ones answer nothing and cost a scorer minutes
 
-# What opens and closes braces. An escaped sign is neither: \{ is a brace that is printed.
+# Signs that open and close braces. An escaped sign does neither: \{ is a brace that is printed.
 BRACE = re.compile(r"(\nFinal Answer: )?\\\\?(?:boxed|fbox)\s*(?:\{|(-?\d[\d.,/]*|[A-J]\b))"
                    r"|\\.|[{}]", re.DOTALL)
-# No answer: `...`, `\ldots`, `???`, `\text{your answer}`. (But \{\} is one: the empty set.)
+# Not an answer: `...`, `\ldots`, `???`, `\text{your answer}`. (But \{\} is one: the empty set.)
 SILENT = re.compile(r"(?:[\s\0.…?!_*~{}$-]|\\(?:[lc]?dots|text|quad|square|_)|(?i:your |answer))*")
 ACCENTS = dict(zip("'`^\"~=.uvHckr", "\u0301\u0300\u0302\u0308\u0303\u0304\u0307\u0306\u030c\u030b"
                                      "\u0327\u0328\u030a"))
 LETTERS = dict(zip("ss o O l L ae AE oe OE aa AA i j".split(), "ß ø Ø ł Ł æ Æ œ Œ å Å i j".split()))
 FONTS = ("text text\\w+ math\\w+ operatorname boldsymbol bm bf rm it sf tt em emph underline "
          "displaystyle mbox fbox boxed left right").replace(" ", "|")
-STEPS = (                # what is found in LaTeX, what takes its place, and an example
+STEPS = (                # what is found in LaTeX, what replaces it, and an example
     (r"(?<=\d)\\[,;! ](?=\d{3}\b)|\\!", ""),                                   # 1\,000
     (r'(?<!\w)\\"([^"\\]*)\\"(?!\w)', r'"\1"'),                                # \"Emma\"
     (r"(?<=[A-Za-z])\\'(?=[st]\b|[A-Z])", "'"),                                # John\'s, O\'Neil
@@ -35,12 +35,12 @@ STEPS = (                # what is found in LaTeX, what takes its place, and an 
 
 
 def last_box(text):
-    r"""What stands in the last box of a text whose braces balance, or None if there is none.
+    r"""The content of the last box of a text whose braces balance, or None without such a box.
 
-    Of boxes within boxes the outermost counts, and the inner ones are unwrapped: `\boxed{x =
-    \boxed{5}}` gives `x = {5}`. One pass, so 200 kB of braces take no longer than 200 kB of text.
+    The outermost of nested boxes counts, and the inner ones are unwrapped: `\boxed{x = \boxed{5}}`
+    gives `x = {5}`. The text is read once, so 200 kB of braces take as long as 200 kB of words.
     """
-    opened, found = [], None               # where the open braces' contents begin; None: no box
+    opened, found = [], None               # where the open braces' contents begin; None: not a box
     for mark in BRACE.finditer(text):
         if mark[2]:                                          # \boxed 12
             found = mark.span(2)
@@ -51,7 +51,7 @@ def last_box(text):
         elif mark[0] == "{":
             opened.append(None)
         elif mark[0].endswith("{") and len(mark[0]) > 2:     # \boxed{
-            # Where we asked once more, a box that was left open is given up. It would hold ours.
+            # A box that was left open before we asked once more is dropped. It would hold ours.
             opened = [mark.end()] if mark[1] else [*opened, mark.end()]
     if found is None or found[1] - found[0] > LONGEST_ANSWER:
         return None
@@ -59,7 +59,7 @@ def last_box(text):
 
 
 def replaced(text, steps):
-    """A text after some steps (pattern, replacement), one after the other."""
+    """A text after the steps (pattern, replacement), taken one after the other."""
     for pattern, replacement in steps:
         text = re.sub(pattern, replacement, text)
     return text

@@ -11,24 +11,19 @@ r"""Multiple choice: GPQA (diamond) and MedQA. Which letter was chosen?
     score      Score(correct=True, parsed='C', note='')
 
 The last box decides: a letter (`C`, `(C)`, `C - Vitamin D`), or the text of one option. If it is
-neither (a value, on the way), or if there is none, then the last statement after it decides, like
+neither (a value, on the way), or if there is no box, then the last statement after it decides, like
 `the answer is (C)` or `option C is correct`. A letter must stand alone, or before its own option:
-`A vitamin` and `C. difficile` name no option, and `A or B` names two. All else is unparsed and
-wrong (nobody who said nothing said A). A row without a right option, or with it twice, is left out
+`A vitamin` and `C. difficile` name no option, and `A or B` names two. Everything else is unparsed
+and wrong. There is no default letter. A row without a right option, or with it twice, is left out
 and printed.
 """
 import random
 import re
 
 from support.errors import need
-from tasks import BOXED_RETRY, Example, Score, Unusable, column, last_box, row_task, without_fonts
+from tasks import BOXED_RETRY, Example, RowTask, Score, Unusable, column, last_box, without_fonts
 from tasks.boxes import STEPS, replaced
 
-SOURCES = {                     # name: hub id, config, split
-    "gpqa": ("Idavidrein/gpqa", "gpqa_diamond", "train"),
-    "medqa": ("GBaker/MedQA-USMLE-4-options", None, "test"),
-}
-NAMES = tuple(SOURCES)
 GPQA_OPTIONS = ("Correct Answer", *(f"Incorrect Answer {number}" for number in (1, 2, 3)))
 LETTERS = "ABCDEFGHIJ"
 MARK = re.compile(r"\(?([A-J])[.):] ?(?=.)")                   # the `A. ` before an option's text
@@ -36,42 +31,60 @@ SAYS = r"(?:answer(?: is| (?:must|should|would|will|seems to) be|\s*:)|(?:option
 STATED = re.compile(rf"(?<!wrong )(?<!incorrect )\b{SAYS}[\s:]*(?:therefore|thus|clearly)?", re.I)
 IS_RIGHT = re.compile(r"(?<![Ii]f )(?:\b(?i:option|choice|answer) \(?|\()([A-J])\)? is (?:the )?"
                       r"(?:correct|right|best)")
-# A letter, the signs that set it apart, and what follows.
+# A letter, the signs that set it apart, and the text after it.
 LETTER = re.compile(r"[(\[\"'“‘]*([A-Ja-j])(?![\w-])([)\]\"'”’.:]*)\s*(.*)", re.DOTALL)
-# What follows, if it names a second letter; if it leaves the letter alone.
+# The text after it, where it names a second letter, and where it leaves the letter alone.
 SECOND = re.compile(r"(?:and|or|/|,|&)\s*[(\[]?[A-J]\b|[(\[]?[A-J][).:\]]*$|\([A-J]\)")
 ASIDE = re.compile(r"[,;:!?(–—-]|(?:because|since|as|is|and not)\b|$")
 
 
-def task(name, path=None):
-    """The Task. Its rows stand in the file `path`, or on the hub."""
-    return row_task(name, "choice", path, SOURCES.get(name), make_example, score,
-                    retry=BOXED_RETRY)
+class Choice(RowTask):
+    """GPQA, MedQA, or rows in their columns."""
+    kind, retry = "choice", BOXED_RETRY
+    # data set: its id on the hub, its configuration, its usual split
+    names = {"gpqa": ("Idavidrein/gpqa", "gpqa_diamond", "train"),
+             "medqa": ("GBaker/MedQA-USMLE-4-options", None, "test")}
+
+    def make_example(self, source, row):
+        """The Example of one row in GPQA's columns, or in MedQA's."""
+        if "Correct Answer" in row:
+            question = column(source, row, "Question")
+            options = [column(source, row, name) for name in GPQA_OPTIONS]
+            right = options[0]
+            # The order depends on the question alone, and not on the rows around it.
+            random.Random(f"42 {row['Question']}").shuffle(options)
+        else:
+            question = column(source, row, "question", "query")
+            options = option_texts(source, row.get("options"))
+            right = right_text(source, row, options)
+        if options.count(right) != 1:
+            raise Unusable(f"{source} has its right answer {options.count(right)} times")
+        lines = [f"{letter}. {text}" for letter, text in zip(LETTERS, options)]
+        # The publishers' own files list the options in the question as well, some of them twice.
+        listed = r"\s*".join(rf"\(?{line[0]}[.):] *{re.escape(line[3:])}" for line in lines)
+        question = re.sub(rf"(?:\s*{listed})+$", "", question).strip()
+        return Example("", "\n".join([question, *lines]), LETTERS[options.index(right)], "choice",
+                       {**row, "options": options})
+
+    @staticmethod
+    def score(example, text):
+        """The letter chosen in `text` against example.gold."""
+        options, box = [without_fonts(option) for option in example.row["options"]], last_box(text)
+        words = without_fonts(box or "")
+        letter = letter_in(words.upper() if len(words) == 1 else words, options)
+        if not letter:
+            after = re.split("boxed|fbox", text)[-1] if box else text
+            after = IS_RIGHT.sub(r"answer: \1;", replaced(after, STEPS))
+            for found in STATED.finditer(after):
+                said = after[found.end():found.end() + 200].partition("\n")[0]
+                letter = letter_in(said, options) or letter
+        return Score(letter == example.gold, letter)
 
 
-def make_example(place, row):
-    """The Example of one row in GPQA's columns, or in MedQA's."""
-    if "Correct Answer" in row:
-        question = column(place, row, "Question")
-        options = [column(place, row, name) for name in GPQA_OPTIONS]
-        right = options[0]
-        # The order depends on the question alone, and not on the rows around it.
-        random.Random(f"42 {row['Question']}").shuffle(options)
-    else:
-        question = column(place, row, "question", "query")
-        options = option_texts(place, row.get("options"))
-        right = right_text(place, row, options)
-    if options.count(right) != 1:
-        raise Unusable(f"{place} has its right answer {options.count(right)} times")
-    lines = [f"{letter}. {text}" for letter, text in zip(LETTERS, options)]
-    # The publishers' own files list the options in the question, too, some of them twice.
-    listed = r"\s*".join(rf"\(?{line[0]}[.):] *{re.escape(line[3:])}" for line in lines)
-    question = re.sub(rf"(?:\s*{listed})+$", "", question).strip()
-    return Example("", "\n".join([question, *lines]), LETTERS[options.index(right)], "choice",
-                   {**row, "options": options})
+score = Choice.score
 
 
-def option_texts(place, options):
+def option_texts(source, options):
     """The texts in the order A, B, ..
 
     options: {letter: text}, [{key: letter, value: text}, ..], or texts that may begin `A. `."""
@@ -81,44 +94,30 @@ def option_texts(place, options):
         options = [f"{letter}. {text}" for letter, text in sorted(options.items())
                    if text not in (None, "")]
     need(isinstance(options, list) and 2 <= len(options) <= len(LETTERS),
-         f"{place} needs 'options': 2 to {len(LETTERS)} texts, or {{letter: text}}")
+         f"{source} needs 'options': 2 to {len(LETTERS)} texts, or {{letter: text}}")
     options = [str(text).strip() for text in options]
     marks = [MARK.match(text) for text in options]
     if not all(marks):
         return options
     if "".join(mark[1] for mark in marks) != LETTERS[:len(options)]:
-        raise Unusable(f"{place} has options that are not marked A, B, .. in order")
+        raise Unusable(f"{source} has options that are not marked A, B, .. in order")
     return [MARK.sub("", text, count=1) for text in options]
 
 
-def right_text(place, row, options):
+def right_text(source, row, options):
     """The right option's text, from answer_idx (a letter), or answer (a text, or a letter)."""
-    answer = column(place, row, "answer_idx", "answer")
+    answer = column(source, row, "answer_idx", "answer")
     meant = dict(zip(LETTERS, options))
     if "answer_idx" not in row:                        # a text goes before a letter
         meant |= {text: text for text in options}
     bare = MARK.sub("", answer, count=1)               # `B. iron`
     if answer not in meant and bare not in meant:
-        raise Unusable(f"{place} has the answer '{answer[:40]}', which is none of its options")
+        raise Unusable(f"{source} has the answer '{answer[:40]}', which is not an option")
     return meant.get(answer, meant.get(bare))
 
 
-def score(example, text):
-    """The letter chosen in `text` against example.gold."""
-    options, box = [without_fonts(option) for option in example.row["options"]], last_box(text)
-    words = without_fonts(box or "")
-    letter = letter_in(words.upper() if len(words) == 1 else words, options)
-    if not letter:
-        after = re.split("boxed|fbox", text)[-1] if box else text
-        after = IS_RIGHT.sub(r"answer: \1;", replaced(after, STEPS))
-        for found in STATED.finditer(after):
-            said = after[found.end():found.end() + 200].partition("\n")[0]
-            letter = letter_in(said, options) or letter
-    return Score(letter == example.gold, letter)
-
-
 def letter_in(said, options):
-    """The letter that some words name, alone or with the text of its option, or None."""
+    """The letter that these words name, alone or with the text of its option, or None."""
     letters, said = list(LETTERS[:len(options)]), said.strip()
     said = re.sub("^(?:option|choice) +", "", said, flags=re.IGNORECASE)
     for fold in (str, folded):                         # capitals may tell two options apart

@@ -14,21 +14,23 @@ r'''Programs: MBPP+, HumanEval and LiveCodeBench. Does the program pass its test
                ```
     score      Score(correct=True, parsed='def add(a, b):\n    return a + b', note='')
 
-The program is the last ```python block; without one the last block that names no language (where a
-function is asked for, the last of them that defines something, for usage may follow it); without
-any the text up to its first fence, if it is Python and begins as a program does (import, from, def,
-class, @). A block that the end of the text cuts off counts if it is Python: a model may forget the
-last fence. All else is unparsed and wrong.
+The program is the last ```python block. If there is none, it is the last block that names no
+language. (Where a function is asked for, it is the last such block that defines something, because
+an example of its use may follow.) If there is no block, it is the text up to the first fence, if
+that is Python and begins as a program does (import, from, def, class, @). A block that the end of
+the text cuts off counts if it is Python: a model may forget the last fence. Everything else is
+unparsed and wrong.
 
 MBPP+ has a test script to run after the program. HumanEval's script only defines check(candidate),
-so we call it, and its programs go on from a prompt with imports and helpers, which are run first. A
-script that calls nothing would pass any program: such a row is left out, and printed.
+so we call it. Its programs continue a prompt with imports and helpers, which are run first. A
+script that calls nothing would pass any program. So its row is left out, and printed.
 
 LiveCodeBench has texts to read and print, and functions (or methods of class Solution) to call with
-JSON values. There we compare the output, as the benchmark does: by lines, those of numbers as exact
-decimals (1.50 is 1.5); JSON values by ==, floats to a millionth. The hidden tests are megabytes a
-question, so of a .jsonl only their place is kept until scoring. And they are pickled. Unpickling
-can call any function it names, so our reader refuses every name and reads plain data only.
+JSON values. The output is compared as the benchmark does it. Texts are compared by lines, and lines
+of numbers as exact decimals (1.50 is 1.5). JSON values are compared by ==, floats to a millionth.
+The hidden tests are megabytes per question. So of a .jsonl we keep only where they begin, and read
+them for scoring. They are pickled, and unpickling can call any function that it names. So our
+reader refuses every name and reads plain data only.
 '''
 import ast
 import base64
@@ -44,15 +46,9 @@ import textwrap
 import zlib
 
 from support.errors import blame, need
-from support.sandbox import call_function, passes, require_sandbox, run_python
-from tasks import CODE_RETRY, Example, Score, Unusable, column, parse_json, row_task
+from tasks import CODE_RETRY, Example, RowTask, Score, Unusable, column, parse_json
+from tools.sandbox import call_function, passes, require_sandbox, run_python
 
-SOURCES = {                     # name: hub id, configuration (or the numbers of its files), split
-    "mbppplus": ("evalplus/mbppplus", None, "test"),
-    "humaneval": ("openai/openai_humaneval", None, "test"),
-    "livecodebench": ("livecodebench/code_generation_lite", ("", 2, 3, 4, 5, 6), "test"),
-}
-NAMES = tuple(SOURCES)
 SCRIPT_SECONDS, LIVE_SECONDS = 10, 6       # a script, a test
 # ``` or ~~~ on a line of its own, maybe after the mark of a list, maybe with a language.
 FENCE = re.compile(r"^[ \t]*(?:(?:[-*+]|\d+[.)])[ \t]+)?(`{3,}|~{3,})[ \t]*(\w*)[^`\n]*$", re.M)
@@ -60,56 +56,81 @@ LATE_FENCE = re.compile(r"^([^#`~\n]*[^#`~\s])[ \t]*(```+|~~~+)[ \t]*$", re.M)  
 DEFINES = re.compile(r"^\s*(?:async )?(?:def|class) ", re.M)
 BEGINS = re.compile(r"(?:#.*\s+)*(import \w|from [\w.]+ import |def \w+\(|class \w+|@\w)")
 NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,9})?", re.ASCII)
-# What LiveCodeBench lets a program take as given; builtins last, for math has another pow.
+# LiveCodeBench's programs may use these modules without an import. builtins is the last, because
+# math has another pow.
 MODULES = "bisect collections copy functools heapq itertools math operator random re string typing"
 PRELUDE = "".join(f"from {module} import *\n" for module in (MODULES + " builtins").split()) + (
     f"import sys, {', '.join(MODULES.split())}\nsys.setrecursionlimit(50000)\n")
 
 
-def task(name, path=None):
-    """The Task. Its rows stand in the file `path`, or on the hub."""
-    return row_task(name, "code", path, SOURCES.get(name), make_example, score,
-                    ready=require_sandbox, retry=CODE_RETRY)
+class Coding(RowTask):
+    """MBPP+, HumanEval, LiveCodeBench, or rows in their columns."""
+    kind, retry = "code", CODE_RETRY
+    # data set: its id on the hub, its configuration (or the numbers of its files), its split
+    names = {"mbppplus": ("evalplus/mbppplus", None, "test"),
+             "humaneval": ("openai/openai_humaneval", None, "test"),
+             "livecodebench": ("livecodebench/code_generation_lite", ("", 2, 3, 4, 5, 6), "test")}
+
+    def make_example(self, source, row):
+        """The Example of one row of MBPP+, HumanEval or LiveCodeBench."""
+        if "question_content" in row:
+            return live_example(source, row)
+        question, head = column(source, row, "prompt"), ""
+        script = "\n".join([*(row.get("test_imports") or []), column(source, row, "test")])
+        if row.get("entry_point"):
+            head = question.rpartition(f"def {row['entry_point']}(")[0]
+            question = f"Write all of this function:\n\n{question}"
+            if "def check(" in script:
+                script += f"\ncheck({row['entry_point']})"
+        # A test asserts something, and does more than import, define and set values.
+        acts = r"^(?:assert|for|while|if|with|try)\b|^(?:\w+ *= *)?[\w.]+\("     # no indented line
+        if not re.search(r"\b(assert|raise)", script) or not re.search(acts, script, re.M):
+            raise Unusable(f"{source} has a 'test' that calls nothing")
+        if row.get("test_list"):
+            question += "\n\nYour program must pass tests like these:\n"
+            question += "\n".join(row["test_list"][:3])
+        return Example("", question, "tests pass", "code", {"head": head, "test": script})
+
+    @staticmethod
+    def score(example, text):
+        """Run the program in `text` against the tests. Raises ValueError if those are damaged."""
+        code = program_in(text, defines="test" in example.row or bool(example.row["function"]))
+        if code is None:
+            return Score(False, None)
+        if "test" in example.row:
+            test = "__name__ = '__main__'\n" + example.row["test"]      # or it may wait for that
+            fault = fault_of(passes(after(example.row["head"], code), test, SCRIPT_SECONDS))
+            return Score(not fault, code, fault)
+        tests = all_tests(example)
+        for number, test in enumerate(tests, start=1):
+            fault = live_fault(after(PRELUDE, code), example.row["function"], *test)
+            if fault:
+                return Score(False, code, f"test {number} of {len(tests)}: {fault}")
+        return Score(True, code)
+
+    def ready(self, allow_unsafe=False):
+        """Print how well programs are confined here. Raises ValueError if they cannot be."""
+        require_sandbox(allow_unsafe)
 
 
-# ---- questions ----------------------------------------------------------------------------------
-
-def make_example(place, row):
-    """The Example of one row of MBPP+, HumanEval or LiveCodeBench."""
-    if "question_content" in row:
-        return live_example(place, row)
-    question, head = column(place, row, "prompt"), ""
-    script = "\n".join([*(row.get("test_imports") or []), column(place, row, "test")])
-    if row.get("entry_point"):
-        head = question.rpartition(f"def {row['entry_point']}(")[0]
-        question = f"Write all of this function:\n\n{question}"
-        if "def check(" in script:
-            script += f"\ncheck({row['entry_point']})"
-    # A test asserts something, and does more than import, define and set values.
-    acts = r"^(?:assert|for|while|if|with|try)\b|^(?:\w+ *= *)?[\w.]+\("         # no indented line
-    if not re.search(r"\b(assert|raise)", script) or not re.search(acts, script, re.M):
-        raise Unusable(f"{place} has a 'test' that calls nothing")
-    if row.get("test_list"):
-        question += "\n\nYour program must pass tests like these:\n"
-        question += "\n".join(row["test_list"][:3])
-    return Example("", question, "tests pass", "code", {"head": head, "test": script})
+score = Coding.score
 
 
-def live_example(place, row):
+def live_example(source, row):
     """The Example of a LiveCodeBench row; its row["hidden"] is the tests, or [file, offset]."""
-    question = column(place, row, "question_content")
-    shown = parse_json(column(place, row, "public_test_cases"), place)
-    hidden, about = column(place, row, "private_test_cases"), row.get("metadata") or {}
+    question = column(source, row, "question_content")
+    shown = parse_json(column(source, row, "public_test_cases"), source)
+    hidden, about = column(source, row, "private_test_cases"), row.get("metadata") or {}
     if not shown and hidden == "[]":
-        raise Unusable(f"{place} has no tests")
-    with blame(f"{place} has a 'metadata' that is no object"):
+        raise Unusable(f"{source} has no tests")
+    with blame(f"{source} has a 'metadata' that is not an object"):
         function = (json.loads(about) if isinstance(about, str) else about).get("func_name")
     if row.get("starter_code"):
         question += f"\n\nStart from this code:\n{row['starter_code'].rstrip()}"
     question += (f"\n\nYour program must define {function}, which is called and returns its answer."
                  if function else
                  "\n\nYour program must read its input from stdin and print its answer.")
-    hidden = hidden if place.offset is None else [place.file, place.offset]
+    hidden = hidden if source.offset is None else [source.file, source.offset]
     return Example("", question, "tests pass", "code",
                    {"shown": shown, "hidden": hidden, "function": function})
 
@@ -126,7 +147,7 @@ def all_tests(example):
     """The tests of a LiveCodeBench question, as read_test gives them, the shown ones first. Raises
     ValueError if they are damaged."""
     text = example.row["hidden"]
-    # Bytes that are no pickle can make the unpickler raise anything.
+    # Bytes that are not a pickle can make the unpickler raise anything.
     with blame(f"the tests of {example.id} are damaged"):
         if isinstance(text, list):
             with open(text[0], "rb") as file:
@@ -140,7 +161,8 @@ def all_tests(example):
 
 
 def read_test(test):
-    """A test as (stdin, stdout, True), or as (arguments, value, False): one argument a line."""
+    """A test as (stdin, stdout, True), or as (arguments, value, False). Its input has one argument
+    per line."""
     if test["testtype"] == "stdin":
         return test["input"], test["output"], True
     arguments = [json.loads(line) for line in test["input"].split("\n") if line.strip()]
@@ -152,7 +174,8 @@ def read_test(test):
 def program_in(text, defines=False):
     """The program in a text, or None: see the head of this file.
 
-    defines: it is to define something, so a block after that only uses it does not count."""
+    defines: the program must define something. So a later block that only uses it does not count.
+    """
     blocks = [block for block in blocks_of(LATE_FENCE.sub(r"\1\n\2", text)) if any(block)]
     programs = ([program for language, program in blocks if language in ("python", "py", "python3")]
                 or [program for language, program in blocks if not language])
@@ -167,8 +190,9 @@ def program_in(text, defines=False):
 def blocks_of(text):
     """Yields (language, program) of each block in a text.
 
-    A block ends at the first fence that leaves Python behind, so not at one within a docstring. If
-    none does, it ends at the first fence. The program is "" where the end of the text cuts it."""
+    A block ends at the first fence up to which it is valid Python, so not at one in a docstring. If
+    there is no such fence, it ends at the first one. The program is "" where the end of the text
+    cuts it off."""
     fences, end = list(FENCE.finditer(text)), 0
     for number, opens in enumerate(fences):
         if opens.start() < end:                       # it belongs to the block before
@@ -177,7 +201,7 @@ def blocks_of(text):
         stops = [(fence.start(), fence.start() if fence[2] else fence.end())    # a language: the
                  for fence in fences[number + 1:number + 9]                     # next block begins
                  if fence[2] or fence[1].startswith(opens[1])]
-        if not stops or number + 9 > len(fences):     # near the end, or that would take ages
+        if not stops or number + 9 > len(fences):     # for every fence it would take ages
             stops.append((len(text), len(text)))
         good = next((stop for stop in stops if is_python(text[start:stop[0]])), None)
         stop, end = good or stops[0]
@@ -193,31 +217,14 @@ def is_python(code):
 
 # ---- scores -------------------------------------------------------------------------------------
 
-def score(example, text):
-    """Run the program in `text` against the tests. Raises ValueError if those are damaged."""
-    code = program_in(text, defines="test" in example.row or bool(example.row["function"]))
-    if code is None:
-        return Score(False, None)
-    if "test" in example.row:
-        test = "__name__ = '__main__'\n" + example.row["test"]      # or it may wait for that
-        fault = fault_of(passes(after(example.row["head"], code), test, SCRIPT_SECONDS))
-        return Score(not fault, code, fault)
-    tests = all_tests(example)
-    for number, test in enumerate(tests, start=1):
-        fault = live_fault(after(PRELUDE, code), example.row["function"], *test)
-        if fault:
-            return Score(False, code, f"test {number} of {len(tests)}: {fault}")
-    return Score(True, code)
-
-
 def after(head, code):
-    """A program that runs `head` before `code`. This stays a text of its own, because its imports
-    from __future__ have to stand at its beginning."""
+    """A program that runs `head` before `code`. The code stays a text of its own, because its
+    imports from __future__ must stand at its beginning."""
     return f"{head}\nexec({code!r})\n"
 
 
 def live_fault(program, function, given, expected, reads_stdin):
-    """What is wrong with the program by one LiveCodeBench test, "" if nothing is."""
+    """What one LiveCodeBench test finds wrong with the program, "" if nothing."""
     if reads_stdin:
         run = run_python(program, given, LIVE_SECONDS)
         return fault_of(run, same_output(run.stdout, expected))
@@ -237,8 +244,8 @@ def fault_of(run, right=True):
 def same_output(printed, expected):
     """Are two texts the same, line by line: without outer blanks, or as exact decimals?
 
-    Lines are read one at a time, and more than 1 MB of them not as numbers: as a list of numbers,
-    8 MB would take 500."""
+    Lines are read one at a time. Texts over 1 MB are not read as numbers, because 8 MB of text are
+    500 MB as a list of numbers."""
     def content(line):
         words = line.split() if len(printed) < 10**6 else [line]
         numbers = all(map(NUMBER.fullmatch, words))
@@ -254,6 +261,6 @@ def same_value(value, expected):
     if isinstance(value, list) and isinstance(expected, list):
         return len(value) == len(expected) and all(map(same_value, value, expected))
     if isinstance(value, float) or isinstance(expected, float):
-        with contextlib.suppress(TypeError, OverflowError):    # no number, or one of 400 digits
+        with contextlib.suppress(TypeError, OverflowError):    # not a number, or 400 digits long
             return math.isclose(value, expected, rel_tol=1e-6, abs_tol=1e-6)
     return value == expected

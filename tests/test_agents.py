@@ -1,29 +1,57 @@
-"""One agent: cached against uncached, batch against single, padded against unpadded, spliced text
-against plain tokens, decoding against the library's generate and the exact distribution."""
+"""One agent: cached against uncached, batch against single, padded against unpadded, text in slots
+against plain tokens, decoding against the library's generate and the exact distribution.
+
+The agents are in float64, so two ways of computing agree to CLOSE."""
 import gc
-import json
 import shutil
 import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (FAMILIES, QUESTIONS, VOCABULARY, WINDOW, byte_tokenizer, chat, embed_words,
-                      largest_difference, left_pad, new_agent, new_model, plain_states, plain_think,
-                      plain_write, word_tokenizer, words)
+from helpers import (FAMILIES, QUESTIONS, VOCABULARY, WINDOW, byte_tokenizer, chat, embed_words,
+                     largest_difference, left_pad, new_agent, new_model, nothing_in_float32,
+                     plain_states, plain_think, plain_write, spy_on_reading, widen, word_tokenizer,
+                     words)
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from agents import Agent
-from support.sampling import Sampling
-from cache import ROOM, NewStateLayer, Recorded, say_once
-from support.checkpoints import load_agent, save_inner
-from support.devices import pick_device
+from cache import NewStateLayer
+from checkpoints import load_agent, save_inner
+from gpu.recorded import ROOM, Recorded
+from support.errors import say_once
 from tiny.build import new_tokenizer
+from writing import Sampling
 
 M = 5                                                       # latent steps
+CLOSE = 1e-9
 PROMPTS = [words(chat(question)) for question in QUESTIONS[:4]]      # 6 to 21 tokens
+# Three families stand for all: plain, with sliding windows, with linear attention.
+EIGHT = [family if family in ("qwen3", "gemma3", "qwen3_5") else
+         pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]
+CPU = torch.device("cpu")
+needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exact():
+    with nothing_in_float32():
+        yield
+
+
+def exact_agent(family):
+    """A fresh agent in float64."""
+    agent = widen(new_agent(family))
+    agent.family = family
+    return agent
+
+
+@pytest.fixture(params=EIGHT)
+def agent(request):
+    """A fresh agent in float64, of each family in turn."""
+    return exact_agent(request.param)
 
 
 def read_plain(agent, prompts):
@@ -31,71 +59,38 @@ def read_plain(agent, prompts):
     return agent.read(*left_pad([embed_words(agent, ids) for ids in prompts]))
 
 
+def random_latents(agent, *lengths):
+    """Latents (m, d) of these lengths."""
+    generator = torch.Generator().manual_seed(0)
+    return [0.2 * torch.randn(m, agent.width, generator=generator, dtype=agent.dtype)
+            for m in lengths]
+
+
 # ---- reading and thinking -----------------------------------------------------------------------
 
 def test_the_prompts_are_a_fair_test():
-    """Different lengths, and a sliding window that is shorter than some and longer than none."""
+    """Different lengths, and a sliding window that is shorter than some and longer than none. It
+    matters: the same weights without it think otherwise."""
     lengths = [len(ids) for ids in PROMPTS]
-    assert len(set(lengths)) > 2 and max(lengths) > 2 * WINDOW
-    assert min(lengths) + M > WINDOW
-
-
-def test_the_window_of_the_mistral_matters():
-    """The same weights without the window think otherwise; else no test here would see it."""
-    agent, wide = new_agent("mistral"), new_agent("mistral")
+    assert len(set(lengths)) > 2 and max(lengths) > 2 * WINDOW and min(lengths) + M > WINDOW
+    agent, wide = exact_agent("mistral"), exact_agent("mistral")
     wide.model.config.sliding_window = None
     embeds = embed_words(agent, PROMPTS[2])
     near, far = plain_states(agent, embeds), plain_states(wide, embeds)
-    assert largest_difference(near[:, :WINDOW], far[:, :WINDOW]) < agent.close
+    assert largest_difference(near[:, :WINDOW], far[:, :WINDOW]) < CLOSE
     assert largest_difference(near[:, -1:], far[:, -1:]) > 0.01
 
 
+@torch.no_grad()
 def test_think_batched_is_uncached_is_single(agent):
     """Cached on a left-padded batch = no cache, one by one = cached, one by one."""
-    with torch.no_grad():
-        batched = agent.think(read_plain(agent, PROMPTS), M)
-        for b, ids in enumerate(PROMPTS):
-            embeds = embed_words(agent, ids)
-            plain = plain_think(agent, embeds, M)
-            single = agent.think(agent.read(embeds, torch.ones(1, len(ids), dtype=torch.long)), M)
-            assert largest_difference(batched[b:b + 1], plain) < agent.close
-            assert largest_difference(single, plain) < agent.close
-
-
-def test_first_thought_is_the_hidden_state_read_ended_on(agent):
     context = read_plain(agent, PROMPTS)
+    batched = agent.think(context, M)
     assert torch.equal(agent.think(context, 1), context.hidden)
-
-
-def test_reading_in_two_parts_is_reading_at_once(agent):
-    """read(.., context): rows of different lengths, cut at the same place from the right."""
-    embeds, mask = left_pad([embed_words(agent, ids) for ids in PROMPTS])
-    first = agent.read(embeds[:, :-4], mask[:, :-4])
-    second = agent.read(embeds[:, -4:], mask[:, -4:], first)
-    whole = agent.read(embeds, mask)
-    assert largest_difference(second.hidden, whole.hidden) < agent.close
-    assert largest_difference(agent.think(second, M), agent.think(whole, M)) < agent.close
-
-
-def test_gradients_through_cached_think(agent):
-    """Of latents in a slot and of the inner link: cached padded batch = uncached, one by one."""
-    agent.inner.requires_grad_(True)
-    parameters = list(agent.inner.parameters())
-    torch.manual_seed(0)
-    latents = [(0.2 * torch.randn(1, 3, agent.width)).requires_grad_() for _ in PROMPTS]
-    weights = torch.randn(len(PROMPTS), M, agent.width)
-
-    def rows():
-        return [torch.cat([embed_words(agent, ids[:-2]), slot, embed_words(agent, ids[-2:])], 1)
-                for ids, slot in zip(PROMPTS, latents)]
-
-    plain = sum((plain_think(agent, row, M) * weight).sum() for row, weight in zip(rows(), weights))
-    cached = (agent.think(agent.read(*left_pad(rows())), M) * weights).sum()
-    wanted = torch.autograd.grad(plain, latents + parameters)
-    got = torch.autograd.grad(cached, latents + parameters)
-    for a, b in zip(got, wanted):
-        assert b.abs().max() > 0
-        assert largest_difference(a, b) < agent.close * max(1.0, b.abs().max().item())
+    for b, ids in enumerate(PROMPTS):
+        plain = plain_think(agent, embed_words(agent, ids), M)
+        assert largest_difference(batched[b:b + 1], plain) < CLOSE
+        assert largest_difference(agent.think(read_plain(agent, [ids]), M), plain) < CLOSE
 
 
 # ---- prompts with a shared prefix ---------------------------------------------------------------
@@ -104,121 +99,137 @@ SLOTTED = "{question} <|notes|> {critic} and"
 TEXTS = ["s1 x7 1", "none", "s4 flip 7 s5 +3 0 .", "to to"]
 
 
-def prompt(agent, user, slots=("critic",), questions=QUESTIONS[:4], **texts):
-    """Rows of parts: latents of `slots` are heard, and the texts of others."""
+def tokenized(agent, user, slots=("critic",), questions=QUESTIONS[:4], **texts):
+    """Prompts as parts: latents of `slots` are heard, and the texts of others."""
     values = {"question": questions, "answer_format": ["end"] * len(questions), **texts}
-    return agent.prompt("", user, values, slots)
+    return agent.tokenize_prompts("", user, values, slots)
 
 
-def prefix_of(agent, rows):
+def prefix_of(agent, prompts):
     """What stands before the first slot, read: (token lists, Context)."""
-    begun = [row[0] for row in rows]
-    return begun, agent.read(*agent.embed([[tokens] for tokens in begun], {}))
+    begun = [parts[0] for parts in prompts]
+    with torch.no_grad():
+        return begun, agent.read(*agent.embed([[tokens] for tokens in begun], {}))
 
 
-def assert_same_context(agent, a, b):
-    """Both lead to the same thoughts."""
-    assert largest_difference(a.hidden, b.hidden) < agent.close
-    assert largest_difference(agent.think(a, M), agent.think(b, M)) < agent.close
+def typed(agent, question, latents):
+    """The prompt SLOTTED with latents (m, d) in its slot, typed by hand: (1, T, d)."""
+    return torch.cat([embed_words(agent, words(f"<bos> <|user|> {question} <|notes|>")),
+                      latents[None], embed_words(agent, words("and <|assistant|>"))], 1)
 
 
-def test_read_prompt_with_prefix(agent):
-    """Latents of one length, and of a length for each row: as without a prefix, and as one by one
-    and unpadded."""
-    rows = prompt(agent, SLOTTED)
-    prefix = prefix_of(agent, rows)
-    torch.manual_seed(0)
-    ragged = [0.2 * torch.randn(n, agent.width) for n in (3, 1, 6, 2)]
-    for heard in (0.2 * torch.randn(4, 3, agent.width), ragged):
-        shared = agent.read_prompt(rows, {"critic": heard}, prefix)
-        assert_same_context(agent, shared, agent.read_prompt(rows, {"critic": heard}))
-        for b, (question, latents) in enumerate(zip(QUESTIONS, heard)):
-            before = embed_words(agent, words(f"<bos> <|user|> {question} <|notes|>"))
-            after = embed_words(agent, words("and <|assistant|>"))
-            plain = plain_states(agent, torch.cat([before, latents[None], after], 1))[:, -1:]
-            assert largest_difference(shared.hidden[b:b + 1], plain) < agent.close
+def test_latents_after_a_prefix(agent, monkeypatch):
+    """Latents of one length, and of a length for each question: as one by one, unpadded and
+    uncached. Only what follows the prefix is read. But after padding in the middle, a sliding
+    window and a recurrent state would go wrong: then these models read the whole prompt."""
+    prompts = tokenized(agent, SLOTTED)
+    prefix = prefix_of(agent, prompts)
+    for lengths in ((3, 3, 3, 3), (3, 1, 6, 2)):
+        heard, shapes = random_latents(agent, *lengths), spy_on_reading(agent, monkeypatch)
+        context = agent.read_prompts(prompts, {"critic": heard}, prefix)
+        anew = len(set(lengths)) > 1 and agent.family not in ("qwen3", "llama", "qwen2")
+        longest = max(len(begun) * anew + m + 2 for begun, m in zip(prefix[0], lengths))
+        assert shapes == [(4, longest)]
+        with torch.no_grad():
+            thoughts = agent.think(context, M)
+            for b, (question, latents) in enumerate(zip(QUESTIONS, heard)):
+                plain = plain_think(agent, typed(agent, question, latents), M)
+                assert largest_difference(thoughts[b:b + 1], plain) < CLOSE
 
 
-def test_texts_in_slots_share_the_prefix(agent):
-    """Texts of one length, of different lengths, and empty ones."""
-    prefix = prefix_of(agent, prompt(agent, SLOTTED))
-    for texts in (TEXTS, ["s1 x7 1"] * 4, [""] * 4, ["s1", "", "s2 s3", ""]):
-        rows = prompt(agent, SLOTTED, (), critic=texts)
-        assert_same_context(agent, agent.read_prompt(rows, {}, prefix), agent.read_prompt(rows, {}))
-        typed = [words(chat(f"{question} <|notes|> {text} and"))
-                 for question, text in zip(QUESTIONS, texts)]
-        assert_same_context(agent, agent.read_prompt(rows, {}, prefix), read_plain(agent, typed))
+@torch.no_grad()
+@pytest.mark.parametrize("user, texts", [
+    (SLOTTED, TEXTS), (SLOTTED, ["s1 x7 1"] * 4), (SLOTTED, ["s1", "", "s2 s3", ""]),
+    ("{question} <|notes|> none", None), ("{question} start <|notes|> none and to", None),
+    ("plan: {question} <|notes|>", None), ("{question}", None)])
+def test_texts_after_a_prefix(agent, user, texts):
+    """Texts of one length, of several, and empty ones. Then prompts that share all of the prefix, a
+    part of it, or nothing. Last, nothing is left to read: the prefix is the prompt, or longer.
+    Oracle: all tokens read at once."""
+    prompts = tokenized(agent, user, (), **({"critic": texts} if texts else {}))
+    if texts:
+        assert prompts == [[words(chat(f"{question} <|notes|> {text} and"))]
+                           for question, text in zip(QUESTIONS, texts)]
+    whole = agent.think(read_plain(agent, [tokens for [tokens] in prompts]), M)
+    for prefix in (prefix_of(agent, tokenized(agent, SLOTTED)), prefix_of(agent, prompts),
+                   prefix_of(agent, [[tokens + [3]] for [tokens] in prompts])):
+        thoughts = agent.think(agent.read_prompts(prompts, {}, prefix), M)
+        assert largest_difference(thoughts, whole) < CLOSE
 
 
-def test_another_beginning_is_read_anew(agent):
-    """A `first` prompt may share all of the prefix, a part of it, or nothing."""
-    prefix = prefix_of(agent, prompt(agent, SLOTTED))
-    for user in ("{question} <|notes|> none", "{question} start <|notes|> none and to",
-                 "plan: {question} <|notes|>", "{question}"):
-        rows = prompt(agent, user, slots=())
-        assert_same_context(agent, agent.read_prompt(rows, {}, prefix), agent.read_prompt(rows, {}))
-
-
-def test_prefix_is_the_whole_prompt(agent):
-    """Nothing is left to read; and a prefix that is longer than the prompt."""
-    rows = prompt(agent, "{question} <|notes|>", slots=())
-    prefix = prefix_of(agent, rows)
-    assert_same_context(agent, agent.read_prompt(rows, {}, prefix), prefix[1])
-    shorter = [[row[0][:-2]] for row in rows]
-    assert_same_context(agent, agent.read_prompt(shorter, {}, prefix),
-                        agent.read_prompt(shorter, {}))
-
-
-def test_gradients_through_a_prefix_are_the_same(agent):
-    """The prefix is read without gradient: what the slot's latents get must not change."""
-    segments = prompt(agent, SLOTTED)
-    prefix = prefix_of(agent, segments)
-    torch.manual_seed(0)
-    latents = (0.2 * torch.randn(4, 3, agent.width)).requires_grad_()
-    weights = torch.randn(4, M, agent.width)
-    gradients = [
-        torch.autograd.grad((agent.think(context, M) * weights).sum(), latents)[0]
-        for context in (agent.read_prompt(segments, {"critic": latents}, prefix),
-                     agent.read_prompt(segments, {"critic": latents}))]
-    assert gradients[1].abs().max() > 0
-    scale = max(1.0, gradients[1].abs().max().item())
-    assert largest_difference(*gradients) < agent.close * scale
+def test_gradients_of_thoughts(agent):
+    """Of latents in a slot and of the inner link. A padded batch with a cache, and the same after a
+    prefix that was read without gradient: as uncached, one by one."""
+    agent.inner.requires_grad_(True)
+    prompts, latents = tokenized(agent, SLOTTED), random_latents(agent, 3, 3, 3, 3)
+    inputs = [*(one.requires_grad_() for one in latents), *agent.inner.parameters()]
+    weights = torch.randn(4, M, agent.width, dtype=agent.dtype)
+    plain = sum((plain_think(agent, typed(agent, question, heard), M) * weight).sum()
+                for question, heard, weight in zip(QUESTIONS, latents, weights))
+    wanted = torch.autograd.grad(plain, inputs)
+    for prefix in (None, prefix_of(agent, prompts)):
+        context = agent.read_prompts(prompts, {"critic": latents}, prefix)
+        got = torch.autograd.grad((agent.think(context, M) * weights).sum(), inputs)
+        for a, b in zip(got, wanted):
+            assert b.abs().max() > 0
+            assert largest_difference(a, b) < CLOSE * max(1.0, b.abs().max().item())
 
 
 def test_a_context_is_never_changed(agent):
     """Going on from it twice, in every way there is, gives the same twice."""
-    segments = prompt(agent, SLOTTED)
-    prefix = prefix_of(agent, segments)
+    prompts = tokenized(agent, SLOTTED)
+    prefix = prefix_of(agent, prompts)
     latents = torch.ones(4, 3, agent.width)
-    context = agent.read_prompt(segments, {"critic": latents}, prefix)
-    contexts = (context, prefix[1])
+    contexts = (agent.read_prompts(prompts, {"critic": latents}, prefix), prefix[1])
+    before = [tuple(tensor.clone() for tensor in held(one)) for one in contexts]
+    lengths = [one.cache.get_seq_length() for one in contexts]
+    agent.end_tokens = {VOCABULARY[str(digit)] for digit in range(10)}   # some texts end early
 
-    def held(layer):
-        if isinstance(layer, NewStateLayer):
-            return [layer.conv_states[0].clone(), layer.recurrent_states[0].clone()]
-        return [layer.keys.clone(), layer.values.clone()]
-
-    before = [(one.mask.clone(), one.hidden.clone(), one.cache.get_seq_length(),
-               [held(layer) for layer in one.cache.layers]) for one in contexts]
-    targets = [words("s1 x7"), words("none"), words("s2 +1 0 ."), words("to")]
-
-    def go_on():
-        agent.end_tokens = {VOCABULARY[str(digit)] for digit in range(10)}   # some rows end early
-        more = torch.ones(4, 2, agent.width)
+    def go_on(context):
+        targets = [words("s1 x7"), words("none"), words("s2 +1 0 ."), words("to")]
+        more = torch.ones(4, 2, agent.width, dtype=agent.dtype)
         read_on = agent.read(more, torch.ones(4, 2, dtype=torch.long), context)
         return [agent.think(context, M), agent.follow(context, targets), read_on.hidden,
                 torch.cat(agent.answer_loss(context, targets)), torch.tensor(
                     [token for ids in agent.write(context, 6) for token in ids]),
-                agent.read_prompt(segments, {"critic": 2 * latents}, prefix).hidden]
+                agent.read_prompts(prompts, {"critic": 2 * latents}, prefix).hidden]
 
     with torch.no_grad():
-        first, second = go_on(), go_on()
+        first, second = go_on(contexts[0]), go_on(contexts[0])
     assert all(torch.equal(a, b) for a, b in zip(first, second))
-    for one, (mask, last, length, layers) in zip(contexts, before):
-        assert torch.equal(one.mask, mask) and torch.equal(one.hidden, last)
-        assert one.cache.get_seq_length() == length == mask.shape[1]
-        for layer, earlier in zip(one.cache.layers, layers):
-            assert all(torch.equal(a, b) for a, b in zip(held(layer), earlier))
+    for one, tensors, length in zip(contexts, before, lengths):
+        assert all(torch.equal(a, b) for a, b in zip(held(one), tensors))
+        assert one.cache.get_seq_length() == length == one.mask.shape[1]
+
+
+def held(context):
+    """The tensors of a Context."""
+    tensors = [context.mask, context.hidden]
+    for layer in context.cache.layers:
+        tensors += ([layer.conv_states[0], layer.recurrent_states[0]]
+                    if isinstance(layer, NewStateLayer) else [layer.keys, layer.values])
+    return tensors
+
+
+@torch.no_grad()
+def test_picked_contexts_are_those_prompts_read(agent):
+    """Picked out of order and repeated, all, and picked twice. Oracles: slicing for what is held;
+    each prompt alone for what follows. The original says what it said before."""
+    context = read_plain(agent, PROMPTS)
+    before, said = [tensor.clone() for tensor in held(context)], agent.write(context, 5)
+    plain = torch.cat([plain_think(agent, embed_words(agent, ids), M) for ids in PROMPTS])
+    for chosen in ([2], [1, 1, 1], [0, 1, 2, 3], [0, 1, 2, 3, 3, 2, 0]):
+        picked = context.pick(chosen)
+        assert all(torch.equal(a, b[chosen]) for a, b in zip(held(picked), before))
+        assert largest_difference(agent.think(picked, M), plain[chosen]) < CLOSE
+        assert agent.write(picked, 5) == [said[b] for b in chosen]
+    more = torch.ones(4, 2, agent.width, dtype=agent.dtype)
+    longer = agent.read(more, torch.ones(4, 2, dtype=torch.long), context)
+    twice, once = longer.pick([3, 1, 1]).pick([2, 0]), longer.pick([1, 3])
+    assert all(torch.equal(a, b) for a, b in zip(held(twice), held(once)))
+    assert torch.equal(agent.think(twice, M), agent.think(once, M))
+    assert all(torch.equal(a, b) for a, b in zip(held(context), before))
+    assert agent.write(context, 5) == said
 
 
 # ---- single steps in fixed buffers --------------------------------------------------------------
@@ -241,29 +252,29 @@ def test_steps_in_buffers_are_uncached_and_serve_again(agent):
         context = read_plain(agent, prompts)
         assert buffers is None or buffers.fits(context, M)
         thoughts, buffers = fixed_think(agent, context, M, buffers)
-        for b, ids in enumerate(prompts):
-            plain = plain_think(agent, embed_words(agent, ids), M)
-            assert largest_difference(thoughts[b:b + 1], plain) < agent.close
-    assert not buffers.fits(read_plain(agent, PROMPTS[:1]), M)               # other rows
-    assert not buffers.fits(read_plain(agent, PROMPTS[:2]), ROOM)            # no room
+        plain = [plain_think(agent, embed_words(agent, ids), M) for ids in prompts]
+        assert largest_difference(thoughts, torch.cat(plain)) < CLOSE
+    assert not buffers.fits(read_plain(agent, PROMPTS[:1]), M)               # fewer questions
+    assert not buffers.fits(context, ROOM)                                   # too little room
+    assert buffers.room == ROOM - context.mask.shape[1]
 
 
 @torch.no_grad()
 def test_buffers_are_outgrown(agent):
-    """What stands in full buffers goes on in larger ones, for some of the rows. Oracle: growing
-    steps, which are compared with reference.py above."""
+    """What stands in full buffers goes on in larger ones, for some of the questions. Oracle:
+    growing steps, which are compared with reference.py above."""
     context = read_plain(agent, PROMPTS)
     thoughts, buffers = fixed_think(agent, context, M)
     assert not buffers.fits(buffers.context(), 1), "a context must not be loaded over itself"
-    more, _ = fixed_think(agent, buffers.context().rows([2, 0]), 3)
+    more, _ = fixed_think(agent, buffers.context().pick([2, 0]), 3)
     together = torch.cat([thoughts[[2, 0]], more[:, 1:]], 1)
-    assert largest_difference(together, agent.think(context, M + 2)[[2, 0]]) < agent.close
+    assert largest_difference(together, agent.think(context, M + 2)[[2, 0]]) < CLOSE
 
 
 @torch.no_grad()
 def test_old_buffers_leave_nothing_behind():
     """A prompt that went to NaN does not spoil the next one in the same buffers."""
-    agent = new_agent("qwen3")
+    agent = exact_agent("qwen3")
     context = read_plain(agent, PROMPTS)
     before, buffers = fixed_think(agent, context, M)
     embeds, mask = left_pad([embed_words(agent, ids) for ids in PROMPTS])
@@ -272,25 +283,29 @@ def test_old_buffers_leave_nothing_behind():
     assert torch.equal(fixed_think(agent, context, M, buffers)[0], before)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def on_the_gpu(family):
+    """The same agent on a GPU and on the CPU."""
+    there, here = exact_agent(family), exact_agent(family)
+    return Agent(there.model.cuda(), there.tokenizer, there.inner.cuda()), here
+
+
+@needs_a_gpu
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_cuda_graph_is_the_step(family):
-    there, here = new_agent(family), new_agent(family)
-    agent = Agent(there.model.cuda(), there.tokenizer, there.inner.cuda())
+    agent, here = on_the_gpu(family)
     embeds, mask = left_pad([embed_words(here, ids) for ids in PROMPTS])
     for mode in (torch.inference_mode, torch.no_grad, torch.no_grad):
         with mode():
             context, plain = agent.read(embeds.cuda(), mask.cuda()), here.read(embeds, mask)
             thoughts = agent.think(context, M).cpu()
-            assert largest_difference(thoughts, here.think(plain, M)) < 10 * here.close
+            assert largest_difference(thoughts, here.think(plain, M)) < CLOSE
             assert agent.write(context, 8) == here.write(plain, 8)
     assert agent.recorder.recorded.graph is not None
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_a_gpu
 def test_old_buffers_are_freed_before_new_ones_are_made():
-    there, here = new_agent("qwen3"), new_agent("qwen3")
-    agent = Agent(there.model.cuda(), there.tokenizer, there.inner.cuda())
+    agent, here = on_the_gpu("qwen3")
     embeds, mask = left_pad([embed_words(here, [3] * 9)] * 4)
     with torch.no_grad():
         agent.think(agent.read(embeds.cuda(), mask.cuda()), M)
@@ -302,34 +317,6 @@ def test_old_buffers_are_freed_before_new_ones_are_made():
 
 # ---- prompts as tokens --------------------------------------------------------------------------
 
-def test_latents_take_the_place_of_words(agent):
-    """Embeddings of a prompt with latents in its slot = of typed words with the latents between."""
-    torch.manual_seed(0)
-    heard = [0.2 * torch.randn(n, agent.width) for n in (3, 1, 6, 2)]
-    rows = [torch.cat([embed_words(agent, words(f"<bos> <|user|> {question} <|notes|>")),
-                       latents[None], embed_words(agent, words("and <|assistant|>"))], 1)
-            for question, latents in zip(QUESTIONS, heard)]
-    wanted, wanted_mask = left_pad(rows)
-    embeds, mask = agent.embed(prompt(agent, SLOTTED), {"critic": heard})
-    assert torch.equal(mask, wanted_mask)
-    assert torch.equal(embeds * mask[..., None], wanted)
-
-
-def test_text_is_tokenised_with_its_surroundings():
-    """Oracle: the tokenizer over the whole chat, typed. `a b` is one token of this vocabulary."""
-    agent = byte_agent()
-    agent.tokenizer.add_tokens(["n: E", "la<"])
-    rows = agent.prompt("", "{question} plan: {critic}", {"question": ["hi"], "critic": ["Ella"]})
-    assert rows == [[agent.tokenizer("<user>hi plan: Ella<assistant>")["input_ids"]]]
-    assert len(rows[0][0]) == len("<user>hi plan: Ella<assistant>") - 3 - 2
-    rows = agent.prompt("", "{question} {critic}, {solver}", {"question": ["hi"], "critic": ["E"]},
-                        ("solver",))
-    before, slot, after = rows[0]
-    assert (agent.tokenizer.decode(before), slot) == ("<user>hi E, ", "solver")
-    assert agent.tokenizer.decode(after) == "<assistant>"
-
-
-# A chat template with a system role; without one, refused aloud; without one, ignored silently.
 BODY = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] | trim }}{% endfor %}<assistant>"
 RAISES = ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}"
           "{% endif %}" + BODY)
@@ -344,6 +331,21 @@ def byte_agent(template=BODY, **settings):
     return Agent(new_model("llama"), byte_tokenizer(template), **settings)
 
 
+def test_text_is_tokenised_with_its_surroundings():
+    """Oracle: the tokenizer over the whole chat, typed. `n: E` is one token of this vocabulary."""
+    agent = byte_agent()
+    agent.tokenizer.add_tokens(["n: E", "la<"])
+    prompts = agent.tokenize_prompts("", "{question} plan: {critic}",
+                                     {"question": ["hi"], "critic": ["Ella"]})
+    chat = "<user>hi plan: Ella<assistant>"
+    assert prompts == [[agent.tokenizer(chat)["input_ids"]]]
+    assert len(prompts[0][0]) == len(chat) - 3 - 2
+    [[before, slot, after]] = agent.tokenize_prompts(
+        "", "{question} {critic}, {solver}", {"question": ["hi"], "critic": ["E"]}, ("solver",))
+    assert (agent.tokenizer.decode(before), slot) == ("<user>hi E, ", "solver")
+    assert agent.tokenizer.decode(after) == "<assistant>"
+
+
 @pytest.mark.parametrize("template", [BODY, RAISES, IGNORES], ids=["system", "raises", "ignores"])
 def test_questions_and_texts_are_never_spliced(template):
     """Oracle: the chat written out by hand; every odd string goes through as plain text."""
@@ -351,18 +353,18 @@ def test_questions_and_texts_are_never_spliced(template):
     user = "Q: {question}\nheard {critic}, {planner}; keep {other} \\boxed{}.\n{answer_format}!"
     heard = {"critic": NASTY[1:] + NASTY[:1], "planner": NASTY[2:] + NASTY[:2]}
     values = {"question": NASTY, "answer_format": ["End in \\boxed{x}."] * len(NASTY)}
-    rows = agent.prompt("Be {brief}.", user, {**values, **heard})
+    prompts = agent.tokenize_prompts("Be {brief}.", user, {**values, **heard})
     head = "<system>Be {brief}.<user>" if template == BODY else "<user>Be {brief}.\n\n"
     for b, question in enumerate(NASTY):
         text = (f"{head}Q: {question}\nheard {heard['critic'][b]}, {heard['planner'][b]}; keep "
                 "{other} \\boxed{}.\nEnd in \\boxed{x}.!<assistant>")
-        [tokens] = rows[b]
+        [tokens] = prompts[b]
         assert agent.tokenizer.decode(tokens) == text
         assert tokens == agent.tokenizer(text, add_special_tokens=False)["input_ids"]
     # The same with latents of the planner: the prompt is cut at that slot, and nowhere else.
-    rows = agent.prompt("", user, {**values, "critic": heard["critic"]}, ("planner",))
+    prompts = agent.tokenize_prompts("", user, {**values, "critic": heard["critic"]}, ("planner",))
     for b, question in enumerate(NASTY):
-        before, slot, after = rows[b]
+        before, slot, after = prompts[b]
         assert slot == "planner"
         assert agent.tokenizer.decode(before) == (
             f"<user>Q: {question}\nheard {heard['critic'][b]}, ")
@@ -371,24 +373,23 @@ def test_questions_and_texts_are_never_spliced(template):
 
 def rendered(agent, user, system="", **values):
     """The text of one prompt about the question `hi`."""
-    [[tokens]] = agent.prompt(system, user, {"question": ["hi"], **values})
+    [[tokens]] = agent.tokenize_prompts(system, user, {"question": ["hi"], **values})
     return agent.tokenizer.decode(tokens)
 
 
-def test_without_a_system_text_the_user_turn_stands_alone():
-    assert rendered(byte_agent(RAISES), "{question}") == "<user>hi<assistant>"
+SWITCH = BODY + "{% if not enable_thinking %}<no think>{% endif %}"
 
 
-def test_a_template_that_trims_keeps_the_system_role():
-    """A system text with a newline at its end is no reason to leave its own turn."""
-    text = rendered(byte_agent(), "{question}", "Be brief.\n")
-    assert text == "<system>Be brief.<user>hi<assistant>"
-
-
-def test_a_template_that_leaves_out_the_user_is_refused():
-    agent = byte_agent("{% for m in messages %}<{{ m['role'] }}>{% endfor %}")
-    with pytest.raises(ValueError, match="leaves out what the user says"):
-        rendered(agent, "{question}")
+@pytest.mark.parametrize("template, thinking, system, user, wanted", [
+    (RAISES, False, "", "{question}", "<user>hi<assistant>"),
+    # A system text that the template trims keeps its own turn.
+    (BODY, False, "Be brief.\n", "{question}", "<system>Be brief.<user>hi<assistant>"),
+    (BODY, False, "", "{critic} {question} {critic}", "<user>C hi C<assistant>"),
+    (SWITCH, False, "", "{question}", "<user>hi<assistant><no think>"),
+    (SWITCH, True, "", "{question}", "<user>hi<assistant>")])
+def test_the_chat_around_a_question(template, thinking, system, user, wanted):
+    agent = byte_agent(template, thinking=thinking)
+    assert rendered(agent, user, system, critic=["C"]) == wanted
 
 
 @pytest.mark.parametrize("names", [["expert", "expert_b"], ["expert_b", "expert"]])
@@ -397,20 +398,9 @@ def test_one_slots_name_may_begin_anothers(names):
     texts = {name: texts[name] for name in names}
     text = rendered(agent, "{question} {expert} {expert_b}.", **texts)
     assert text == "<user>hi A B.<assistant>"
-    [row] = agent.prompt("", "{question} {expert} {expert_b}.", {"question": ["hi"]}, names)
-    assert [part for part in row if isinstance(part, str)] == ["expert", "expert_b"]
-
-
-def test_a_slot_may_occur_twice():
-    text = rendered(byte_agent(), "{critic} {question} {critic}", critic=["C"])
-    assert text == "<user>C hi C<assistant>"
-
-
-def test_thinking_is_the_templates_switch():
-    template = BODY + "{% if not enable_thinking %}<no think>{% endif %}"
-    for thinking, end in ((False, "<no think>"), (True, "")):
-        agent = byte_agent(template, thinking=thinking)
-        assert rendered(agent, "{question}") == "<user>hi<assistant>" + end
+    [parts] = agent.tokenize_prompts("", "{question} {expert} {expert_b}.", {"question": ["hi"]},
+                                     names)
+    assert [part for part in parts if isinstance(part, str)] == ["expert", "expert_b"]
 
 
 def test_special_tokens_are_not_added():
@@ -419,16 +409,10 @@ def test_special_tokens_are_not_added():
     agent.tokenizer._tokenizer.post_processor = TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", VOCABULARY["<bos>"])])
     assert agent.tokenizer("none")["input_ids"] == words("<bos> none")
-    rows = prompt(agent, SLOTTED, (), critic=TEXTS)
-    assert rows[0] == [words(chat(f"{QUESTIONS[0]} <|notes|> {TEXTS[0]} and"))]
-    before, _, after = prompt(agent, SLOTTED)[0]
+    prompts = tokenized(agent, SLOTTED, (), critic=TEXTS)
+    assert prompts[0] == [words(chat(f"{QUESTIONS[0]} <|notes|> {TEXTS[0]} and"))]
+    before, _, after = tokenized(agent, SLOTTED)[0]
     assert before + after == words(chat(f"{QUESTIONS[0]} <|notes|> and"))
-
-
-def test_no_chat_template_is_an_error():
-    with pytest.raises(ValueError, match="no chat template") as problem:
-        Agent(new_model("llama"), word_tokenizer(None))
-    assert "\n" not in str(problem.value)
 
 
 def test_tiny_tokenizer_gives_words_back():
@@ -446,7 +430,15 @@ def test_unknown_words_are_told_once(text, unknown, shipped, capsys):
     for _ in range(2):
         shipped.agents["critic"].tokenize(["s1 x7", text])
     said = capsys.readouterr().out
-    assert said.count("does not know some words") == unknown and said.count("\n") == unknown
+    assert said.count("<unk>") == unknown and said.count("\n") == unknown
+
+
+def test_a_prompt_beyond_the_models_positions_is_told_once(capsys):
+    agent = exact_agent("qwen3")
+    agent.positions = 20
+    for length in (20, 21, 30):
+        agent.read(embed_words(agent, [3] * length), torch.ones(1, length, dtype=torch.long))
+        assert ("20" in capsys.readouterr().out) == (length == 21)
 
 
 # ---- writing ------------------------------------------------------------------------------------
@@ -460,24 +452,30 @@ def generate(agent, ids, count, **settings):
 
 
 def test_write_greedy_is_generate(agent):
-    """A padded batch = the library = without any cache, row by row."""
+    """A padded batch = the library = without any cache, one by one."""
     said = agent.write(read_plain(agent, PROMPTS), 8)
     assert said == [generate(agent, ids, 8) for ids in PROMPTS]
     assert said == [plain_write(agent, embed_words(agent, ids), 8) for ids in PROMPTS]
     assert len({tuple(ids) for ids in said}) > 1
 
 
-def test_rows_that_end_early_leave(agent):
-    """End tokens are taken out of the middle of rows' own outputs, one after the other."""
-    context = read_plain(agent, PROMPTS)
-    whole, seen = agent.write(context, 10), set()
-    for token in dict.fromkeys(token for ids in whole for token in ids):
-        agent.end_tokens = {token}
-        ids = agent.write(context, 10)
-        assert ids == [row[:row.index(token) + 1] if token in row else row for row in whole]
-        assert ids == [agent.write(read_plain(agent, [p]), 10)[0] for p in PROMPTS]
-        seen.add(len({len(row) for row in ids}))
-    assert max(seen) > 1, "no token ended the rows at different places: no test"
+def test_texts_that_end_early_leave(agent, monkeypatch):
+    """Each end token is taken out of the middle of one text. The others go on as before. More than
+    half of the questions that take a step have a text that still goes on."""
+    context, left = read_plain(agent, PROMPTS), 0
+    whole = agent.write(context, 10)
+    for ends in ({whole[0][1]}, {whole[1][4]}, {whole[2][2], whole[3][5]}, {whole[3][7]}):
+        agent.end_tokens = ends
+        wanted = [next((text[:n] for n in range(1, 11) if text[n - 1] in ends), text)
+                  for text in whole]
+        shapes = spy_on_reading(agent, monkeypatch)
+        assert agent.write(context, 10) == wanted
+        assert len(shapes) == max(map(len, wanted)) - 1
+        for step, (count, _) in enumerate(shapes, start=1):
+            still = sum(len(text) > step for text in wanted)
+            assert still <= count < 2 * still
+            left += count < 4
+    assert left, "no text ended early enough: no test"
 
 
 def test_end_tokens_of_tokenizer_and_model_count():
@@ -488,48 +486,26 @@ def test_end_tokens_of_tokenizer_and_model_count():
     assert Agent(model, word_tokenizer()).end_tokens == {VOCABULARY["<eos>"]}
 
 
-def test_write_after_latents_is_uncached(agent):
-    """Greedy words after a prompt with latents in it = everything run again at each word."""
-    torch.manual_seed(0)
-    latents = 0.2 * torch.randn(2, 3, agent.width)
-    segments = prompt(agent, SLOTTED, questions=QUESTIONS[:2])
-    said = agent.write(agent.read_prompt(segments, {"critic": latents}), 6)
-    for b in range(2):
-        before = words(f"<bos> <|user|> {QUESTIONS[b]} <|notes|>")
-        row = torch.cat([embed_words(agent, before), latents[b:b + 1],
-                         embed_words(agent, words("and <|assistant|>"))], 1)
-        assert said[b] == plain_write(agent, row, 6)
-
-
-def test_write_from_a_prefix_is_generate(agent):
-    """Texts of different lengths stand after a prefix that was read before."""
-    rows = prompt(agent, SLOTTED, (), critic=TEXTS)
-    context = agent.read_prompt(rows, {}, prefix_of(agent, prompt(agent, SLOTTED)))
-    typed = [words(chat(f"{question} <|notes|> {text} and"))
-             for question, text in zip(QUESTIONS, TEXTS)]
-    assert agent.write(context, 8) == [generate(agent, ids, 8) for ids in typed]
-
-
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_5"])
-def test_a_long_text_is_generate(family):
+@pytest.mark.parametrize("family, count", [
+    ("qwen3", 260), pytest.param("qwen3", 600, marks=pytest.mark.slow),
+    pytest.param("qwen3_5", 260, marks=pytest.mark.slow)])
+def test_a_long_text_is_generate(family, count):
     """Of more words than the first buffers would hold on a GPU."""
-    agent = new_agent(family)
+    agent = exact_agent(family)
     agent.end_tokens = {VOCABULARY["<pad>"]}
-    written = agent.write(read_plain(agent, PROMPTS[:2]), 600)
-    assert written == [generate(agent, ids, 600) for ids in PROMPTS[:2]]
-    assert max(map(len, written)) == 600, "no text was long: no test"
+    written = agent.write(read_plain(agent, PROMPTS[:2]), count)
+    assert written == [generate(agent, ids, count) for ids in PROMPTS[:2]]
+    assert max(map(len, written)) == count, "no text was long: no test"
 
 
 def test_stop_strings(agent):
-    """A row ends after the first stop string in its own text; the others go on."""
+    """A text ends after the first stop string in it, also of two words; the others go on."""
     context = read_plain(agent, PROMPTS)
     whole, decode, cut = agent.write(context, 10), agent.tokenizer.decode, 0
-    for row in whole:
-        for stop in (decode(row[2:4]), decode(row[1:2]), "no such text"):
-            wanted = []
-            for ids in whole:
-                ends = [n for n in range(1, len(ids)) if stop in decode(ids[:n])]
-                wanted.append(ids[:ends[0]] if ends else ids)
+    for text in whole[:3]:
+        for stop in (decode(text[2:4]), decode(text[1:2]), "no such text"):
+            wanted = [next((ids[:n] for n in range(1, len(ids)) if stop in decode(ids[:n])), ids)
+                      for ids in whole]
             assert agent.write(context, 10, stop=(stop, "nor this")) == wanted
             cut += wanted != whole
     assert cut > 0
@@ -538,10 +514,10 @@ def test_stop_strings(agent):
 @pytest.mark.filterwarnings("ignore:Passing `repetition_penalty`")
 def test_repetition_penalty_is_the_librarys():
     """Oracle: generate from embeddings, which like us counts the new words only."""
-    agent = new_agent("llama")
-    plain = agent.write(read_plain(agent, PROMPTS), 10)
-    said = agent.write(read_plain(agent, PROMPTS), 10, sampling=Sampling(repetition_penalty=1.5))
-    assert said != plain
+    agent = exact_agent("llama")
+    context = read_plain(agent, PROMPTS)
+    said = agent.write(context, 10, Sampling(repetition_penalty=1.5).choose)
+    assert said != agent.write(context, 10)
     for b, ids in enumerate(PROMPTS):
         out = agent.model.generate(
             inputs_embeds=embed_words(agent, ids), attention_mask=torch.ones(1, len(ids)).long(),
@@ -550,43 +526,34 @@ def test_repetition_penalty_is_the_librarys():
 
 
 def test_sampling_batched_is_single(agent):
-    """The same seed gives a row the same words, whoever shares its batch; others differ."""
-    seeds, options = [11, 12, 13, 14], dict(sampling=Sampling(1.0, 0.95))
-    agent.end_tokens = set(words("0 1 2 3 4 5 6 7 8 9"))      # so that rows leave on their way
-    batched = agent.write(read_plain(agent, PROMPTS), 8, seeds=seeds, **options)
-    single = [agent.write(read_plain(agent, [ids]), 8, seeds=[seed], **options)[0]
-              for ids, seed in zip(PROMPTS, seeds)]
-    assert batched == single
+    """The same seed gives a question the same words, whatever shares its batch; others differ."""
+    seeds, choose = [11, 12, 13, 14], Sampling(1.0, 0.95).choose
+    agent.end_tokens = set(words("0 1 2 3 4 5 6 7 8 9"))      # so that texts leave on their way
+    batched = agent.write(read_plain(agent, PROMPTS), 8, choose, seeds)
+    assert batched == [agent.write(read_plain(agent, [ids]), 8, choose, [seed])[0]
+                       for ids, seed in zip(PROMPTS, seeds)]
     same = read_plain(agent, [PROMPTS[0]] * 8)
-    draws = agent.write(same, 8, seeds=list(range(7)) + [0], **options)
+    draws = agent.write(same, 8, choose, list(range(7)) + [0])
     assert len({tuple(ids) for ids in draws}) > 3 and draws[0] == draws[7]
 
 
 def test_a_sample_does_not_depend_on_the_limit():
-    """A row of a batch is asked for as many words as the most patient row: its own come first."""
-    agent = new_agent("llama")
+    """A text is asked for as many words as the longest of its batch: its own come first."""
+    agent, choose = exact_agent("llama"), Sampling(1.0).choose
     agent.end_tokens = set()
     context = read_plain(agent, PROMPTS)
-    long = agent.write(context, 40, Sampling(1.0), seeds=[1, 2, 3, 4])
+    long = agent.write(context, 40, choose, [1, 2, 3, 4])
     for limit in (1, 7, 15, 16, 17, 33):
-        assert agent.write(context, limit, Sampling(1.0), seeds=[1, 2, 3, 4]) == [
-            ids[:limit] for ids in long]
-
-
-def test_top_k_1_is_greedy(agent):
-    context = read_plain(agent, PROMPTS)
-    said = agent.write(context, 8, Sampling(1.7, top_k=1), seeds=[5, 6, 7, 8])
-    assert said == agent.write(context, 8)
+        assert agent.write(context, limit, choose, [1, 2, 3, 4]) == [ids[:limit] for ids in long]
 
 
 def frequencies(agent, ids, count, draws=4000, **settings):
     """How often each token is drawn as the `count`-th word after a prompt, over many seeds."""
-    embeds = embed_words(agent, ids).expand(draws, -1, -1)
-    context = agent.read(embeds, torch.ones(draws, len(ids), dtype=torch.long))
+    context = read_plain(agent, [ids]).pick([0] * draws)
     agent.end_tokens = set()
-    said = agent.write(context, count, Sampling(**settings), list(range(draws)))
-    assert {len(row) for row in said} == {count}
-    return torch.bincount(torch.tensor([row[-1] for row in said]),
+    said = agent.write(context, count, Sampling(**settings).choose, list(range(draws)))
+    assert {len(text) for text in said} == {count}
+    return torch.bincount(torch.tensor([text[-1] for text in said]),
                           minlength=len(VOCABULARY)) / draws
 
 
@@ -598,32 +565,27 @@ def assert_drawn_from(drawn, exact, draws=4000):
     assert (exact > 0.02).sum() > 2, "one sure word is no test"
 
 
+@torch.no_grad()
 def next_logits(agent, ids):
-    with torch.no_grad():
-        return agent.model(torch.tensor([ids])).logits[0, -1]
+    return agent.model(torch.tensor([ids])).logits[0, -1]
 
 
-def test_sampled_word_has_the_models_distribution():
-    """Oracle: softmax of the full model's logits, with and without temperature."""
-    agent = new_agent("qwen2")
+def test_sampled_words_have_the_models_distribution():
+    """Oracle: softmax of the full model's logits, with and without temperature. For the second
+    word: the sum over first words of p(first) p(second | first), by plain runs."""
+    agent = exact_agent("qwen2")
     logits = next_logits(agent, PROMPTS[1])
     for temperature in (1.0, 2.0):
         drawn = frequencies(agent, PROMPTS[1], 1, temperature=temperature)
         assert_drawn_from(drawn, (logits / temperature).softmax(-1))
-
-
-def test_second_sampled_word_has_the_models_distribution():
-    """Oracle: the sum over first words of p(first) p(second | first), by plain runs."""
-    agent = new_agent("qwen2")
-    first = next_logits(agent, PROMPTS[1]).softmax(-1)
     second = sum(p * next_logits(agent, PROMPTS[1] + [token]).softmax(-1)
-                 for token, p in enumerate(first))
+                 for token, p in enumerate(logits.softmax(-1)))
     assert_drawn_from(frequencies(agent, PROMPTS[1], 2, temperature=1.0), second)
 
 
 def test_top_k_top_p_and_min_p():
     """Oracle: the definitions, over sorted probabilities after the temperature."""
-    agent = new_agent("qwen2")
+    agent = exact_agent("qwen2")
     p = (next_logits(agent, PROMPTS[1]) / 2).softmax(-1)
     order = p.argsort(descending=True)
     nucleus = order[:int((p[order].cumsum(0) < 0.8).sum()) + 1]
@@ -641,54 +603,45 @@ def test_top_k_top_p_and_min_p():
 TARGETS = [words("s1 x7 1 ."), words("none"), words("s4 flip 7 s5 +3 0 ."), words("to to")]
 
 
-def test_answer_loss_is_cross_entropy_of_the_whole_model(agent):
-    """Oracle: logits of model(input_ids) over prompt and answer as plain tokens, token by token;
-    a batch of different lengths = its rows one by one."""
-    with torch.no_grad():
-        batch = agent.answer_loss(read_plain(agent, PROMPTS), TARGETS)
-        for ids, target, losses in zip(PROMPTS, TARGETS, batch):
-            single = agent.answer_loss(read_plain(agent, [ids]), [target])[0]
-            logits = agent.model(torch.tensor([ids + target])).logits[0, len(ids) - 1:-1]
-            plain = F.cross_entropy(logits, torch.tensor(target), reduction="none")
-            for found in (losses, single):
-                assert largest_difference(found, plain) < agent.close * max(1, plain.max())
+@torch.no_grad()
+def test_follow_and_loss_are_those_of_the_whole_model(agent):
+    """Oracle: model(input_ids) over prompt and answer as plain tokens, one by one. State i is the
+    hidden state at the prompt's last token (i = 0) or at the i-th told one."""
+    context = read_plain(agent, PROMPTS)
+    states, losses = agent.follow(context, TARGETS), agent.answer_loss(context, TARGETS)
+    assert states.shape == (4, 1 + max(map(len, TARGETS)), agent.width)
+    assert torch.equal(agent.follow(context, [[]] * 4), context.hidden)
+    for b, (ids, target) in enumerate(zip(PROMPTS, TARGETS)):
+        whole = agent.model(torch.tensor([ids + target]), output_hidden_states=True)
+        plain = whole.hidden_states[-1][0, len(ids) - 1:]
+        assert largest_difference(states[b, :1 + len(target)], plain) < CLOSE
+        loss = F.cross_entropy(whole.logits[0, len(ids) - 1:-1], torch.tensor(target),
+                               reduction="none")
+        alone = agent.answer_loss(read_plain(agent, [ids]), [target])[0]
+        assert largest_difference(losses[b], loss) < CLOSE * max(1, loss.max())
+        assert largest_difference(alone, loss) < CLOSE * max(1, loss.max())
 
 
 def test_answer_loss_gradient_is_the_whole_models(agent):
     """With respect to latents in the prompt; oracle: the model run on embeddings at once."""
-    torch.manual_seed(0)
-    latents = [(0.2 * torch.randn(1, 3, agent.width)).requires_grad_() for _ in PROMPTS]
-    rows = [torch.cat([embed_words(agent, ids), slot], 1) for ids, slot in zip(PROMPTS, latents)]
-    total = torch.cat(agent.answer_loss(agent.read(*left_pad(rows)), TARGETS)).sum()
+    latents = [one[None].requires_grad_() for one in random_latents(agent, 3, 3, 3, 3)]
+    prompts = [torch.cat([embed_words(agent, ids), slot], 1) for ids, slot in zip(PROMPTS, latents)]
+    total = torch.cat(agent.answer_loss(agent.read(*left_pad(prompts)), TARGETS)).sum()
     plain = 0
-    for row, target in zip(rows, TARGETS):
-        logits = agent.model(inputs_embeds=torch.cat([row, embed_words(agent, target)], 1)).logits
-        plain = plain + F.cross_entropy(logits[0, row.shape[1] - 1:-1], torch.tensor(target),
-                                        reduction="sum")
+    for prompt, target in zip(prompts, TARGETS):
+        embeds = torch.cat([prompt, embed_words(agent, target)], 1)
+        logits = agent.model(inputs_embeds=embeds).logits[0, prompt.shape[1] - 1:-1]
+        plain = plain + F.cross_entropy(logits, torch.tensor(target), reduction="sum")
     got, wanted = torch.autograd.grad(total, latents), torch.autograd.grad(plain, latents)
     for a, b in zip(got, wanted):
         assert b.abs().max() > 0
-        assert largest_difference(a, b) < agent.close * max(1.0, b.abs().max().item())
+        assert largest_difference(a, b) < CLOSE * max(1.0, b.abs().max().item())
 
 
-def test_follow_gives_the_states_of_a_plain_run(agent):
-    """State i = the hidden state at the prompt's last token (i = 0) or the i-th told one."""
-    with torch.no_grad():
-        states = agent.follow(read_plain(agent, PROMPTS), TARGETS)
-        assert states.shape == (4, 1 + max(map(len, TARGETS)), agent.width)
-        for b, (ids, target) in enumerate(zip(PROMPTS, TARGETS)):
-            plain = agent.model(torch.tensor([ids + target]), output_hidden_states=True)
-            plain = plain.hidden_states[-1][0, len(ids) - 1:]
-            assert largest_difference(states[b, :1 + len(target)], plain) < agent.close
-
-
-def test_follow_nothing_is_the_last_state(agent):
-    context = read_plain(agent, PROMPTS)
-    assert torch.equal(agent.follow(context, [[]] * 4), context.hidden)
-
-
-def test_embedding_rms(agent):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_embedding_rms(family):
     """Oracle: over the whole (small) table. Gemma's layer scales by the root of the width."""
+    agent = new_agent(family)
     table = agent.model.get_input_embeddings().weight
     if "Gemma" in type(agent.model).__name__:
         table = table * agent.width ** 0.5
@@ -704,15 +657,24 @@ def save_agent(agent, folder):
     save_inner(agent.inner, folder)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def load(folder):
+    return load_agent(folder, CPU, torch.float32)
+
+
+def assert_same_state(agent, loaded):
+    """Both read the same, to the last bit."""
+    assert torch.equal(read_plain(loaded, PROMPTS).hidden, read_plain(agent, PROMPTS).hidden)
+
+
+@pytest.mark.parametrize("family", EIGHT)
 def test_load_agent_beside_an_adapter_config(tmp_path, family):
-    """The loaded agent writes what the saved one does, and the folder stays as it was."""
+    """The loaded agent has what the saved one has, and the folder stays as it was."""
     agent = new_agent(family)
-    save_agent(agent, tmp_path / "agent")
-    assert (tmp_path / "agent" / "adapter_config.json").is_file()
-    before = {path.name: path.read_bytes() for path in (tmp_path / "agent").iterdir()}
-    loaded = load_agent(tmp_path / "agent", torch.device("cpu"), torch.float32)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "agent").iterdir()} == before
+    save_agent(agent, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert "adapter_config.json" in before
+    loaded = load(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     if family != "qwen3_5_conditional":          # the library loads its text part alone
         assert type(loaded.model) is type(agent.model)
     assert loaded.inner is None and loaded.end_tokens == agent.end_tokens
@@ -723,8 +685,7 @@ def test_load_agent_beside_an_adapter_config(tmp_path, family):
     assert torch.equal(loaded.head.weight, loaded.embedding.weight)              # tied
     assert not any(p.requires_grad for p in loaded.model.parameters())
     assert not loaded.model.training
-    context, again = read_plain(agent, PROMPTS), read_plain(loaded, PROMPTS)
-    assert agent.write(context, 6) == loaded.write(again, 6)
+    assert_same_state(agent, loaded)
     assert loaded.tokenize(QUESTIONS) == [words(question) for question in QUESTIONS]
     assert loaded.tokenizer.decode(PROMPTS[0]) == agent.tokenizer.decode(PROMPTS[0])
     assert loaded.tokenizer.chat_template == agent.tokenizer.chat_template
@@ -738,34 +699,27 @@ def test_load_agent_where_peft_is_installed(tmp_path, monkeypatch):
         monkeypatch.setattr(f"transformers.{module}.is_peft_available", lambda: True)
     with pytest.raises(Exception):
         AutoModelForCausalLM.from_pretrained(tmp_path)
-    loaded = load_agent(tmp_path, torch.device("cpu"), torch.float32)
-    assert largest_difference(read_plain(loaded, PROMPTS).hidden,
-                              read_plain(agent, PROMPTS).hidden) < agent.close
+    assert_same_state(agent, load(tmp_path))
 
 
-def test_load_agent_with_a_missing_weight(tmp_path):
-    save_agent(new_agent("qwen3"), tmp_path)
-    state = load_file(tmp_path / "model.safetensors")
-    del state["model.layers.1.mlp.up_proj.weight"]
-    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="layers.1.mlp.up_proj") as problem:
-        load_agent(tmp_path, torch.device("cpu"), torch.float32)
-    assert str(tmp_path) in str(problem.value) and "\n" not in str(problem.value)
-
-
-def test_load_agent_with_weights_that_have_no_place(tmp_path):
-    """A text config beside a text-and-image checkpoint loads nothing, silently, in the library."""
+def test_load_agent_with_wrong_weights(tmp_path):
+    """One missing; one for which the model has no use; and a text config beside a checkpoint for
+    text and images, from which the library would load nothing, silently."""
+    save_agent(new_agent("qwen3"), tmp_path / "few")
+    save_agent(new_agent("llama"), tmp_path / "many")
+    few, many = (load_file(tmp_path / name / "model.safetensors") for name in ("few", "many"))
+    del few["model.layers.1.mlp.up_proj.weight"]
+    many["model.layers.7.mlp.up_proj.weight"] = torch.zeros(2, 2)
+    for name, state in (("few", few), ("many", many)):
+        save_file(state, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
     agent = new_agent("gemma3_conditional")
-    save_agent(agent, tmp_path)
-    agent.model.config.text_config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="lacks the weights"):
-        load_agent(tmp_path, torch.device("cpu"), torch.float32)
-    save_agent(new_agent("llama"), tmp_path / "more")
-    state = load_file(tmp_path / "more" / "model.safetensors")
-    state["model.layers.7.mlp.up_proj.weight"] = torch.zeros(2, 2)
-    save_file(state, tmp_path / "more" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="no place for .'model.layers.7.mlp.up_proj.weight'"):
-        load_agent(tmp_path / "more", torch.device("cpu"), torch.float32)
+    save_agent(agent, tmp_path / "text")
+    agent.model.config.text_config.save_pretrained(tmp_path / "text")
+    for name, weight in (("few", "layers.1.mlp.up_proj"), ("text", "weight"),
+                         ("many", "model.layers.7.mlp.up_proj.weight")):
+        with pytest.raises(ValueError, match=weight) as problem:
+            load(tmp_path / name)
+        assert str(tmp_path / name) in str(problem.value) and "\n" not in str(problem.value)
 
 
 def test_an_untied_head_is_kept(tmp_path):
@@ -774,25 +728,10 @@ def test_an_untied_head_is_kept(tmp_path):
     model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
     torch.manual_seed(7)
     model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
-    agent = Agent(model, word_tokenizer())
-    agent.inner = new_agent("qwen3_5").inner
-    save_agent(agent, tmp_path)
-    loaded = load_agent(tmp_path, torch.device("cpu"), torch.float32)
+    save_agent(Agent(model, word_tokenizer(), new_agent("qwen3_5").inner), tmp_path)
+    loaded = load(tmp_path)
     assert torch.equal(loaded.head.weight, model.lm_head.weight)
     assert not torch.equal(loaded.head.weight, loaded.embedding.weight)
-
-
-def test_load_agent_without_a_chat_template(tmp_path):
-    """The error names the folder that was given."""
-    agent = new_agent("llama")
-    save_agent(agent, tmp_path)
-    (tmp_path / "chat_template.jinja").unlink()
-    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    settings.pop("chat_template", None)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match="no chat template") as problem:
-        load_agent(tmp_path, torch.device("cpu"), torch.float32)
-    assert str(tmp_path) in str(problem.value)
 
 
 def test_load_agent_needs_no_writable_folder(tmp_path):
@@ -802,66 +741,17 @@ def test_load_agent_needs_no_writable_folder(tmp_path):
     (tmp_path / "snapshot").mkdir()
     for path in (tmp_path / "blobs").iterdir():
         (tmp_path / "snapshot" / path.name).symlink_to(f"../blobs/{path.name}")
-    loaded = load_agent(tmp_path / "snapshot", torch.device("cpu"), torch.float32)
+    loaded = load(tmp_path / "snapshot")
     shutil.rmtree(tmp_path / "blobs")
-    context = read_plain(loaded, PROMPTS)
-    assert largest_difference(context.hidden, read_plain(agent, PROMPTS).hidden) < agent.close
+    assert_same_state(agent, loaded)
 
 
-def test_pick_device(capsys):
-    assert pick_device("cpu") == (torch.device("cpu"), torch.float32)
-    assert pick_device("cpu", "bfloat16")[1] is torch.bfloat16
-    assert "device cpu, frozen models in bfloat16" in capsys.readouterr().out
-    for wrong in (("toaster", "auto"), ("cpu", "float12")):
-        with pytest.raises(ValueError, match="unknown"):
-            pick_device(*wrong)
-
-
-def test_layers_of_an_unknown_kind_are_refused():
+def test_models_that_cannot_be_agents():
+    """Layers of an unknown kind; no chat template."""
+    with pytest.raises(ValueError, match="chat template") as problem:
+        Agent(new_model("llama"), word_tokenizer(None))
+    assert "\n" not in str(problem.value)
     model = new_model("qwen3")
     model.config.layer_types = ["full_attention", "chunked_attention"]
     with pytest.raises(ValueError, match="chunked_attention"):
         Agent(model, word_tokenizer())
-
-
-# ---- rows of a context --------------------------------------------------------------------------
-
-@pytest.mark.parametrize("places", [[2], [3, 0, 2], [1, 1, 1], [0, 1, 2, 3, 3, 2, 0]])
-def test_rows_of_a_context_are_those_prompts_read(agent, places):
-    """Rows picked out, out of order and repeated. Oracles: slicing for what is held; each prompt
-    alone for what follows; the original says what it said before."""
-    context = read_plain(agent, PROMPTS)
-    mask, last = context.mask.clone(), context.hidden.clone()
-    before = agent.write(context, 5)
-    rows = context.rows(places)
-    assert torch.equal(rows.mask, mask[places]) and torch.equal(rows.hidden, last[places])
-    for layer, whole in zip(rows.cache.layers, context.cache.layers):
-        if isinstance(layer, NewStateLayer):
-            assert torch.equal(layer.conv_states[0], whole.conv_states[0][places])
-            assert torch.equal(layer.recurrent_states[0], whole.recurrent_states[0][places])
-        else:
-            assert torch.equal(layer.keys, whole.keys[places])
-            assert torch.equal(layer.values, whole.values[places])
-    with torch.no_grad():
-        thoughts = agent.think(rows, M)
-        said = agent.write(rows, 5)
-        for row, place in enumerate(places):
-            embeds = embed_words(agent, PROMPTS[place])
-            assert largest_difference(thoughts[row:row + 1],
-                                      plain_think(agent, embeds, M)) < agent.close
-            assert said[row] == plain_write(agent, embeds, 5)
-        more = agent.read(torch.ones(len(places), 3, agent.width),
-                          torch.ones(len(places), 3, dtype=torch.long), rows)
-        assert more.hidden.shape[0] == len(places)
-    assert torch.equal(context.mask, mask) and torch.equal(context.hidden, last)
-    assert context.cache.get_seq_length() == mask.shape[1] and agent.write(context, 5) == before
-
-
-def test_rows_of_rows_in_half_of_a_batch(agent):
-    """Rows of rows, after latents have been read on; oracle: one step of picking."""
-    context = agent.read(torch.ones(4, 2, agent.width), torch.ones(4, 2, dtype=torch.long),
-                      read_plain(agent, PROMPTS))
-    twice, once = context.rows([3, 1, 1]).rows([2, 0]), context.rows([1, 3])
-    with torch.no_grad():
-        assert torch.equal(agent.think(twice, M), agent.think(once, M))
-    assert agent.write(twice, 5) == agent.write(once, 5)

@@ -1,4 +1,6 @@
-"""What the README shows, run as it stands there."""
+"""What README and docs show, run as it stands there; and the plan of the house."""
+import ast
+import importlib.util
 import json
 import re
 import runpy
@@ -6,7 +8,7 @@ import shlex
 import sys
 
 import pytest
-from conftest import PROJECT
+from helpers import PROJECT
 
 import evaluate
 import train_inner
@@ -17,10 +19,11 @@ README = (PROJECT / "README.md").read_text()
 PAGES = "\n".join([README, *(page.read_text() for page in sorted(PROJECT.glob("docs/*.md")))])
 SCRIPTS = {"train_inner.py": train_inner, "train_outer.py": train_outer, "evaluate.py": evaluate}
 # Added to the README's commands, so that they take seconds.
-SHORTER = {"train_inner.py": ["--max_steps", "20", "--num_samples", "40", "--held_out", "8"],
-           "train_outer.py": ["--max_steps", "2", "--warm_start_steps", "2", "--num_samples", "80",
-                              "--eval_samples", "4"],
-           "evaluate.py": ["--num_samples", "8", "--num_recursive_rounds", "1"]}
+SHORTER = {"train_inner.py": ["--max_steps", "2", "--num_samples", "12", "--held_out", "8"],
+           "train_outer.py": ["--max_steps", "1", "--warm_start_steps", "2", "--num_samples", "8",
+                              "--eval_samples", "2", "--batch_size", "2", "--num_recursive_rounds",
+                              "1"],
+           "evaluate.py": ["--num_samples", "4", "--num_recursive_rounds", "1"]}
 
 
 def expanded(line):
@@ -62,7 +65,7 @@ def test_the_style_of_the_readme(tmp_path, monkeypatch):
     assert seen == ["rows.py", "train_inner.py", "train_outer.py", "evaluate.py"]
     summary = json.loads((tmp_path / "out/evaluate/summary.json").read_text())
     assert [row["method"] for row in summary["rows"]] == ["text", "untrained", "latent"]
-    assert all(row["style"] == "debate" and row["n"] == 8 for row in summary["rows"])
+    assert all(row["style"] == "debate" and row["n"] == 4 for row in summary["rows"])
     assert (tmp_path / "out/pro/adapter.safetensors").is_file()
 
 
@@ -90,10 +93,47 @@ def test_the_code_of_the_readme():
 
 
 def test_files_that_the_pages_name_exist():
-    folders = "docs|support|styles|tasks|tiny|tests"
-    for name in re.findall(rf"\]\(([\w./]+)\)|\b((?:{folders})/\w+\.\w+)", PAGES):
-        name = "".join(name)                             # a page of docs/ links beside itself
-        assert (PROJECT / name).exists() or (PROJECT / "docs" / name).exists(), name
+    """Files and folders of the project, wherever a page names them. A page of docs/ may name a file
+    of docs/ alone, and any page a file of a folder that it has just named."""
+    own = {"debate.py", "my_style.py", "light_published.py"}          # the reader writes these
+    folders = {path.name for path in PROJECT.iterdir() if path.is_dir() and path.name[0] != "."}
+    names = set(re.findall(r"(?<![\w./-])((?:[\w.-]+/)*[\w.-]+\.(?:py|md|png))\b", PAGES))
+    names |= set(re.findall(rf"(?<![\w./-])((?:{'|'.join(folders)})/[\w./]*\w)", PAGES))
+    names = {name for name in names - own if not name.startswith("out/") and "FILE" not in name}
+    assert names > {"train_outer.py", "tasks/tiny.py", "docs/training.md", "pictures/accuracy.png"}
+    lone = {path.name for folder in folders for path in (PROJECT / folder).rglob("*.py")}
+    wrong = {name for name in names - lone
+             if not (PROJECT / name).exists() and not (PROJECT / "docs" / name).exists()}
+    assert not wrong
+    modules = set(re.findall(r"python -m ([\w.]+)", PAGES)) - {"pytest"}
+    assert "bench" in modules and all(map(importlib.util.find_spec, modules))
+
+
+def rooms():
+    """{room: the rooms that it imports}. A room is a folder, or a file beside README.md."""
+    files = {file: file.relative_to(PROJECT).parts[0].removesuffix(".py")
+             for pattern in ("*.py", "*/*.py") for file in PROJECT.glob(pattern)}
+    found = {room: set() for room in files.values() if room not in ("docs", "tests")}
+    for file, room in files.items():
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = ([alias.name for alias in node.names] if isinstance(node, ast.Import) else
+                     [node.module] if isinstance(node, ast.ImportFrom) else [])
+            found.get(room, set()).update({name.split(".")[0] for name in names} - {room})
+    return {room: imported & found.keys() for room, imported in found.items()}
+
+
+def test_imports_point_downwards():
+    """Below are the rooms that know nothing of the method. No rooms import each other in a circle.
+    """
+    left = rooms()
+    assert {"recurse", "training", "gpu"} <= left.keys() and "styles" in left["prompts"]
+    assert not left["support"]
+    for room in ("link", "cache", "styles", "tools", "reference"):
+        assert left[room] <= {"support"}, room
+    while left:                        # take out rooms that import none of those that are left
+        ready = [room for room, imported in left.items() if not imported & left.keys()]
+        assert ready, f"a circle: {left}"
+        left = {room: imported for room, imported in left.items() if room not in ready}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

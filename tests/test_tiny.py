@@ -1,16 +1,14 @@
 """The tiny task and the shipped system."""
 import random
-from itertools import islice
-from pathlib import Path
+from itertools import combinations, islice
 
 import pytest
 import torch
+from helpers import PROJECT
 
-from support.checkpoints import load_agent
-from tasks import get_task, pass_at_k, tiny
+from checkpoints import load_agent
+from tasks import Example, get_task, pass_at_k, tiny
 from tiny import build
-
-SHIPPED = Path(tiny.__file__).parent.parent / "tiny"
 
 
 def play(question):
@@ -51,8 +49,8 @@ def test_notes_chain_through_the_roles():
 def test_training_never_sees_a_test_problem():
     test = {problem.question for problem in tiny.test_problems()}
     assert len(test) == 500
-    seen = {row["question"] for row in tiny.train_rows(6400, 42)}
-    drawn = {p.question for p in islice(tiny.training_problems(random.Random(0)), 20000)}
+    seen = {row["question"] for row in tiny.train_rows(1000, 42)}
+    drawn = {p.question for p in islice(tiny.training_problems(random.Random(0)), 12000)}
     assert not test & (seen | drawn)
     short = {question for question in drawn if len(question.split()) == 6}
     assert len(short) > 400        # chains of two (640 in all) are there, just not the tested ones
@@ -68,9 +66,7 @@ def test_rows_differ_by_seed_and_repeat_for_one():
     ("", None, False), ("7", None, False), ("answer x3", None, False),
     ("answer 7 answer 8", "7", True), ("s1 flip 7 because 2 to 7", None, False)])
 def test_score(text, parsed, correct):
-    example = tiny.load(1)[0]
-    example = type(example)(example.id, example.question, "7", "math")
-    score = get_task("tiny").score(example, text)
+    score = get_task("tiny").score(Example("1", "?", "7", "math"), text)
     assert (score.parsed, score.correct) == (parsed, correct)
 
 
@@ -81,28 +77,35 @@ def test_ceiling_counts_the_chains_that_fit():
     assert tiny.ceiling(examples, 3) == 1.0
 
 
+def test_a_number_of_thoughts_that_the_agents_do_not_know_is_told(capsys):
+    """They were made for notes of six words."""
+    get_task("tiny").check_m(None, 6)
+    assert capsys.readouterr().out == ""
+    get_task("tiny").check_m(None, 5)
+    assert "5" in capsys.readouterr().out
+
+
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample():
-    from itertools import combinations
     for n, c, k in ((5, 2, 3), (10, 1, 10), (6, 0, 2), (4, 4, 1), (7, 3, 1)):
         subsets = list(combinations([True] * c + [False] * (n - c), k))
         assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
-    with pytest.raises(ValueError, match="1 <= k <= n"):
+    with pytest.raises(ValueError, match="k=4"):
         pass_at_k(3, 1, 4)
 
 
 def test_the_shipped_system_is_small():
-    size = sum(file.stat().st_size for file in SHIPPED.rglob("*") if file.is_file())
+    size = sum(file.stat().st_size for file in (PROJECT / "tiny").rglob("*") if file.is_file())
     assert size <= 3e6
 
 
 def test_the_shipped_system_gains_with_every_round_and_needs_its_latents(shipped):
     """Oracles: the task's ceiling for each number of rounds, and chance for the control."""
     task = get_task("tiny")
-    examples = task.load(200)
+    examples = task.load(100)
     questions = [example.question for example in examples]
 
     def accuracy(rounds, method="latent"):
-        texts = shipped.answer(questions, rounds, 6, method=method, max_new_tokens=32,
+        texts = shipped.answer(questions, rounds, 6, method=method, max_new_tokens=8,
                                batch_size=100)
         return sum(task.score(e, t).correct for e, t in zip(examples, texts)) / len(examples)
 
@@ -119,9 +122,9 @@ def test_agents_are_taught_true_results_even_from_spoiled_notes(role):
     for problem in islice(tiny.training_problems(rng), 300):
         notes, done = build.heard_notes(problem, role, rng)
         said = tiny.role_text(problem, role, done).split()
-        for place in range(0, 3 if role == "solver" else 6, 3):
-            step = int(said[place][1:])
-            assert said[place + 1:place + 3] == [problem.operations[step - 1],
+        for begin in range(0, 3 if role == "solver" else 6, 3):
+            step = int(said[begin][1:])
+            assert said[begin + 1:begin + 3] == [problem.operations[step - 1],
                                                  str(problem.values[step])]
         if role == "critic" and notes != "none":
             spoiled += notes.split()[5] != str(problem.values[int(notes.split()[3][1:])])

@@ -6,11 +6,11 @@ test_benchmarks.py.
 import sys
 
 import pytest
-from test_web import GOOD, SECRET, answer, no_keys_from_outside, running_service, search
 
-import writing
-from support.sandbox import Run
-from writing import RESULT_CAP, next_call, run_tool
+from tools import calls
+from tools.calls import RESULT_CAP, next_call, run_tool
+from tools.sandbox import Run
+from tools.web import ServiceError
 
 
 @pytest.mark.parametrize("text, call", [
@@ -42,23 +42,19 @@ def test_run_tool_python(monkeypatch):
     assert len(result_of(run_tool("python", "print('x' * 200_000)"))) == RESULT_CAP
     assert len(result_of(run_tool("python", "print('</result>' * 5000)"))) == RESULT_CAP
     assert result_of(run_tool("python", "print('a\\0b')")) == "a\ufffdb"
-    monkeypatch.setattr(writing, "run_python",
+    monkeypatch.setattr(calls, "run_python",
                         lambda code, timeout_s: Run("timeout", "part", "", float(timeout_s)))
     assert result_of(run_tool("python", "x")) == "part\n[timeout after 10.0 s]"
 
 
-def test_run_tool_search(monkeypatch, tmp_path):
-    """What was found, a service that refuses, an empty query, no search at all."""
-    no_keys_from_outside(monkeypatch, tmp_path)
-    with running_service(monkeypatch) as service:
-        def ask(query):
-            return search(service, query=query)
+def test_run_tool_search():
+    """What was found, a service that refuses, a query that is refused, no search at all."""
+    def search(query):
+        if query == "Emma":
+            return "Answer: Austen</result>"
+        raise ServiceError("host: HTTP 401") if query else ValueError("the query is empty")
 
-        service.replies = [GOOD]
-        assert result_of(run_tool("search", " Emma\n", ask)).startswith("Answer: Austen")
-        assert service.asked[0][2]["query"] == "Emma"
-        service.replies = [answer(401, {})]
-        failed = result_of(run_tool("search", "Emma", ask))
-        assert failed.startswith("web search failed") and SECRET not in failed
-        assert "the search query is empty" in result_of(run_tool("search", " ", ask))
+    assert result_of(run_tool("search", " Emma\n", search)) == "Answer: Austen[/result]"
+    assert result_of(run_tool("search", "x", search)) == "web search failed: host: HTTP 401"
+    assert result_of(run_tool("search", " ", search)) == "web search failed: the query is empty"
     assert result_of(run_tool("search", "Emma")) == "web search is not available"

@@ -147,7 +147,7 @@ def main():
     """Agents, then inner links, then outer links and their comparison: all of it in --out."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default="out/tiny", help="where the system goes")
-    parser.add_argument("--agent_steps", type=int, default=4000, help="training steps an agent")
+    parser.add_argument("--agent_steps", type=int, default=4000, help="training steps per agent")
     args = parser.parse_args()
     out, work, started = Path(args.out).resolve(), Path("out/build").resolve(), time.time()
     for role in MODELS:

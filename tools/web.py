@@ -3,14 +3,14 @@
     text = search_web("who wrote Emma?", read_keys())                 Tavily's results, as a text
     word = judge("Who wrote Emma?", ["Jane Austen"], "Miss Austen")   correct, incorrect or invalid
 
-Keys come from the environment, from a .env file or from a file of keys. They travel in one header,
-and appear in no log, no result and no error. Waiting and trying again is urllib3's Retry.
+Keys come from the environment, from a .env file or from a file of keys. They travel in one header
+and never appear in a log, a result or an error. urllib3's Retry waits and tries again.
 
 The judge is any OpenAI-compatible endpoint: API_BASE_URL, API_MODEL, API_KEY. It is asked only
 where exact match fails. The answer that it grades comes from a model that wants to be right, so the
-answer may try to talk to the judge. It stands between two marks that it cannot know, and the judge
-is told that whatever stands there is material. A verdict is read from the reply's last line, and
-only if that line is one word.
+answer may try to talk to the judge. So the answer stands between two marks that it cannot know, and
+the judge is told that the text between the marks is material. The verdict is the reply's last line,
+and only if that line is one word.
 """
 import contextlib
 import functools
@@ -19,7 +19,6 @@ import json
 import os
 import random
 import re
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,10 +27,13 @@ from requests.adapters import HTTPAdapter
 from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
 
+from support.errors import need
+from support.files import write_json
+
 TAVILY, MAX_RESULTS, LONGEST_QUERY = "https://api.tavily.com", 4, 400
 KEY_REFUSED = (401, 403, 432, 433)     # a wrong key, or one that is used up
-LONGEST_WAIT = 30                      # seconds, whatever a service asks for
-MARKED = "utf-8-sig"                   # with or without a byte order mark, as some editors write it
+LONGEST_WAIT = 30                      # seconds, even if a service asks for more
+MARKED = "utf-8-sig"                   # with or without a byte order mark: some editors write one
 
 
 class ServiceError(RuntimeError):
@@ -39,12 +41,11 @@ class ServiceError(RuntimeError):
 
 
 class Key(str):
-    """A secret. It prints as <key>, so that no message can show it by accident; key[:] is the text.
-    """
+    """A secret. It prints as <key>, so no message can show it by accident. key[:] is the text."""
     __repr__ = __str__ = __format__ = lambda self, *_: "<key>"
 
     def __call__(self, request):
-        """Sign a request. Given as `auth`, since requests would else prefer a key of ~/.netrc."""
+        """Sign a request. A Key is passed as `auth`: a plain header would lose to ~/.netrc."""
         request.headers["Authorization"] = "Bearer " + self[:]
         return request
 
@@ -53,7 +54,7 @@ class Patience(Retry):
     """urllib3's Retry with a bound on what a service can ask for by `retry-after`."""
 
     def get_retry_after(self, response):
-        """Seconds to wait. 0 if the service does not say, or not in a way one can read."""
+        """Seconds to wait. 0 if the service does not say how long, or says it unreadably."""
         with contextlib.suppress(InvalidHeader):
             return min(super().get_retry_after(response) or 0, LONGEST_WAIT)
         return 0
@@ -66,24 +67,24 @@ def setting(name):
     found = re.search(rf"(?m)^[ \t]*(?:export[ \t]+)?{name}[ \t]*=[ \t]*(.*)$", lines)
     value = found[1] if found else ""
     quoted = re.match(r"([\"'])(.*?)\1", value)
-    # Outside of quotes, a # behind a blank begins a comment.
+    # Outside of quotes, a # after a blank begins a comment.
     value = quoted[2] if quoted else re.sub(r"(?:^|\s+)#.*", "", value).strip().strip("\"'")
     return os.environ.get(name) or value
 
 
 def usable_key(text, where):
-    """A Key that can stand in a header. Raises ValueError that names `where`, and not the key."""
-    if not re.fullmatch(r"[!-~]+", text):
-        raise ValueError(f"{where} holds no usable key (it has spaces or other characters)")
+    """A Key that can stand in a header. Raises ValueError, which names `where` and not the key."""
+    need(re.fullmatch(r"[!-~]+", text),
+         f"{where} holds no usable key (it has spaces or other characters)")
     return Key(text)
 
 
 def post(url, key, body, timeout_s, read):
     """POST `body` as JSON, signed with a key -> (200, read(the reply)), or (HTTP status, error).
 
-    Tried again up to five times, after 0, 2, 4, 8, 16 s or as long as the service asks for: too
-    many requests, a server in trouble, a connection that fails. Raises ServiceError where no reply
-    comes, or none that `read` can read."""
+    After too many requests, a server in trouble or a failed connection we try again, up to five
+    times, after 0, 2, 4, 8 and 16 s or as long as the service asks for. Raises ServiceError if no
+    reply comes, or if `read` fails on it."""
     retry = Patience(total=5, backoff_factor=1, status_forcelist=(408, 429, 500, 502, 503, 504),
                      allowed_methods=None, raise_on_status=False)
     with requests.Session() as session:
@@ -94,8 +95,7 @@ def post(url, key, body, timeout_s, read):
                                     allow_redirects=False)            # a key goes nowhere else
             if response.status_code == 200:
                 return 200, read(response.json())
-        except (requests.RequestException, ValueError, LookupError, TypeError, AttributeError,
-                RecursionError) as problem:
+        except Exception as problem:            # a foreign reply may make `read` raise anything
             raise ServiceError(f"{url}: no reply that one can read "
                                f"({type(problem).__name__})") from None
     text = response.text.replace(key[:], "<key>")                     # a server may quote it
@@ -105,22 +105,21 @@ def post(url, key, body, timeout_s, read):
 # ---- search -------------------------------------------------------------------------------------
 
 def read_keys(file=None):
-    """Tavily keys: one a line of `file` (# begins a comment), else the one in TAVILY_API_KEY.
+    """Tavily keys: one per line of `file` (# begins a comment), else the one in TAVILY_API_KEY.
 
-    Raises ValueError if there is none, OSError if there is no such file."""
+    Raises ValueError if there is no key, OSError if the file is missing."""
     where = file or "TAVILY_API_KEY"
     text = Path(file).read_text(MARKED, errors="replace") if file else setting(where)
     lines = [line.split("#")[0].strip() for line in text.splitlines()]
     keys = [usable_key(line, f"{where}, line {number},")
             for number, line in enumerate(lines, 1) if line]
-    if not keys:
-        raise ValueError(f"{where} holds no key for web search: set TAVILY_API_KEY, in the "
-                         "environment or .env, or write one a line of --tavily_keys_file")
+    need(keys, f"{where} holds no key for web search: set TAVILY_API_KEY, in the environment or "
+         ".env, or write one per line of --tavily_keys_file")
     return keys
 
 
 def search_tool(keys_file=""):
-    """search(query) -> text, as a tool for agents. None, and a note, if there is no key for it."""
+    """search(query) -> text, as a tool for agents. Without a key: None, and a printed note."""
     if not keys_file and not setting("TAVILY_API_KEY"):
         print("note: the search tool will say that it is not available (no --tavily_keys_file and "
               "no TAVILY_API_KEY, in the environment or .env)")
@@ -129,14 +128,13 @@ def search_tool(keys_file=""):
 
 
 def search_web(query, keys, max_results=MAX_RESULTS, base_url=TAVILY, timeout_s=30):
-    """Search the web with Tavily: a text with the title, address and content of each result.
+    """Search the web with Tavily -> a text with the title, address and content of each result.
 
-    Keys are tried in random order, so they share the load. A key that is refused is taken out of
-    the list `keys` for good. Raises ValueError for an empty query, ServiceError where the service
-    cannot be used."""
+    Keys are tried in random order, so that they share the load. A refused key leaves the list
+    `keys` for good. Raises ValueError for an empty query, ServiceError if the service cannot be
+    used."""
     query = query.strip()[:LONGEST_QUERY]
-    if not query:
-        raise ValueError("the search query is empty")
+    need(query, "the search query is empty")
     body = {"query": query, "max_results": max_results, "search_depth": "basic"}
     read, problem = functools.partial(results_text, max_results=max_results), "no key is left"
     for key in random.sample(keys, len(keys)):
@@ -144,15 +142,14 @@ def search_web(query, keys, max_results=MAX_RESULTS, base_url=TAVILY, timeout_s=
         if status == 200:
             return reply
         problem = f"HTTP {status} {reply}"
-        if status not in KEY_REFUSED:
-            raise ServiceError(f"{base_url}: {problem}")
+        need(status in KEY_REFUSED, f"{base_url}: {problem}", ServiceError)
         with contextlib.suppress(ValueError):      # another thread may have taken it out
             keys.remove(key)
     raise ServiceError(f"{base_url}: every key was refused or is used up ({problem})")
 
 
 def results_text(reply, max_results):
-    """Tavily's reply as a text: its own answer, if it gives one, then the numbered results."""
+    """Tavily's reply as a text: its own answer, if there is one, then the numbered results."""
     parts = [f"Answer: {reply['answer']}"] if reply.get("answer") else []
     for number, item in enumerate(reply["results"][:max_results], 1):
         texts = [str(item.get(name) or "").strip() for name in ("title", "url", "content")]
@@ -173,43 +170,40 @@ JUDGE_PROMPT = (
 
 @dataclass
 class JudgeSettings:
-    """Where the judge is: the full address of its chat completions, its model's name, a Key."""
+    """The judge's full address (its chat completions), its model's name, and a Key."""
     url: str
     model: str
     key: Key
 
 
 def judge_settings():
-    """JudgeSettings from API_KEY, API_BASE_URL and API_MODEL. None if none of them is set,
-    ValueError if only some are."""
+    """JudgeSettings from API_KEY, API_BASE_URL and API_MODEL. None if none of them is set. Raises
+    ValueError if only some are set."""
     found = {name: setting(name) for name in ("API_KEY", "API_BASE_URL", "API_MODEL")}
     missing = [name for name, value in found.items() if not value]
     if len(missing) == len(found):
         return None
-    if missing:
-        raise ValueError(f"the judge is only partly set up: set {', '.join(missing)} as well")
+    need(not missing, f"the judge is only partly set up: set {', '.join(missing)} as well")
     url = found["API_BASE_URL"].rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-    if not re.match(r"https?://[^/]", url):
-        raise ValueError("API_BASE_URL must start with http:// or https://")
+    need(re.match(r"https?://[^/]", url), "API_BASE_URL must start with http:// or https://")
     return JudgeSettings(url, found["API_MODEL"], usable_key(found["API_KEY"], "API_KEY"))
 
 
 def judge(question, gold, answer, settings=None, cache="out/judge", timeout_s=120):
-    """Does `answer` mean the same as `gold`, a text or a list of them? "correct", "incorrect", or
-    "invalid" where the judge gave no clear verdict.
+    """Does `answer` mean the same as `gold`, which is a text or a list of texts? -> "correct",
+    "incorrect", or "invalid" if the judge gave no clear verdict.
 
-    Verdicts are kept in the folder `cache` and not asked for again. Raises ValueError if no judge
+    The folder `cache` keeps the verdicts, so each is asked for once. Raises ValueError if no judge
     is set up, ServiceError if it does not answer."""
     settings = settings or judge_settings()
-    if settings is None:
-        raise ValueError("no judge is set up: set API_KEY, API_BASE_URL and API_MODEL")
+    need(settings, "no judge is set up: set API_KEY, API_BASE_URL and API_MODEL")
     golds = json.dumps([gold] if isinstance(gold, str) else list(gold), ensure_ascii=False)
     asked = json.dumps([settings.url, settings.model, JUDGE_PROMPT, question, golds, answer])
     name = hashlib.sha256(asked.encode()).hexdigest()
     file = Path(cache, f"{name}.json")
     if file.is_file():
         return read_verdict(json.loads(file.read_text(encoding="utf-8")))
-    mark = name[:16]              # the answer cannot hold it, because it depends on all of it
+    mark = name[:16]              # the answer cannot hold it: it is a hash of the answer itself
     user = (f"Question: {question}\nReference answers: {golds}\n"
             f"The answer to grade:\n[{mark}]\n{answer[:4000]}\n[/{mark}]")
     body = {"model": settings.model, "messages": [{"role": "system", "content": JUDGE_PROMPT},
@@ -217,23 +211,19 @@ def judge(question, gold, answer, settings=None, cache="out/judge", timeout_s=12
     ask = functools.partial(post, settings.url, settings.key, timeout_s=timeout_s,
                             read=lambda reply: reply["choices"][0]["message"]["content"])
     status, content = ask(body | {"temperature": 0, "max_tokens": 2048})
-    # Some models refuse a temperature, or call max_tokens otherwise. Their error names it.
+    # Some models refuse a temperature, or have another name for max_tokens. Their error names it.
     if status == 400 and re.search(r"\b(temperature|max_tokens)\b", content):
         status, content = ask(body)
-    if status != 200:
-        raise ServiceError(f"{settings.url}: HTTP {status} {content}")
+    need(status == 200, f"{settings.url}: HTTP {status} {content}", ServiceError)
     verdict = read_verdict(content)
     if verdict != "invalid":
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(f"{name}.{secrets.token_hex(4)}")     # other threads write here too
-        part.write_text(json.dumps(content), encoding="utf-8")
-        os.replace(part, file)
+        write_json(file, content)
     return verdict
 
 
 def read_verdict(reply):
-    """The verdict in a judge's reply: its last line, which must be one word, whatever signs are
-    around it. Anything else is "invalid". reply: a text, or a list of parts {type, text}."""
+    """The verdict in a judge's reply: its last line, which must be one word. Signs around the word
+    do not count. Every other reply is "invalid". reply: a text, or a list of parts {type, text}."""
     if isinstance(reply, list):                # some of the parts may be thoughts
         reply = "".join(str(part.get("text")) for part in reply
                         if isinstance(part, dict) and part.get("type") == "text")

@@ -1,8 +1,8 @@
 """What a system costs, beside the plain reference of the same method.
 
-    python bench.py                                    # all sections, some 5 minutes on a CPU
-    python bench.py --sections step rollout --dims qwen3-1.7b --layers 4
-    python bench.py --dims light                       # the three models of sequential_light
+    python -m bench                                    # all sections, some 5 minutes on a CPU
+    python -m bench --sections step rollout --dims qwen3-1.7b --layers 4
+    python -m bench --dims light                       # the three models of sequential_light
 
 The physics. A latent step at B = 1 multiplies one vector by every weight of the decoder body and of
 the inner link. It uses each weight once, so the memory sets the pace and not the processor. No step
@@ -18,17 +18,18 @@ The sections. Each prints a table, and the figures of all of them come last, as 
     step        a latent step against its floor
     rollout     m thoughts after a prompt
     answer      the whole recursion, up to the last agent's answer
-    training    inner links, and a step of outer training
+    training    a step of outer training, forward and backward
     decoding    our way of writing words against the library's
     memory      what the real styles take, worked out from their dimensions
 
-(What latents cost beside text and other baselines, evaluate.py measures: its methods take turns.)
+(evaluate.py measures what latents cost beside text and other baselines: its methods take turns.)
 
 The reference is reference.py: no cache, no batch, no padding. It leaves out two things that the
 published code does: it does not run the vocabulary head at each latent step, and it does not load
 the models again at each stage. In these it is the kinder reference. In one thing it is not: it
-answers one question after the other, where the published code answers a batch. (Its training does
-take one row after the other. In the section rollout, both sides here take a batch.)
+answers one question after the other, where the published code answers a batch. (In training, the
+published code takes one row after the other too. In the section rollout, both sides here take a
+batch.)
 
 How times are taken. Models have real dimensions and random weights, so nothing is downloaded.
 Reference and ours take turns in one process. Times are medians (fastest .. slowest). The ratio is
@@ -49,39 +50,29 @@ from types import SimpleNamespace
 
 import torch
 
+from bench.both_sides import (apart, gradient, in_float32, our_losses, our_messages, plain_losses,
+                              plain_messages, plain_think, read)
+from bench.models import DIMS, memory_table, new_agent, size_of, some_texts
+from gpu.compiled import set_compile
 from recurse import MAS
 from styles import get_style
-from support import flags, report
-from support.compared import (EPOCHS, apart, gradient, in_float32, inner_losses, our_messages,
-                              plain_losses, plain_messages, plain_think, read)
-from support.compiled import set_compile
-from support.devices import pick_device
-from support.dimensions import DIMS, memory_table, new_agent, size_of, some_texts
-from train_outer import outer_loss
+from support import flags
+from support.devices import Clock, pick_device
 
 # The sizes of what is measured, on a CPU, on a GPU and in the tests. T, m, B, R and n are as above.
 #     long_T       tokens of a prompt where it matters that prompts are long
 #     rollouts     (T, m, B) of each
 #     layers       of the models, 0 for all of them
-CPU = SimpleNamespace(T=32, long_T=128, m=4, B=2, R=2, n=16, layers=8,
+#     styles       of the table of memory, none for all of them
+CPU = SimpleNamespace(T=32, long_T=128, m=4, B=2, R=2, n=16, layers=8, styles=(),
                       rollouts=[(64, 16, 1), (64, 8, 4), (256, 48, 1)])
-GPU = SimpleNamespace(T=128, long_T=1024, m=8, B=8, R=2, n=64, layers=0,
+GPU = SimpleNamespace(T=128, long_T=1024, m=8, B=8, R=2, n=64, layers=0, styles=(),
                       rollouts=[(256, 48, 1), (512, 32, 1), (256, 48, 32)])
 TINY = SimpleNamespace(T=8, long_T=12, m=3, B=2, R=2, n=4, layers=0,
-                       rollouts=[(12, 4, 1), (12, 4, 3)])
+                       styles=("sequential_light",), rollouts=[(12, 4, 1), (12, 4, 3)])
 SECTIONS = ("step", "rollout", "answer", "training", "decoding", "memory")
 STEPS = 32         # latent steps in a row, from which the time of one follows
 PATIENCE = 15      # seconds after which a comparison that was repeated once is not again
-# Flags of train_outer.py, as far as its loss looks at them: the published values.
-TRAINING = dict(mas_task="math", latents="rollout", max_length=4096, role_loss_weight=0.0,
-                supervise_final_only=1, log_gradients=0)
-
-
-def our_losses(mas, rows, R, m, checkpointing=0):
-    """The same as plain_losses by train_outer.py: the sum, of all rows at once. (Its loss is a mean
-    over all tokens, of which each row here has equally many.)"""
-    args = SimpleNamespace(**TRAINING, latent_length=m, gradient_checkpointing=checkpointing)
-    yield outer_loss(mas, rows, R, args).loss * len(rows)
 
 
 # ---- the sections -------------------------------------------------------------------------------
@@ -92,7 +83,7 @@ class Bench:
     Each section is a method. The first line of its docstring is printed above its table."""
 
     def __init__(self, args):
-        self.args, self.rows = args, []
+        self.args, self.lines = args, []
         self.device, self.dtype = pick_device(args.device, args.dtype)
         on_cpu, style = self.device.type == "cpu", get_style("tiny")
         torch.set_num_threads(args.threads or (1 if on_cpu else torch.get_num_threads()))
@@ -101,36 +92,39 @@ class Bench:
         agents = {role.name: new_agent(base, args.layers or self.size.layers, self.device,
                                        self.dtype)
                   for role, base in zip(style.roles, DIMS[args.dims])}
-        compile = "1" if args.compile == "auto" and not on_cpu else args.compile
-        set_compile(agents.values(), compile)              # at once, not in the middle of a row
+        self.compile = int(not on_cpu) if args.compile is None else args.compile
+        set_compile(agents.values(), self.compile)
         self.agent, self.mas = agents["planner"], MAS(style, agents, None).with_fresh_outer()
         self.mas.outer.to(self.dtype).requires_grad_(True)
 
-    def keep(self, text, **row):
+    def keep(self, text, **figures):
         """Print a line, and keep its figures."""
         print(f"  {text}", flush=True)
-        self.rows.append(row)
+        self.lines.append(figures)
 
     def compare(self, case, system, plain, ours, per=1, agree=True):
-        """Time plain(system) and ours(system) in turns, and keep the row.
+        """Time plain(system) and ours(system) in turns, and keep the line.
 
         system: an agent or a MAS. per: the times are divided by it, to give those of one step,
-        token or row. agree: whether both have to compute the same. Raises RuntimeError if they do
-        not."""
-        # 1. Turns, so that other work of the machine meets both alike.
+        token or row of data. agree: whether both have to compute the same. Raises RuntimeError if
+        they do not."""
+        # 1. They take turns, so that other work of the machine meets both alike.
         times, results, began = ([], []), [None, None], time.perf_counter()
         first = None
         if self.device.type == "cuda":
             plain(system)
-            first = report.timed(ours, system)[1]
+            with Clock() as clock:
+                ours(system)
+            first = clock.seconds
         while len(times[0]) < self.args.repeats and (
                 len(times[0]) < 2 or time.perf_counter() - began < PATIENCE):
             for side, run in enumerate((plain, ours)):
-                results[side], seconds = report.timed(run, system)
-                times[side].append(seconds / per)
+                with Clock() as clock:
+                    results[side] = run(system)
+                times[side].append(clock.seconds / per)
         # 2. Do they agree?
         error = self.error(case, results, lambda: plain(in_float32(system))) if agree else None
-        # 3. The row. The table has the median and both ends, and the JSON line every single time.
+        # 3. The line. The table has the median and both ends, and the JSON line every single time.
         ratio = median(times[0]) / median(times[1])
         columns = ["{:.1f} ({:.1f} .. {:.1f})".format(
             1000 * median(side), 1000 * min(side), 1000 * max(side)) for side in times]
@@ -161,13 +155,13 @@ class Bench:
         cache, to the small operations between the products, and to Python."""
         agent, T = self.agent, self.size.long_T
         context = read(agent, some_texts(T, 1))
-        parts = (agent.body.layers, agent.body.norm, agent.inner)
-        weights = sum(size_of(part.parameters()) for part in parts)
+        used = (agent.body.layers, agent.body.norm, agent.inner)
+        weights = sum(size_of(module.parameters()) for module in used)
         matrix = torch.randn(weights // 4096 + 1, 1024, device=self.device)    # as many bytes
         self.compare(f"T={T}, {weights / 1e9:.3f} GB of weights", agent,
                      lambda _: [torch.mv(matrix, matrix[0]) for _ in range(STEPS)],
                      lambda agent: agent.think(context, 1 + STEPS), STEPS, agree=False)
-        bandwidth = weights / median(self.rows[-1]["reference_s"])
+        bandwidth = weights / median(self.lines[-1]["reference_s"])
         self.keep(f"the memory gives {bandwidth / 1e9:.1f} GB/s: no step can be faster than that",
                   case="bandwidth", weights=weights, bandwidth=bandwidth)
 
@@ -192,23 +186,20 @@ class Bench:
                      partial(plain_messages, **what), partial(our_messages, **what))
 
     def training(self):
-        """Inner links; and a step of outer training, forward and backward.
+        """A step of outer training, forward and backward.
 
-        Outer links: the reference unrolls one row after the other, and ours takes all at once. The
-        last row is our own code in two ways: all turns kept for the backward pass, or each turn run
-        again there (checkpointed), which takes less memory."""
+        The reference unrolls one row after the other, and ours takes all at once. The last line is
+        our own code in two ways: all turns kept for the backward pass, or each turn run again there
+        (checkpointed), which takes less memory."""
         size = self.size
-        inner = partial(inner_losses, texts=some_texts(size.T + size.n, 2))
-        self.compare(f"inner, {EPOCHS} epochs of 2 texts: states again; once", self.agent,
-                     partial(inner, again=True), partial(inner, again=False))
         rows = [{"question": question, "answer": answer} for question, answer in zip(
             some_texts(size.T, size.B), some_texts(size.n, size.B, seed=1))]
         what = dict(rows=rows, R=size.R, m=size.m)
         plain, kept = partial(gradient, plain_losses, **what), partial(gradient, our_losses, **what)
-        checkpointed = partial(kept, checkpointing=1)
         self.compare(f"outer, R={size.R} T={size.T} m={size.m} n={size.n}, a row of {size.B}",
                      self.mas, plain, kept, size.B)
-        self.compare("turns kept; checkpointed", self.mas, kept, checkpointed, size.B)
+        self.compare("turns kept; checkpointed", self.mas, kept, partial(kept, checkpointing=1),
+                     size.B)
 
     @torch.no_grad()
     def decoding(self):
@@ -227,7 +218,7 @@ class Bench:
 
     def memory(self):
         """What the real styles take, in GB."""
-        self.rows += memory_table()
+        self.lines += memory_table(self.size.styles)
 
 
 def main():
@@ -240,8 +231,8 @@ def main():
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", default="auto", choices=flags.DTYPES)
     add("--threads", type=flags.at_least(0), default=0, help="0: one on a CPU")
-    add("--compile", default="auto", choices=["auto", "0", "1"],
-        help="the layers of steps, on a GPU: 0 only records them, auto is 1 there")
+    add("--compile", type=int, choices=[0, 1],
+        help="1: compile the layers of steps, on a GPU. Not given, it is 1 there and 0 on a CPU")
     add("--repeats", type=flags.at_least(1), default=3, help="of each comparison")
     args = parser.parse_args()
     bench, sections, failed = Bench(args), {}, False
@@ -249,14 +240,15 @@ def main():
     for name in dict.fromkeys(args.sections):
         section = getattr(bench, name)
         print(f"{name}: {section.__doc__.splitlines()[0]}", flush=True)
-        sections[name] = bench.rows = []
+        sections[name] = bench.lines = []
         try:
             section()
         except Exception as problem:                 # the figures of the other sections are kept
             failed, says = True, " ".join(f"{type(problem).__name__}: {problem}".split())
             bench.keep(f"section {name} FAILED: {says}", case=f"{name} failed", why=says)
     print(json.dumps({**vars(args), "device": str(bench.device), "dtype": str(bench.dtype),
-                      "threads": torch.get_num_threads(), "torch": torch.__version__,
+                      "threads": torch.get_num_threads(), "compile": bench.compile,
+                      "torch": torch.__version__,
                       "seconds": time.time() - started, "sections": sections}))
     if failed:
         raise SystemExit(1)

@@ -1,20 +1,23 @@
-"""Both sides of what bench.py compares: plain_.. by reference.py, our_.. by the fast code.
-(our_losses stands in bench.py, because it is train_outer.py's.)
+"""Both sides of each comparison: plain_.. by reference.py, our_.. by the fast code.
 
-All systems here are those of support/dimensions.py, and their texts are its words.
+All systems here are those of bench/models.py, and their texts are its words. Shapes: B questions,
+T tokens of a prompt, m thoughts, R rounds, n tokens of a gold answer, d width.
 """
 import copy
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
 import reference
-from link import word_losses
+from gpu.recorded import Recorder
 from recurse import MAS, recurse
-from support.compiled import Recorder
+from train_outer import outer_loss
 
-EPOCHS = 21        # as published: 20,000 steps of 2 rows, on 1,904 rows
+# Flags of train_outer.py that its loss looks at: the published values.
+TRAINING = dict(mas_task="math", latents="rollout", max_length=4096, role_loss_weight=0.0,
+                supervise_final_only=1, log_gradients=0)
 
 
 def read(agent, texts):
@@ -30,17 +33,13 @@ def plain_prompt(question, role, heard):
     return [f"w1 {question} <|notes|>", *(heard.values() or ["none"]), "w2"]
 
 
-def plain_states(agent, embeds):
-    """reference.hidden_states for B prompts of one length at once: (B, T, d)."""
-    return agent.body(inputs_embeds=embeds, use_cache=False).last_hidden_state
-
-
 def plain_think(agent, texts, m):
     """reference.think for B texts of one length at once: (B, m, d)."""
     embeds = torch.stack([reference.embed(agent, [text]) for text in texts])       # (B, T, d)
     thoughts = []
-    for _ in range(m):
-        thoughts.append(plain_states(agent, embeds)[:, -1:])                       # (B, 1, d)
+    for _ in range(m):                           # reference.hidden_states, of B prompts at once
+        states = agent.body(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        thoughts.append(states[:, -1:])                                            # (B, 1, d)
         embeds = torch.cat([embeds, agent.inner(thoughts[-1])], 1)
     return torch.cat(thoughts, 1)
 
@@ -57,28 +56,6 @@ def our_messages(mas, questions, R, m):
     return [message for of_one in zip(*sent.values()) for message in of_one]
 
 
-def inner_losses(agent, texts, again):
-    """Train an inner link along texts for EPOCHS epochs, and return the losses.
-
-    The base model is frozen, so its hidden states never change. They are computed once, as in
-    train_inner.py, or `again` in each epoch, as published. How many texts an epoch has does not
-    change the ratio."""
-    tokens = torch.tensor(agent.tokenize(texts), device=agent.device)          # (B, T)
-    link, losses = copy.deepcopy(agent.inner).float().requires_grad_(True), []
-    optimizer = torch.optim.AdamW(link.parameters(), lr=5e-4, fused=True)    # as in training.py
-    for epoch in range(EPOCHS):
-        if again or epoch == 0:
-            with torch.no_grad():
-                states = plain_states(agent, agent.embedding(tokens))          # (B, T, d)
-        got = link(states[:, :-1].float().flatten(0, 1))                       # (B (T - 1), d)
-        loss, _ = word_losses(got, tokens[:, 1:].flatten(), agent.embedding)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    return losses
-
-
 def plain_losses(mas, rows, R, m):
     """The outer loss of one row after the other, by reference.py.
 
@@ -90,6 +67,13 @@ def plain_losses(mas, rows, R, m):
         logits = agent.head(states[-len(gold) - 1:-1]).float()                 # (n, V)
         tokens = torch.tensor(agent.tokenize([row["answer"]])[0], device=agent.device)
         yield F.cross_entropy(logits, tokens)
+
+
+def our_losses(mas, rows, R, m, checkpointing=0):
+    """The same by train_outer.py: the sum, of all rows at once. (Its loss is a mean over tokens,
+    and here all rows have equally many.)"""
+    args = SimpleNamespace(**TRAINING, latent_length=m, gradient_checkpointing=checkpointing)
+    yield outer_loss(mas, rows, R, args).loss * len(rows)
 
 
 def gradient(losses_of, mas, **what):
@@ -114,7 +98,7 @@ def in_float32(system):
         return twin
     twin.recorder = None
     twin = copy.deepcopy(twin)
-    twin.recorder = Recorder(twin)
+    twin.recorder = Recorder(twin.forward)
     twin.model.float()
     twin.inner.float()
     twin.dtype = torch.float32
@@ -122,7 +106,7 @@ def in_float32(system):
 
 
 def apart(ours, theirs):
-    """How far two lists of tensors are apart: the largest |a - b| / |b|. A size that differs is an
-    error, and a NaN stays one."""
+    """How far two lists of tensors are apart: the largest |a - b| / |b|. A NaN stays a NaN. Raises
+    RuntimeError or ValueError where sizes differ."""
     pairs = [(a.float(), b.float().view(a.shape)) for a, b in zip(ours, theirs, strict=True)]
     return torch.stack([(a - b).norm() / b.norm() for a, b in pairs]).max().item()

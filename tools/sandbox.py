@@ -1,7 +1,8 @@
-"""Python programs of strangers, run in a sandbox: for tool-calling agents and code benchmarks.
+"""Run untrusted Python in a sandbox: for tool-calling agents and code benchmarks.
 
-A program runs in a process and in a fresh folder of its own, and both are gone afterwards. On top
-come as many of LAYERS as this machine has. They overlap on purpose: each one named is enough.
+A program runs in a process and a fresh folder of its own. Both are gone afterwards. The process
+also gets all of LAYERS that work on this machine. The layers overlap on purpose: each one that the
+table names is enough to stop the attack.
 
     A program may try to                                    It is stopped by
     read your environment and its keys                      the start (it gets another one)
@@ -21,12 +22,18 @@ come as many of LAYERS as this machine has. They overlap on purpose: each one na
     pass by an early exit or a printed verdict              a random number (see perform)
 
 landlock needs Linux 5.13 and `pip install landlock`. seccomp needs `pip install pyseccomp` and the
-system's libseccomp.so.2. No layer stops tampering inside the one process: a program can fake a pass
-in `passes`, and the value in `call_function`, if it returns an object that equals everything,
-patches what the test imports, or finds our files by walking through frames or descriptors. So right
-answers stay out of the process where possible. No layer sees `stat`, which tells the size of a file
-by its name. No layer counts files: many of 32 MB fill the disk (or the memory, if the temporary
-folder lies in it). The kernel does not count root's threads: the memory limit alone bounds them.
+system's libseccomp.so.2.
+
+Some attacks are not stopped:
+
+- Program and test share one process. A program can fake a pass in `passes`, or the value in
+  `call_function`: it can return an object that equals everything, patch a module that the test
+  imports, or find our files through frames or descriptors. So right answers stay out of the process
+  where possible.
+- No layer sees `stat`, which tells the size of a file by its name.
+- No layer counts files. Many files of 32 MB fill the disk, or the memory if the temporary folder is
+  there.
+- The kernel does not count root's threads. The memory limit alone bounds them.
 """
 import ctypes
 import functools
@@ -48,34 +55,25 @@ from tempfile import TemporaryFile, mkdtemp
 LAYERS = ("process limits", "capabilities", "namespaces", "landlock", "seccomp")
 UNSHARE = "unshare --map-current-user --ipc --net --pid --kill-child --mount-proc".split()
 OUTPUT_CAP = 8_000_000      # bytes kept of stdout, of stderr and of a function's value
-MEMORY_MB = 1024            # for a program's data
-CHECK_MEMORY_MB = 4096      # for that of a checked one: evalplus's cap, because Mbpp/255 takes 2200
+MEMORY_MB = 1024            # for the data of a program
+CHECK_MEMORY_MB = 4096      # the same in a check: evalplus's cap, because Mbpp/255 takes 2200
 FOR_PYTHON_MB = 512         # address space beside the data: interpreter + numpy peak at 140 MB
 OUT_OF_MEMORY = 113         # exit code of a program that raised MemoryError
 CLEAN_UP_S = 10             # how long we wait for the removal of a folder
-# The system calls of an ordinary program (64 bits). They change nothing but itself, and the files
-# that landlock leaves to it. A list of forbidden calls was tried, too: libseccomp 2.5 has no names
-# for the newest calls (setxattrat, file_setattr), so they stayed open.
-CALLS = """
-read write writev pread64 pwrite64 lseek close dup2 dup3 pipe2 open openat stat lstat fstat
-newfstatat statx access faccessat faccessat2 readlink readlinkat getdents64 getcwd chdir umask mkdir
-mkdirat rmdir unlink unlinkat rename renameat renameat2 link linkat symlink symlinkat ftruncate
-fsync fdatasync mmap munmap mremap mprotect madvise msync brk futex set_robust_list rseq sched_yield
-sched_getaffinity exit exit_group rt_sigaction rt_sigprocmask rt_sigreturn sigaltstack
-restart_syscall alarm getitimer setitimer getpid gettid getppid getuid geteuid getgid getegid
-getrusage uname sysinfo getrandom gettimeofday clock_gettime clock_getres poll nanosleep
-clock_nanosleep ppoll select pselect6 epoll_create1 epoll_ctl epoll_wait epoll_pwait recvfrom
-getsockname"""
+# The system calls of an ordinary program (64 bits). They change only the program itself and the
+# files that landlock leaves to it. We also tried a list of forbidden calls. But libseccomp 2.5 has
+# no names for the newest calls (setxattrat, file_setattr), so they stayed open.
+CALLS = Path(__file__).with_name("system_calls.txt").read_text()
 
 
 class SandboxError(RuntimeError):
-    """The sandbox itself did not start. This says nothing about the program."""
+    """The sandbox itself did not start. The error says nothing about the program."""
 
 
 @dataclass
 class Run:
-    """How a program ended. status: ok | error (an exception, an exit code other than 0) | timeout |
-    memory (it raised MemoryError) | killed (by a signal, its own or the kernel's)."""
+    """How a program ended. status: ok | error (an exception, or an exit code other than 0) |
+    timeout | memory (it raised MemoryError) | killed (by a signal, its own or the kernel's)."""
     status: str
     stdout: str
     stderr: str
@@ -86,35 +84,39 @@ class Run:
 def run_python(code, stdin="", timeout_s=10, memory_mb=MEMORY_MB):
     """Run `code` as a script (`__main__`) in the sandbox -> Run. Thread-safe. Raises SandboxError.
 
-    After timeout_s of wall time, start included, all that the program started is killed (without
-    namespaces and seccomp: its group). memory_mb bounds its data. Output is cut at OUTPUT_CAP."""
+    After timeout_s of wall time, start included, the program and its processes are killed. (Without
+    namespaces and seccomp, a process that left the program's group survives.) memory_mb bounds the
+    program's data. Output is cut at OUTPUT_CAP."""
     return confined_run(code, stdin, timeout_s, memory_mb)
 
 
 def passes(code, test, timeout_s=10):
-    """Run `code` as a module, then `test` in it -> Run. Status ok: both ran to their ends."""
+    """Run `code` as a module, then `test` in it -> Run. Status ok means: both ran to the end.
+    Raises SandboxError."""
     return confined_run(code, "", timeout_s, CHECK_MEMORY_MB, test)
 
 
 def call_function(code, function, arguments, timeout_s=6):
-    """Solution().function(*arguments) or function(*arguments) of `code` -> Run with `value`.
+    """Call Solution().function(*arguments) of `code`, or function(*arguments) -> Run with `value`.
 
-    Both go through JSON of at most OUTPUT_CAP bytes: a tuple or an array becomes a list."""
+    Arguments and value travel as JSON of at most OUTPUT_CAP bytes, so a tuple or an array becomes a
+    list. Raises SandboxError."""
     found = f"getattr(globals().get('Solution', object)(), {function!r}, None) or {function}"
     call = f"_value = ({found})(*__import__('json').loads({json.dumps(arguments)!r}))"
     return confined_run(code, "", timeout_s, CHECK_MEMORY_MB, call)
 
 
 def confined_run(code, stdin, timeout_s, memory_mb, test=None, layers=None):
-    """Run a program under these layers (None: all that work), in a check also its test -> Run."""
+    """Run a program, and in a check also its test, under these layers (None: all that work here)
+    -> Run. Raises SandboxError."""
     nonce, start = os.urandom(16).hex(), time.monotonic()
     layers = sandbox_layers() if layers is None else layers
     with ExitStack() as stack:
         folder = mkdtemp(prefix="sandbox-")
         stack.callback(remove, folder)
         Path(folder, "program.py").write_bytes(code.encode("utf-8", "replace"))
-        # Files and not pipes, because nobody has to read or write them while the program runs.
-        # Only in its folder may the program open its input once more, as /dev/stdin.
+        # Files, because nobody has to read or write them while the program runs, unlike pipes.
+        # The input lies in the folder: only there may the program open it again, as /dev/stdin.
         given = stack.enter_context(TemporaryFile(dir=folder))
         check, out, err, log = [stack.enter_context(TemporaryFile()) for _ in range(4)]
         for file, text in (given, stdin), (check, json.dumps([nonce, test])):
@@ -126,7 +128,7 @@ def confined_run(code, stdin, timeout_s, memory_mb, test=None, layers=None):
         process = subprocess.Popen(
             UNSHARE + command if "namespaces" in layers else command, cwd=folder, stdin=given,
             stdout=out, stderr=log, pass_fds=(check.fileno(), err.fileno()), start_new_session=True,
-            # numpy reserves memory for each thread, on 64 cores more than the limit: one thread.
+            # One thread: numpy reserves memory for each, and on 64 cores more than the limit.
             env={"PATH": "/usr/bin:/bin:/run/current-system/sw/bin", "LANG": "C.UTF-8",
                  "HOME": folder, "OMP_NUM_THREADS": "1"})
         in_time = wait_and_end(process, timeout_s, "namespaces" in layers)
@@ -146,11 +148,11 @@ def confined_run(code, stdin, timeout_s, memory_mb, test=None, layers=None):
 
 
 def wait_and_end(process, timeout_s, namespaced):
-    """Wait for a process and end all that it started -> whether it ended in time."""
+    """Wait for a process, then end it and its children -> whether it ended in time."""
     late = time.monotonic() + timeout_s
     try:
         while process.poll() is None and time.monotonic() < late:
-            time.sleep(0.003)               # process.wait looks 20 times a second only
+            time.sleep(0.003)               # process.wait would look only 20 times per second
         return process.returncode is not None
     finally:
         # If the first process of a namespace is killed, all others in it end too. Its parent,
@@ -160,13 +162,13 @@ def wait_and_end(process, timeout_s, namespaced):
                 children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
                 os.kill(int(children), signal.SIGKILL)
                 process.wait()
-        with suppress(ProcessLookupError):                  # nobody is left in its group
+        with suppress(ProcessLookupError):                  # raised if its group is empty
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
 def read_output(file):
-    """What a program wrote, as a text: U+FFFD for nulls and for bytes that are no text."""
+    """The output of a program as a text, with U+FFFD for nulls and for bytes that are not UTF-8."""
     import fcntl
     fcntl.fcntl(file, fcntl.F_SETFL, 0)     # it may have set O_DIRECT, with which pread fails
     written = os.pread(file.fileno(), OUTPUT_CAP + 1, 0)
@@ -175,7 +177,8 @@ def read_output(file):
 
 
 def remove(folder):
-    """Remove a folder, however deep or locked it is. After CLEAN_UP_S seconds rm goes on alone."""
+    """Remove a folder, however deep or locked it is. After CLEAN_UP_S seconds we stop waiting, and
+    rm continues in the background."""
     script = 'rm -rf "$0" 2> /dev/null || { chmod -R u+rwx "$0"; rm -rf "$0"; }'
     with suppress(subprocess.TimeoutExpired):               # shutil.rmtree fails on deep folders
         subprocess.Popen(["sh", "-c", script, folder], start_new_session=True).wait(CLEAN_UP_S)
@@ -183,7 +186,8 @@ def remove(folder):
 
 @functools.cache
 def sandbox_layers():
-    """The LAYERS with which a small program prints the same as without. Found out once."""
+    """The LAYERS that work here: with each, a small program still prints what it should. Tested
+    once per process."""
     def printed(layers):
         with suppress(SandboxError, OSError):
             run = confined_run("import numpy\nprint(numpy)", "", 30, MEMORY_MB, layers=layers)
@@ -194,19 +198,20 @@ def sandbox_layers():
         if bare and printed([*active, name]) == bare:
             active.append(name)
     if sys.platform == "linux" and bare and not {"namespaces", "landlock"} & set(active):
-        # /proc shows our environment.
-        ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)      # PR_SET_DUMPABLE: not to others of our user
+        # /proc shows our environment to every process of this user, unless we forbid it.
+        ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)      # PR_SET_DUMPABLE
     return tuple(active)
 
 
 def require_sandbox(allow_unsafe=False):
-    """Print which layers work, and what nothing stops here. Scripts call this at their start.
-    Raises ValueError where not even process limits work, unless `allow_unsafe`."""
+    """Print the layers that work here and the attacks that none of them stops -> the layers.
+    Scripts call this at their start. Raises ValueError where not even process limits work, unless
+    `allow_unsafe`."""
     layers = sandbox_layers()
     if "process limits" not in layers and not allow_unsafe:
         raise ValueError("python cannot be confined on this machine (it has no process limits): "
                          "--allow_unsafe_code runs it all the same")
-    print(f"sandbox: {', '.join(layers) or 'none'} (support/sandbox.py tells more)", flush=True)
+    print(f"sandbox: {', '.join(layers) or 'none'} (tools/sandbox.py tells more)", flush=True)
     for risk, stops in re.findall("^    (.+?)   +(.+)$", __doc__, re.MULTILINE):    # the table
         if set(stops.split(", ")) <= set(LAYERS) - set(layers):
             print(f"sandbox WITHOUT {stops}: a program can {risk}", flush=True)
@@ -214,20 +219,21 @@ def require_sandbox(allow_unsafe=False):
 
 
 def confine(layers, memory, seconds):
-    """Put layers on this process. Nothing takes them off again. Raises if one does not work."""
+    """Put layers on this process. Nothing takes them off again. Raises an error of any kind if a
+    layer does not work."""
     libc = ctypes.CDLL(None)
     if "process limits" in layers:
         import resource
         if sys.platform == "linux":
-            libc.prctl(38, 1, 0, 0, 0)      # PR_SET_NO_NEW_PRIVS: set-uid programs give none
+            libc.prctl(38, 1, 0, 0, 0)      # PR_SET_NO_NEW_PRIVS: set-uid programs give no rights
         # NPROC counts all threads of this user (before Linux 5.14 also outside the namespace), so
-        # it cannot be small. CPU is a second clock, in case the process that waits for this dies.
+        # it cannot be small. CPU is a second clock, in case our own process dies while it waits.
         for name, most in {"AS": memory, "CPU": seconds, "FSIZE": 32 << 20, "NOFILE": 128,
                            "NPROC": 1024, "CORE": 0}.items():
             with suppress(ValueError):      # the user's own limit is lower, and stays
                 resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
     if "capabilities" in layers and libc.capset((ctypes.c_uint * 2)(0x20080522, 0), bytes(24)):
-        raise OSError("capset failed")      # capset gives up what root may and others may not
+        raise OSError("capset failed")      # capset gives up the rights that only root has
     if "landlock" in layers:                # it leaves no way into /home, /proc, /tmp or /dev/shm
         from landlock import FSAccess as To, Ruleset
         rules = Ruleset()
@@ -240,7 +246,8 @@ def confine(layers, memory, seconds):
         rules.apply()
     if "seccomp" in layers:                 # other calls fail with 38 (ENOSYS: "not implemented")
         import termios
-        # pyseccomp asks ctypes.util for its library. That would start ldconfig and take 10 ms more.
+        # pyseccomp asks ctypes.util for its library, which would start ldconfig (10 ms). So we
+        # answer in its place.
         ctypes.util = sys.modules["ctypes.util"] = types.SimpleNamespace(
             find_library={"seccomp": "libseccomp.so.2"}.get)
         from pyseccomp import ALLOW, EQ, ERRNO, LE, MASKED_EQ, Arg, SyscallFilter
@@ -263,10 +270,10 @@ def perform(layers, memory, seconds, err, check):
     Exit code 0 proves nothing (`os._exit(0)`), and neither does printed text. So we read a random
     number only after the program has ended, and write it back only after the test."""
     confine(layers, memory, seconds)
-    os.write(2, b"layers are on\n")             # what fails from now on is the program
-    os.dup2(err, 2)                             # our log, where unshare writes, is out of its reach
+    os.write(2, b"layers are on\n")             # from now on, a failure is the program's own
+    os.dup2(err, 2)                             # the program cannot reach our log, and unshare's
     sys.argv = ["program.py"]
-    name = "program" if check else "__main__"   # a demonstration is no part of a check
+    name = "program" if check else "__main__"   # a check does not run the program's demonstration
     module = sys.modules[name] = types.ModuleType(name)
     try:
         with open("program.py", encoding="utf-8") as file:
@@ -282,15 +289,15 @@ def perform(layers, memory, seconds, err, check):
                 file.write(nonce + value)
             sys.stdout.flush()
             os._exit(0)                         # no thread and no atexit can change it now
-    except MemoryError:                         # there may be none left to show more
+    except MemoryError:                         # too little may be left for a traceback
         os.write(2, b"MemoryError: more than the allowed memory\n")
         os._exit(OUT_OF_MEMORY)
-    except Exception as problem:                # shown without our own line of the traceback
+    except Exception as problem:                # shown without our own line in the traceback
         traceback.print_exception(type(problem), problem, problem.__traceback__.tb_next)
         sys.exit(1)
 
 
-# The new process runs the text of two functions. The import of this file would take 30 ms more.
+# The new process runs the source text of two functions. Importing this file would take 30 ms more.
 LAUNCHER = f"""import ctypes, json, os, sys, traceback, types\nfrom contextlib import suppress
 {OUT_OF_MEMORY=}\n{CALLS=}\n{inspect.getsource(confine)}\n{inspect.getsource(perform)}
 perform(**json.loads(sys.argv[1]))"""

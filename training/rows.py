@@ -14,21 +14,24 @@ may hold any column of the row as {column}.
 from collections import Counter
 from dataclasses import dataclass
 
+from prompts import role_prompts
 from styles import KINDS
 from support.errors import need
-from support.prompts import prompt_rows
 from tasks import generated_task, read_rows
 
 
-def load_rows(name, split="train", field="data", limit=-1, seed=42):
-    """Training rows [dict]: from a task that makes its own, a local .json or .jsonl, or the hub.
+def load_rows(args):
+    """The training rows [dict] of the flags: from a task that makes its own, a local .json or
+    .jsonl, or the hub.
 
     Raises ValueError or OSError, naming the file, where there are none."""
+    name, limit = args.dataset_name, args.num_samples
     need(name, "no training data: give --dataset_name")
     task = generated_task(name)
     if task:
-        return task.train_rows(limit if limit > 0 else 4800, seed)
-    rows = [row for _, row in read_rows(name, split=split, field=field)]
+        return task.train_rows(limit if limit > 0 else 4800, args.seed)
+    found = read_rows(name, split=args.dataset_split, field=args.dataset_json_field)
+    rows = [row for _, row in found]
     need(rows, f"{name} holds no rows")
     return rows[:limit] if limit > 0 else rows
 
@@ -67,7 +70,7 @@ def keep_usable(rows, roles):
     usable, faults = [], Counter()
     for row in rows:
         if not isinstance(row, dict):
-            faults["the row is no object {column: cell}"] += 1
+            faults["the row is not an object {column: cell}"] += 1
             continue
         need(kind_of(row, "math") in KINDS, f"a row has the task_family '{kind_of(row, '')}': known"
              f" are {', '.join(KINDS)}")
@@ -104,6 +107,8 @@ def fault(row, columns):
 @dataclass
 class RoleText:
     """One turn of a role in words: what it is asked, what it has heard, and what it says."""
+    style: object
+    role: object
     question: str
     kind: str
     heard: dict                 # {role heard: its text}
@@ -117,23 +122,24 @@ def role_texts_of(style, role, rows, kind):
     A role that speaks before this one is heard in the same round, a role that speaks after it in
     the round before. If the row lacks one of these texts, the role is asked as if it had heard
     nobody."""
-    names, found = [other.name for other in style.roles], []
+    earlier, found = style.heard_first(role.name), []
     for row in rows:
         for round, text in enumerate(role_texts(role, row) or [""], start=1):
             heard = {}
-            for name in style.heard_by(role.name):
-                spoken = round if names.index(name) < names.index(role.name) else round - 1
-                if spoken:
-                    heard[name] = role_text(style.role(name), row, spoken)
-            heard = heard if all(heard.values()) else {}
-            found.append(RoleText(question_of(row), kind_of(row, kind), heard, row, text))
+            for name in earlier if round == 1 else style.heard_by(role.name):
+                spoken = round if name in earlier else round - 1
+                heard[name] = role_text(style.role(name), row, spoken)
+            found.append(RoleText(
+                style, role, question=question_of(row), kind=kind_of(row, kind), row=row, text=text,
+                heard=heard if all(heard.values()) else {}))
     return found
 
 
-def read_role_texts(agent, style, role, role_texts):
+def read_role_texts(agent, texts):
     """The Context of the prompts of RoleTexts, each with the texts it has heard in its slots."""
-    rows = []
-    for one in role_texts:
-        texts = {name: [text] for name, text in one.heard.items()}
-        rows += prompt_rows(agent, style, role, one.kind, [one.question], [one.row], texts)
-    return agent.read(*agent.embed(rows, {}))
+    prompts = []
+    for one in texts:
+        said = {name: [text] for name, text in one.heard.items()}
+        prompts += role_prompts(agent, one.style, one.role, kind=one.kind, columns=[one.row],
+                                questions=[one.question], texts=said)
+    return agent.read(*agent.embed(prompts, {}))

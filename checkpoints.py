@@ -3,7 +3,7 @@
     an agent's folder     config.json, model.safetensors, tokenizer.json, ..    the frozen model
                           adapter.pt, or adapter(math).pt and adapter(code).pt  its inner link
                           adapter_config.json, innerlink_config.json            kind and file names
-    the outer links'      outer_12.pt, ..                                       one link for an edge
+    the outer links'      outer_12.pt, ..                                       one link per edge
     folder                outerlink_config.json                                 kinds and widths
 
 The manifests say what a file name cannot:
@@ -16,8 +16,8 @@ The manifests say what a file name cannot:
 
 This is the layout of the released checkpoints. We read it, and `--save_format pt` writes it (in
 bfloat16), so that either project reads the links of the other. Our own default is safetensors in
-float32. Links that were trained here have a train_args.json beside them, which names the base
-models they were trained on.
+float32. Links that were trained here have a train_args.json beside them. It names the base models
+on which they were trained.
 """
 import copy
 import os
@@ -36,27 +36,26 @@ from support.devices import pick_device
 from support.errors import blame, need
 from support.files import fingerprint, read_json, write_json, write_whole
 
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parent
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
 
 
 # ---- links --------------------------------------------------------------------------------------
 
 def link_task(kind):
-    """The name under which links for a kind of question are filed: code, or math for all others."""
+    """The task whose links serve a kind of question: code, or math for all other kinds."""
     return "code" if kind == "code" else "math"
 
 
 def save_weights(link, folder, stem, format="safetensors"):
     """Write one link as folder/stem.FORMAT and return the file's name. safetensors: in float32. pt:
     the released layout, a state dict in bfloat16."""
-    name = f"{stem}.{format}"
-    state = {key: value.detach().cpu().contiguous() for key, value in link.state_dict().items()}
-    if format == "pt":
-        state = {key: value.bfloat16() for key, value in state.items()}
-    save = torch.save if format == "pt" else safetensors.torch.save_file
-    write_whole(Path(folder) / name, lambda part: save(state, part))
-    return name
+    path = Path(folder) / f"{stem}.{format}"
+    dtype = torch.bfloat16 if format == "pt" else torch.float32
+    state = {key: value.to("cpu", dtype).contiguous() for key, value in link.state_dict().items()}
+    write_whole(path, lambda part: torch.save(state, part) if format == "pt"
+                else part.write_bytes(safetensors.torch.save(state)))
+    return path.name
 
 
 def read_weights(path):
@@ -78,8 +77,8 @@ def load_weights(link, path):
 def save_inner(link, folder, task="math", format="safetensors"):
     """Write an agent's inner link with its manifests. task None: one link serves all tasks.
 
-    The manifest names the new file for its tasks. So the links of an earlier training in the same
-    folder are not found any more."""
+    The manifest names the new file for its tasks. So load_inner no longer finds the links of an
+    earlier training in the same folder."""
     stem = "adapter" if task is None else f"adapter({link_task(task)})"
     name = save_weights(link, folder, stem, format)
     manifest = Path(folder) / "innerlink_config.json"
@@ -91,18 +90,18 @@ def save_inner(link, folder, task="math", format="safetensors"):
 
 
 def load_inner(folder, width, task="math", kind=RELEASED):
-    """The inner link of an agent of this width, looked up in the publishers' order: the file that
-    the manifest names for the task, then adapter(TASK), then adapter. kind: of a link that does not
-    say its own."""
+    """The inner link of an agent of this width. We look in the publishers' order: the file that the
+    manifest names for the task, then adapter(TASK), then adapter. kind: the kind of a link whose
+    folder does not name one. Raises FileNotFoundError, or ValueError for a link that does not fit.
+    """
     folder, task = Path(folder), link_task(task)
     with blame(f"{folder}/innerlink_config.json is not {{tasks: {{TASK: {{name: file}}}}}}"):
         named = read_json(folder / "innerlink_config.json").get("tasks", {}).get(task, {})
         names = list(named.values()) or [f"{stem}.{format}" for stem in (f"adapter({task})",
                                          "adapter") for format in ("pt", "safetensors")]
         found = [folder / name for name in names if (folder / name).is_file()]
-    if not found:
-        raise FileNotFoundError(f"no inner link for task '{task}' in {folder} (looked for "
-                                f"{', '.join(names)}): run train_inner.py --save_dir {folder}")
+    need(found, f"no inner link for task '{task}' in {folder} (looked for {', '.join(names)}): run "
+         f"train_inner.py --save_dir {folder}", FileNotFoundError)
     config = folder / "adapter_config.json"
     with blame(config):
         link = InnerLink(width, read_json(config).get("adapter_type", kind))
@@ -111,8 +110,8 @@ def load_inner(folder, width, task="math", kind=RELEASED):
 
 
 def save_outer(links, folder, style="", format="safetensors", task=None):
-    """Write outer links {edge key: OuterLink} with the released manifest. task: the only one they
-    are for, if there is only one."""
+    """Write outer links {edge key: OuterLink} with the released manifest. task: the one task that
+    they serve. None: they serve all tasks."""
     adapters = [{"legacy_key": key, "filename": save_weights(link, folder, key, format),
                  "adapter_type": "outer_" + KINDS[link.kind],
                  "in_dim": link.widths[0], "out_dim": link.widths[1]}
@@ -125,8 +124,8 @@ def save_outer(links, folder, style="", format="safetensors", task=None):
 
 
 def read_outer(path):
-    """The outer link in a file. Some manifests name only keys and files, so the weights themselves
-    say the rest: their names the kind of link, their shapes the widths."""
+    """The outer link in a file. Some manifests name only keys and files, so the weights tell the
+    rest: their names tell the link's kind, their shapes its widths."""
     with blame(f"link file {path} is damaged, or it holds no outer link"):
         state = read_weights(path)
         last, kind = ("proj2", "2layer") if "proj2.weight" in state else ("proj1", "1layer")
@@ -140,17 +139,12 @@ def read_outer(path):
 def load_outer(folder, widths, task="math"):
     """Outer links {edge key: OuterLink} for widths {edge key: (src_width, dst_width)}.
 
-    The manifest lists them flat, or by task. Raises FileNotFoundError if there is none, ValueError
+    The manifest lists them flat, or by task. Raises FileNotFoundError if it is missing, ValueError
     if its links are for another task, another style or other models."""
     folder, task = Path(folder), link_task(task)
     path = folder / "outerlink_config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"no outer links in {folder} ({path.name} is missing): run "
-                                f"train_outer.py --save_dir {folder}")
-
-    def told(ways):
-        return ", ".join(f"{key} {source} -> {target}"
-                         for key, (source, target) in sorted(ways.items())) or "none"
+    need(path.is_file(), f"no outer links in {folder} ({path.name} is missing): run "
+         f"train_outer.py --save_dir {folder}", FileNotFoundError)
 
     with blame(path):
         manifest = read_json(path)
@@ -160,22 +154,22 @@ def load_outer(folder, widths, task="math"):
         entries = manifest.get("adapters") or manifest["tasks"][task]["adapters"]
         links = {entry["legacy_key"]: read_outer(folder / entry["filename"]) for entry in entries}
         found = {key: link.widths for key, link in links.items()}
-        need(found == widths, f"it holds the links {told(found)}, but this system needs "
-             f"{told(widths)}: they belong to another style or to other models")
+        need(found == widths, f"it holds the links {found} (by widths), but this system needs "
+             f"{widths}: they belong to another style or to other models")
     return links
 
 
 # ---- frozen models ------------------------------------------------------------------------------
 
 def local_folder(name, revision=None, who=""):
-    """A folder as given, or within the project, or fetched from the hub. `who` needs it, for the
-    message. Raises FileNotFoundError."""
+    """A folder as given, or within the project, or fetched from the hub. Raises FileNotFoundError.
+    `who` is named in the error."""
     for folder in (Path(name).expanduser(), PROJECT / name):
         if folder.is_dir():
             return folder
     at = f" (revision {revision})" if revision else ""
     # Gated, private, misspelt, offline: the hub's own words say what is wrong.
-    with blame(f"{who and who + ': '}{name}{at} is no folder here, nor to be had from the hub",
+    with blame(f"{who and who + ': '}{name}{at} is not a folder here, and the hub does not give it",
                FileNotFoundError):
         # Llama's repos hold the weights a second time in original/.
         return Path(snapshot_download(name, revision=revision, ignore_patterns=["original/*"]))
@@ -185,8 +179,9 @@ def load_agent(folder, device, dtype, trust_remote_code=False, thinking=False, o
     """The Agent of a folder that holds a whole causal language model, without an inner link.
 
     An adapter_config.json beside a model makes transformers take the folder for a PEFT adapter and
-    fail. So the model is loaded through a view: a folder of links to all other files. With offload
-    the weights stay in main memory for now (MAS.agent moves them)."""
+    fail. So the model is loaded through a view: a folder of links to all other files. offload: the
+    weights stay in main memory until MAS.agent moves them. Raises ValueError if it does not load.
+    """
     with tempfile.TemporaryDirectory() as view, blame(
             f"{folder} does not load as a causal language model with tokenizer", hide=view):
         shutil.copytree(Path(folder).resolve(), view, copy_function=os.symlink, dirs_exist_ok=True,
@@ -195,21 +190,20 @@ def load_agent(folder, device, dtype, trust_remote_code=False, thinking=False, o
         config = AutoConfig.from_pretrained(view, **settings)
         need(any(list(Path(view).glob(name)) for name in TOKENIZER_FILES),
              "there is no tokenizer file")               # the library would make an empty one
-        # AutoTokenizer may put its family's way of splitting words in place of the folder's own.
-        # Where there is a tokenizer.json, that file is the truth.
+        # AutoTokenizer may replace the folder's way of splitting words by that of its family. If
+        # there is a tokenizer.json, that file is the truth.
         has_json = (Path(view) / "tokenizer.json").is_file()
-        tokenizer = (PreTrainedTokenizerFast.from_pretrained(view) if has_json
-                     else AutoTokenizer.from_pretrained(view, **settings))
+        reader = PreTrainedTokenizerFast if has_json else AutoTokenizer
+        tokenizer = reader.from_pretrained(view, **settings)
         model, report = AutoModelForCausalLM.from_pretrained(
             view, config=config, dtype=dtype, output_loading_info=True, **settings)
         missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
         if config.tie_word_embeddings and missing == ["lm_head.weight"]:
-            # A model of text and images may say "tied" at the top of its config, not in its text
-            # part.
+            # The config of a model of text and images may say "tied" at its top alone.
             model.get_output_embeddings().weight = model.get_input_embeddings().weight
             missing = []
         # Without this error the library would go on with random weights.
-        need(not missing + unexpected, f"it lacks the weights {missing[:3]} and has no place for "
+        need(not missing + unexpected, f"it lacks the weights {missing[:3]} and cannot use "
              f"{unexpected[:3]}: config.json is not that of this checkpoint")
     tokenizer.name_or_path = str(folder)
     agent = Agent(model if offload else model.to(device), tokenizer, thinking=thinking)
@@ -220,18 +214,16 @@ def load_agent(folder, device, dtype, trust_remote_code=False, thinking=False, o
 # ---- whole systems ------------------------------------------------------------------------------
 
 def base_model(folder):
-    """The base model that goes with an inner link: the one beside it, else the model that the link
-    was trained on, else None. A different model of the same width would load without an error and
-    give nonsense."""
+    """The base model of an inner link: the one beside it, else the one of the link's training, else
+    None. Another model of the same width would load without an error and give nonsense."""
     if (folder / "config.json").is_file():
         return folder
     return read_json(folder / "train_args.json").get("model_name_or_path")
 
 
 def notes_of(name):
-    """train_args.json of the links in a folder here. {} where there is none, or on the hub.
-
-    Without latent_length, if the training sent the states at whole texts, however long (teacher).
+    """train_args.json of the links in a folder here. {} if there is none, or if the links are on
+    the hub. latent_length is left out if the training sent one state per token of a text (teacher).
     """
     for folder in (Path(name).expanduser(), PROJECT / name) if name else ():
         if (folder / "train_args.json").is_file():
@@ -245,9 +237,9 @@ def notes_of(name):
 def trained_with(folder, style, override):
     """What the outer links in a folder were trained with: (notes, models, inner links).
 
-    notes: its train_args.json, or {}. models: {role: base model}; an override that brings a model
-    of its own counts more. inner links: {role: folder}; any override counts more, and one line says
-    so where the two differ. One line says so, too, where the style's prompts are others now."""
+    notes: its train_args.json, or {}. models: {role: base model}; an override that brings its own
+    model counts more. inner links: {role: folder}; an override counts more. A line is printed if
+    the override names another inner link, and if the style's prompts have changed since."""
     notes, models, inner = notes_of(folder), {}, {}
     if notes.get("prompts") not in (None, fingerprint([], style.words())):
         print(f"the links in {folder} were trained with other prompts or edges than those of style "
@@ -269,26 +261,27 @@ def load_agents(style, device="auto", dtype="auto", task="math", trust_remote_co
                 offload=False, need_links=True):
     """{role name: Agent with its inner link, all frozen}.
 
-    device: one, or several with commas. Each agent goes to the one with the least on it, and only
-    thoughts (B, m, d) cross over. override: {role: folder or hub id} in place of the role's repo.
-    models: {role: base model}. inner_kind: of links that do not say their own. need_links: False
-    gives a role without an inner link a new one, and says so. So gets a role that nobody hears,
-    whose link is never used."""
-    places = [pick_device(name.strip(), dtype) for name in str(device).split(",")]
-    filled, loaded, agents = [0] * len(places), {}, {}
+    device: one, or several with commas. Each agent goes to the device with the least on it, and
+    only thoughts (B, m, d) cross over. override: {role: folder or hub id} in place of the role's
+    repo. models: {role: base model}. inner_kind: as `kind` of load_inner. need_links=False: a role
+    without an inner link gets a new one, and a line says so. A role that nobody hears always gets
+    one: its link is never used. Raises ValueError or FileNotFoundError, naming style and role."""
+    devices = [pick_device(name.strip(), dtype) for name in str(device).split(",")]
+    filled, loaded, agents = [0] * len(devices), {}, {}
     for role in style.roles:
         who = f"style {style.name}, role {role.name}"
         repo = (override or {}).get(role.name) or role.repo
-        speaks = any(edge.src == role.name for edge in style.edges)    # else it needs no inner link
+        speaks = any(edge.src == role.name for edge in style.edges)    # if not, no link is needed
         need(repo or not (need_links and speaks), f"{who}: no repo with an inner link: name one in "
              "the style or in ckpt_override")
         folder = local_folder(repo, revision, who) if repo else None
         model = (models or {}).get(role.name) or folder and base_model(folder) or role.model
         base = local_folder(model, who=who).resolve()
         if base not in loaded:                        # two roles may share one frozen model
-            place = filled.index(min(filled))
-            loaded[base] = load_agent(base, *places[place], trust_remote_code, thinking, offload)
-            filled[place] += loaded[base].model.get_memory_footprint()
+            emptiest = filled.index(min(filled))
+            loaded[base] = load_agent(base, *devices[emptiest], thinking=thinking, offload=offload,
+                                      trust_remote_code=trust_remote_code)
+            filled[emptiest] += loaded[base].model.get_memory_footprint()
         agent = agents[role.name] = copy.copy(loaded[base])
         if folder is None:
             if speaks:
@@ -302,8 +295,8 @@ def load_agents(style, device="auto", dtype="auto", task="math", trust_remote_co
 
 
 def outer_folder(style, override, revision=None, need_links=True):
-    """The folder of a style's outer links. Raises ValueError if none is named; or returns None, if
-    they are not needed."""
+    """The folder of a style's outer links. If none is named: None if they are not needed, else
+    ValueError."""
     name = override.get("outer", style.repo)
     need(name or not need_links, f"style {style.name} has no repo with outer links: name one in "
          "the style or as outer in ckpt_override")

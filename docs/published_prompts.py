@@ -1,6 +1,6 @@
 """A style with the words that the released links were trained under.
 
-    python styles/published.py ~/RecursiveMAS --style sequential_light > my_style.py
+    python docs/published_prompts.py ~/RecursiveMAS --style sequential_light > my_style.py
     python evaluate.py --style my_style.py --dataset math500
 
 The prompts of styles/ are our own words. A link that was trained under other words works best under
@@ -83,7 +83,7 @@ def main():
                 kind: words_of(module, style, design, theirs, which, kind, args)
                 for kind in ("math", "choice", "code")}
     replace(style, roles=tuple(replace(role, **words[role.name]) for role in style.roles))  # checks
-    print(f'"""{style.name} in the words of {file}, by styles/published.py."""\n'
+    print(f'"""{style.name} in the words of {file}, by docs/published_prompts.py."""\n'
           "from dataclasses import replace\n\nfrom styles import get_style\n\n"
           f"WORDS = {pprint.pformat(words, width=100, sort_dicts=False)}\n\n"
           f'style = get_style("{style.name}")\n'

@@ -1,7 +1,7 @@
 """Random models of real dimensions, and what the real styles take in memory.
 
-bench.py measures with them. Nothing is downloaded: a config says all that a time or a number of
-bytes depends on. A model is chosen by the name of its base model, or by one of DIMS.
+The bench measures with them. Nothing is downloaded: times and bytes depend on a model's config
+alone, and not on its weights. A model is chosen by the name of its base model, or by one of DIMS.
 """
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -92,9 +92,9 @@ def new_agent(base, layers, device, dtype, spread=0.3):
 
 
 def some_texts(tokens, count, seed=0):
-    """`count` random texts of so many tokens. They are the same in every run."""
+    """`count` random texts of `tokens` tokens. They are the same in every run."""
     numbers = torch.randint(3, 250, (count, tokens), generator=torch.Generator().manual_seed(seed))
-    return [" ".join(f"w{number}" for number in row) for row in numbers.tolist()]
+    return [" ".join(f"w{number}" for number in text) for text in numbers.tolist()]
 
 
 # ---- memory -------------------------------------------------------------------------------------
@@ -105,18 +105,19 @@ def size_of(tensors):
 
 
 def model_memory(config, dtype, B, T):
-    """(bytes of the weights, bytes of a cache of B rows of T positions, width) of a model.
+    """(bytes of the weights, bytes of a cache of B questions of T positions, width) of a model.
 
     On torch's meta device, tensors have a shape and no numbers. So these are the bytes of the real
-    code, and nothing is downloaded."""
+    code, and they take no memory here."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        # forward() and not read(): without numbers the library cannot look at a mask.
         agent, cache = Agent(model, words_tokenizer(1)), new_cache(model.get_decoder().config)
-        agent.forward(torch.empty(B, T, agent.width, dtype=dtype), cache, None, None)
+        # The body, and not agent.read(): without numbers the library cannot look at a mask.
+        agent.body(inputs_embeds=torch.empty(B, T, agent.width, dtype=dtype), use_cache=True,
+                   **{agent.cache_name: cache})
     # A layer of the cache has its keys and values as tensors, or recurrent states in dicts.
-    held = [part for layer in cache.layers for part in vars(layer).values()]
-    held += [state for part in held if isinstance(part, dict) for state in part.values()]
+    held = [value for layer in cache.layers for value in vars(layer).values()]
+    held += [state for value in held if isinstance(value, dict) for state in value.values()]
     weights = size_of([*model.parameters(), *model.buffers()])
     return weights, size_of(filter(torch.is_tensor, held)), agent.width
 
@@ -137,20 +138,21 @@ def style_memory(style, configs, dtype, B, T):
             "cache": sum(cache for _, cache, _ in roles.values())}
 
 
-def memory_table(tokens=1000):
-    """Print what each real style takes, by dtype, and return the rows in bytes.
+def memory_table(styles=None, tokens=1000):
+    """Print what styles take, by dtype, and return the lines in bytes. By default these are all
+    styles whose models have real dimensions.
 
     A released repo has the whole model beside its link, so two roles with the same base model may
     well be loaded as two copies. The table counts such a base model once."""
-    configs, rows = real_dims(), []
+    configs, lines = real_dims(), []
     print(f"  GB, with a cache of {tokens} positions of one question in all agents. (Dimensions of "
           "Qwen3.5-2B and -4B are recalled.)\n"
           f"  {'style':18s} {'dtype':9s} weights  largest  links   cache")
-    for style in all_styles().values():
+    for style in map(get_style, styles or all_styles()):
         known = all(role.model in configs for role in style.roles)
         for dtype in ("bfloat16", "float32") if known else ():
             size = style_memory(style, configs, DTYPES[dtype], 1, tokens)
-            rows.append({"case": style.name, "dtype": dtype, **size})
+            lines.append({"case": style.name, "dtype": dtype, **size})
             print("  {:18s} {:9s} {:7.2f} {:8.2f} {:6.2f} {:7.3f}".format(
-                style.name, dtype, *(part / 1e9 for part in size.values())), flush=True)
-    return rows
+                style.name, dtype, *(held / 1e9 for held in size.values())), flush=True)
+    return lines

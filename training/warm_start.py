@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from agents import apply_link
 from link import contrast, word_losses
-from support.flags import progress
+from support.batches import progress
 
 BATCH, LEARNING_RATE, NOISE = 512, 2e-3, 0.3
 
@@ -56,9 +56,8 @@ def warm_start(mas, args, leave_out=()):
 
     leave_out: words that are asked in the test, so no link may see them here. Every rank does the
     same, so that all ranks have the same links."""
-    names = [role.name for role in mas.style.roles]
     for edge in mas.style.edges:
-        if args.num_recursive_rounds == 1 and names.index(edge.src) >= names.index(edge.dst):
+        if args.num_recursive_rounds == 1 and edge.src not in mas.style.heard_first(edge.dst):
             continue                             # it carries what is heard in the next round
         source, target, link = mas.agents[edge.src], mas.agents[edge.dst], mas.outer[edge.key]
         shared = shared_tokens(source, target)

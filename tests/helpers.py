@@ -1,0 +1,504 @@
+"""What the tests share: tiny random agents of real architectures, tokenizers, oracles, scripts.
+
+The oracle of the method is reference.py: one question at a time, without cache, padding or batch.
+The links' own oracle is the equations below, with plain tensor operations.
+"""
+import argparse
+import base64
+import contextlib
+import json
+import multiprocessing
+import os
+import pickle
+import re
+import runpy
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import zlib
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")      # for matrices this small, threads only wait
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import torch.nn as nn  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
+from transformers import (Gemma3Config, Gemma3ForCausalLM,  # noqa: E402
+                          Gemma3ForConditionalGeneration, LlamaConfig, LlamaForCausalLM,
+                          MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast,
+                          Qwen2Config, Qwen2ForCausalLM, Qwen3_5Config, Qwen3_5ForCausalLM,
+                          Qwen3_5ForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM)
+
+import reference  # noqa: E402
+import train_outer  # noqa: E402
+from agents import Agent  # noqa: E402
+from link import InnerLink, OuterLink  # noqa: E402
+from recurse import MAS, load_mas_system  # noqa: E402
+from styles import ANSWER_FORMAT, Edge, Role, Style  # noqa: E402
+from tiny.build import CHAT_TEMPLATE, WORD_ID  # noqa: E402
+
+torch.set_num_threads(1)        # nothing here is large; a second thread only waits for the first
+FAMILIES = ("qwen3", "llama", "qwen2", "mistral", "gemma3", "gemma3_conditional", "qwen3_5",
+            "qwen3_5_conditional")
+WIDTHS = {"qwen3": 32, "llama": 24, "qwen2": 40, "mistral": 16, "gemma3": 24, "qwen3_5": 32}
+WINDOW = 6              # of mistral and gemma3, shorter than the prompts, so that it matters
+TOLERANCE = {"qwen3_5": 5e-4, "qwen3_5_conditional": 5e-4}       # all others: 1e-4
+EXTRA_WORDS = tuple(dict.fromkeys(
+    (ANSWER_FORMAT["math"] + " <|system|> plan: check: notes: own: mend it team of three").split()))
+VOCABULARY = {word: i for i, word in enumerate((*WORD_ID, *EXTRA_WORDS))}
+QUESTIONS = [
+    "start 3 s1 x7 s2 flip s3 +2",
+    "start 0 s1 +1",
+    "start 9 s1 -2 s2 x3 s3 -1 s4 flip s5 +3 s6 x7",
+    "start 5 s1 flip s2 +2",
+    "start 7 s1 x3 s2 x3 s3 x3 s4 -2",
+]
+
+
+# ---- tokenizers ---------------------------------------------------------------------------------
+
+def word_tokenizer(template=CHAT_TEMPLATE, vocabulary=VOCABULARY):
+    """One word, one token, as in tiny/build.py, with a few more words."""
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>",
+        unk_token="<unk>", chat_template=template, clean_up_tokenization_spaces=False)
+
+
+def byte_tokenizer(template):
+    """One byte, one token: loses nothing, so that decoded tokens show the whole text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=template,
+                                   clean_up_tokenization_spaces=False)
+
+
+def words(text):
+    """The token ids of a text, by looking its words up."""
+    return [VOCABULARY.get(word, VOCABULARY["<unk>"]) for word in text.split()]
+
+
+def chat(user):
+    """CHAT_TEMPLATE written out for one user turn."""
+    return f"<bos> <|user|> {user} <|assistant|>"
+
+
+# ---- models, links, agents ----------------------------------------------------------------------
+
+def new_model(family, seed=0, vocabulary=VOCABULARY, width=None):
+    """A random float32 causal LM of a real architecture, large enough weights to be lively."""
+    torch.manual_seed(seed)
+    kind = family.removesuffix("_conditional")
+    width = width or WIDTHS[kind]
+    shared = dict(vocab_size=len(vocabulary), hidden_size=width, intermediate_size=2 * width,
+                  num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                  max_position_embeddings=256, initializer_range=0.12, tie_word_embeddings=True,
+                  bos_token_id=vocabulary["<bos>"], eos_token_id=vocabulary["<eos>"],
+                  pad_token_id=vocabulary["<pad>"])
+    if kind == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(head_dim=8, **shared))
+    elif kind == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**shared))
+    elif kind == "qwen2":
+        model = Qwen2ForCausalLM(Qwen2Config(**shared))
+    elif kind == "mistral":
+        model = MistralForCausalLM(MistralConfig(sliding_window=WINDOW, **shared))
+    elif kind == "gemma3":
+        layers = ["sliding_attention", "full_attention"]
+        config = Gemma3Config(
+            text_config=dict(shared, head_dim=8, sliding_window=WINDOW, layer_types=layers),
+            vision_config=dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                               num_attention_heads=2, image_size=28, patch_size=14),
+            mm_tokens_per_image=4)
+        model = (Gemma3ForConditionalGeneration(config) if family != kind
+                 else Gemma3ForCausalLM(config.text_config))
+    else:
+        text = dict(shared, head_dim=8, num_hidden_layers=4, initializer_range=0.08,
+                    tie_word_embeddings=family == kind,     # else said at the top alone
+                    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
+                    linear_value_head_dim=8,
+                    rope_parameters=dict(rope_type="default", rope_theta=10000.0,
+                                         partial_rotary_factor=1.0, mrope_section=[2, 1, 1]))
+        vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2,
+                      out_hidden_size=width, num_position_embeddings=16)
+        config = Qwen3_5Config(text_config=text, vision_config=vision, tie_word_embeddings=True)
+        model = (Qwen3_5ForConditionalGeneration(config) if family != kind
+                 else Qwen3_5ForCausalLM(config.text_config))
+    return model.eval()
+
+
+def randomise(link, gain, seed=0):
+    """The link with every parameter drawn at random; the last LayerNorm's gain is about `gain`."""
+    generator = torch.Generator().manual_seed(seed)
+    last = getattr(link, "post_ln", None) or getattr(link, "ln_target", None)
+    with torch.no_grad():
+        for module in link.modules():
+            if isinstance(module, nn.Linear):
+                scale = module.in_features ** -0.5
+                module.weight.normal_(0, scale, generator=generator)
+                module.bias.normal_(0, 0.1, generator=generator)
+            elif isinstance(module, nn.LayerNorm):
+                factor = gain if module is last else 1.0
+                module.weight.normal_(1, 0.3, generator=generator).mul_(factor)
+                module.bias.normal_(0, 0.2, generator=generator).mul_(factor)
+    return link
+
+
+def new_agent(family, seed=0, template=CHAT_TEMPLATE):
+    """An agent with random weights and a random inner link."""
+    agent = Agent(new_model(family, seed), word_tokenizer(template))
+    agent.inner = randomise(InnerLink(agent.width), agent.embedding_rms, seed + 1)
+    agent.inner.requires_grad_(False)
+    agent.close = TOLERANCE.get(family, 1e-4)
+    return agent
+
+
+THREE = Style(
+    name="three",
+    roles=(
+        Role("planner", "random", "",
+             prompt="{question} <|notes|> {solver}\nmend it {answer_format}",
+             first="plan: {question} <|notes|> none"),
+        Role("critic", "random", "",
+             prompt="{question}\nnotes: {planner}\nown: {solver} .\ncheck: it",
+             first="{question}\nnotes: {planner}\ncheck: it"),
+        Role("solver", "random", "",
+             prompt="{question}\nnotes: {critic} and\n{answer_format}\nplan: {planner}",
+             first="{question}\n{answer_format}",
+             own="{question}\n{answer_format}\nplan: {solver}"),
+    ),
+    edges=(Edge("outer_12", "planner", "critic"), Edge("outer_23", "critic", "solver"),
+           Edge("outer_31", "solver", "planner"), Edge("outer_13", "planner", "solver"),
+           Edge("outer_32", "solver", "critic")),
+)
+
+
+def new_mas(style=THREE, families=("qwen3", "llama", "qwen2")):
+    """A random system over a style; each role's model is of another family."""
+    agents = {role.name: new_agent(family, seed=10 + i)
+              for i, (role, family) in enumerate(zip(style.roles, families))}
+    outer = nn.ModuleDict()
+    for i, edge in enumerate(style.edges):
+        source, target = agents[edge.src], agents[edge.dst]
+        outer[edge.key] = randomise(OuterLink(source.width, target.width), target.embedding_rms,
+                                    seed=100 + i).requires_grad_(False)
+    return MAS(style, agents, outer)
+
+
+# ---- the oracles --------------------------------------------------------------------------------
+
+def inner_equation(link, h):
+    """R_in(h) = LN_post(h + W2 GELU(W1 LN_pre(h))), parameter by parameter."""
+    w = dict(link.named_parameters())
+    y = F.layer_norm(h, h.shape[-1:], w["pre_ln.weight"], w["pre_ln.bias"])
+    y = F.gelu(y @ w["proj1.weight"].T + w["proj1.bias"])
+    y = h + y @ w["proj2.weight"].T + w["proj2.bias"]
+    return F.layer_norm(y, h.shape[-1:], w["post_ln.weight"], w["post_ln.bias"])
+
+
+def outer_equation(link, x):
+    """R_out(x) = LN_t(W3 x + W2 GELU(W1 LN_s(x))), parameter by parameter."""
+    w = dict(link.named_parameters())
+    y = F.layer_norm(x, x.shape[-1:], w["ln_source.weight"], w["ln_source.bias"])
+    y = F.gelu(y @ w["proj1.weight"].T + w["proj1.bias"])
+    y = y @ w["proj2.weight"].T + w["proj2.bias"]
+    y = x @ w["residual_proj.weight"].T + w["residual_proj.bias"] + y
+    return F.layer_norm(y, y.shape[-1:], w["ln_target.weight"], w["ln_target.bias"])
+
+
+def plain_parts(style, question, role, heard):
+    """The parts of a role's prompt for reference.py. heard: {role heard: (m, d), or a text}."""
+    everyone = {edge.src for edge in style.edges if edge.dst == role.name}
+    text = chat(role.prompt if heard.keys() == everyone else role.first)
+    text = text.replace("{question}", question).replace("{answer_format}", ANSWER_FORMAT["math"])
+    pieces = re.split(f"{{({'|'.join(heard) or 'nobody'})}}", text)          # text, slot, text, ..
+    return [heard[piece] if i % 2 else piece for i, piece in enumerate(pieces)]
+
+
+def plain_states(agent, embeds):
+    """Hidden states of one unpadded row of embeddings, (1, T, d), by reference.py."""
+    return reference.hidden_states(agent, embeds[0])[None]
+
+
+def plain_think(agent, embeds, m):
+    """m thoughts after one unpadded row of embeddings (1, T, d), by reference.py: (1, m, d)."""
+    return reference.think(agent, embeds[0], m)[None]
+
+
+@torch.no_grad()
+def plain_write(agent, embeds, count):
+    """Greedy token ids after one unpadded row of embeddings (1, T, d), by reference.py."""
+    return reference.write(agent, embeds[0], count)
+
+
+def embed_words(agent, ids):
+    """Embeddings (1, T, d) of token ids."""
+    return agent.model.get_input_embeddings()(torch.tensor([ids], dtype=torch.long))
+
+
+def left_pad(rows):
+    """(embeds (B, T, d), mask (B, T)) of rows (1, T_b, d), padded on the left by hand."""
+    longest = max(row.shape[1] for row in rows)
+    embeds = rows[0].new_zeros(len(rows), longest, rows[0].shape[2])
+    mask = torch.zeros(len(rows), longest, dtype=torch.long)
+    for b, row in enumerate(rows):
+        embeds[b, longest - row.shape[1]:] = row[0]
+        mask[b, longest - row.shape[1]:] = 1
+    return embeds, mask
+
+
+def largest_difference(a, b):
+    """max |a - b|; also fails where the shapes differ."""
+    assert a.shape == b.shape
+    return (a - b).abs().max().item()
+
+
+def tiny_in_float64():
+    """The shipped agents with new outer links, all in float64."""
+    return in_float64(load_mas_system("tiny", device="cpu").with_fresh_outer(seed=1))
+
+
+def in_float64(mas):
+    """A system, turned into float64: rollouts amplify rounding."""
+    for agent in mas.agents.values():
+        widen(agent)
+    mas.outer.double()
+    return mas
+
+
+def widen(agent):
+    """An agent, turned into float64."""
+    agent.model.double()
+    agent.inner.double()
+    agent.dtype = torch.float64
+    return agent
+
+
+@contextlib.contextmanager
+def nothing_in_float32():
+    """The library computes norms and recurrent states in float32, those of a float64 model too. In
+    this block it takes float64. So two ways of computing agree to 1e-9 on any processor."""
+    class Wide:
+        float32 = float = torch.float64
+
+        def __getattr__(self, name):
+            return getattr(torch, name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("transformers.models.") and ".modeling_" in name:
+                patch.setattr(module, "torch", Wide(), raising=False)
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        yield
+
+
+def spy_on_reading(agent, monkeypatch):
+    """A list of the shapes (B, T) of all that the agent reads from now on, single steps too."""
+    shapes, read = [], agent.read
+
+    def spy(embeds, mask, context=None):
+        shapes.append(tuple(mask.shape))
+        return read(embeds, mask, context)
+
+    monkeypatch.setattr(agent, "read", spy)
+    return shapes
+
+
+def outer_args(**changes):
+    """The flags that train_outer.outer_loss asks for."""
+    settings = dict(latents="rollout", latent_length=3, max_latent_tokens=4, role_loss_weight=0.0,
+                    supervise_final_only=1, non_last_loss_weight=0.1, gradient_checkpointing=0,
+                    mas_task="math", max_length=4096, log_gradients=0)
+    return argparse.Namespace(**{**settings, **changes})
+
+
+def outer_gradients(mas, rows, rounds, args):
+    """(loss, {parameter: gradient}) of one outer loss."""
+    mas.outer.requires_grad_(True).zero_grad()
+    loss = train_outer.outer_loss(mas, rows, rounds, args).loss
+    loss.backward()
+    mas.outer.requires_grad_(False)
+    return loss.item(), {name: weight.grad.clone() for name, weight in mas.outer.named_parameters()
+                         if weight.grad is not None}
+
+
+@contextlib.contextmanager
+def refuses(*named, kind=ValueError):
+    """This block must raise an error of this kind: one line that names all of these."""
+    with pytest.raises(kind) as problem:
+        yield
+    text = str(problem.value)
+    assert "\n" not in text and all(str(one) in text for one in named), text
+
+
+# ---- scripts as processes -----------------------------------------------------------------------
+
+# A process that imports torch and transformers takes seconds to start. So one server imports them
+# once, and forks each script from there. A fork is a process of its own: for locks, for signals,
+# for ranks.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["datasets", "math_verify", "matplotlib.figure", "evaluate",
+                               "train_inner", "train_outer"])
+
+
+def run_forked(script, options, settings, folder):
+    """In the new process: become `python SCRIPT OPTIONS`, with its output in files of `folder`."""
+    threading.Thread(target=die_with_the_tests, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background is deaf to it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ.update(settings)
+    os.chdir(PROJECT)
+    # The descriptors of the tests themselves must not stay open here: a reader would wait for us.
+    for number, file in ((0, os.devnull), (1, f"{folder}/stdout"), (2, f"{folder}/stderr")):
+        os.dup2(os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
+    sys.argv = [str(script), *options]
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    runpy.run_path(str(PROJECT / script), run_name="__main__")
+
+
+def die_with_the_tests():
+    """End this process when the tests end, however they do."""
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Script:
+    """`python SCRIPT OPTIONS` in a process of its own, with more environment variables.
+
+        script = Script("evaluate.py", "--num_samples", 2, RANK="0")
+        code = script.wait()
+        print(script.stdout(), script.stderr())
+
+    A fixture of conftest.py ends those that still run after a test."""
+    started = []
+
+    def __init__(self, script, *options, **settings):
+        self.folder = tempfile.TemporaryDirectory()
+        self.process = SERVER.Process(target=run_forked, args=(
+            script, list(map(str, options)), settings, self.folder.name))
+        with contextlib.chdir(PROJECT):               # where the server looks for our modules
+            self.process.start()
+        self.started.append(self)
+
+    def runs(self):
+        """Whether it has not ended yet."""
+        return self.process.is_alive()
+
+    def wait(self, timeout=240):
+        """Its exit code."""
+        self.process.join(timeout)
+        assert not self.runs(), f"still running after {timeout} s: {self.stderr()}"
+        return self.process.exitcode
+
+    def wait_for(self, condition, timeout=240):
+        """Wait until condition() is true. It must become true before the script ends."""
+        end = time.monotonic() + timeout
+        while not condition():
+            assert self.runs() and time.monotonic() < end, self.stderr()
+            time.sleep(0.02)
+
+    def send(self, number):
+        """Send it a signal."""
+        os.kill(self.process.pid, number)
+
+    def stdout(self):
+        """What it has printed by now."""
+        return self._said("stdout")
+
+    def stderr(self):
+        """What it has complained of by now."""
+        return self._said("stderr")
+
+    def _said(self, name):
+        file = Path(self.folder.name) / name
+        return file.read_text() if file.exists() else ""
+
+    def end(self):
+        """End it at once, and forget what it said."""
+        self.process.kill()
+        self.process.join()
+        self.folder.cleanup()
+
+
+def start_ranks(count, script, *options, **settings):
+    """A script in `count` ranks, as torchrun starts them: its Scripts."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    return [Script(script, *options, RANK=str(i), LOCAL_RANK=str(i), WORLD_SIZE=str(count),
+                   MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **settings) for i in range(count)]
+
+
+def run_ranks(count, script, *options, **settings):
+    """A script in `count` ranks, to its end: (exit codes, what all of them said)."""
+    ranks = start_ranks(count, script, *options, **settings)
+    codes = [one.wait() for one in ranks]
+    return codes, "".join(one.stdout() + one.stderr() for one in ranks)
+
+
+# ---- rows in the published columns --------------------------------------------------------------
+
+def write_rows(path, rows):
+    """Write the rows as .jsonl, or as .json with a data field: the file's name."""
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        path.write_text(json.dumps({"data": rows}))
+    return str(path)
+
+
+def stdin_test(given, expected):
+    """A test of LiveCodeBench: what a program reads, and what it should print."""
+    return {"input": given, "output": expected, "testtype": "stdin"}
+
+
+def packed(value):
+    """As LiveCodeBench packs its hidden tests."""
+    return base64.b64encode(zlib.compress(pickle.dumps(value))).decode()
+
+
+def live_row(hidden, **change):
+    """A row of LiveCodeBench with these hidden tests."""
+    return {"question_title": "Sum", "question_content": "Add two numbers.", "starter_code": "",
+            "question_id": "q1", "public_test_cases": json.dumps([stdin_test("1 2", "3")]),
+            "private_test_cases": hidden, "metadata": "{}", **change}
+
+
+GPQA = {"Question": "What is left?", "Correct Answer": "port\n", "Incorrect Answer 1": "starboard",
+        "Incorrect Answer 2": "bow", "Incorrect Answer 3": "stern", "Record ID": "rec1"}
+MEDQA = {"question": "Which?", "answer": "iron", "answer_idx": "B",
+         "options": {"A": "zinc", "B": "iron", "C": "lead", "D": "tin"}}
+MBPP = {"task_id": 2, "prompt": "Write a function to add two numbers.", "code": "",
+        "source_file": "", "test_imports": ["import math"],
+        "test_list": [f"assert add(1, {i}) == {i + 1}" for i in range(5)],
+        "test": "import numpy as np\nassert add(np.int64(2), math.floor(1.5)) == 3"}
+HUMAN = {"task_id": "HumanEval/0", "entry_point": "double", "canonical_solution": "",
+         "prompt": "from typing import List\n\n\ndef half(x):\n    return x / 2\n\n\n"
+                   "def double(values: List[int]) -> List[int]:\n    \"\"\"Each value, doubled."
+                   "\n    >>> double([1])\n    [2]\n    \"\"\"\n",
+         "test": "\n\nMETADATA = {'author': 'x'}\n\n\ndef check(candidate):\n"
+                 "    assert candidate([1, 2]) == [2, 4]\n"
+                 "    assert half(candidate([3])[0]) == 3\n"}
+ROWS = {
+    "math500": {"problem": "1+1?", "solution": "", "answer": "2", "subject": "a", "level": 1,
+                "unique_id": "test/1.json"},
+    "aime25": {"problem": "1+1?", "answer": "2", "id": "0"},
+    "aime26": {"problem_idx": 1, "problem": "1+1?", "answer": 2},
+    "gsm8k": {"question": "1+1?", "answer": "It is 1+1=<<1+1=2>>2.\n#### 2"},
+    "gpqa": GPQA, "medqa": MEDQA, "mbppplus": MBPP, "humaneval": HUMAN,
+    "livecodebench": live_row("[]"), "bamboogle": {"Question": "Where?", "Answer": "Here"},
+    "hotpotqa": {"id": "h1", "question": "Where?", "answer": "Here", "type": "bridge",
+                 "level": "hard", "supporting_facts": {}, "context": {"title": ["T"]}},
+}

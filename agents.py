@@ -4,10 +4,6 @@
     H       = agent.think(context, m)       m latent thoughts:   h_(i+1) = body(R_in(h_i) | cache)
     tokens  = agent.write(context, 100)     the same, in words:  token_i = argmax head(h_i)
 
-A prompt stands as its parts: token ids, and slots where the latents of other agents will go.
-
-    parts   [1, 4, 8, 25, .., 6], "planner", [7]        for one question; a batch has B of these
-
 Thinking and writing are the same loop. Writing chooses a word from the hidden state and feeds the
 word's embedding back. Thinking feeds the hidden state itself back, through the inner link, and
 chooses no word. So m thoughts cost one reading of the prompt and m - 1 single steps. The vocabulary

@@ -5,15 +5,12 @@
     python evaluate.py --style sequential_light --dataset math500 --method latent text single
     python evaluate.py --style sequential_light --dataset my.jsonl --task choice
 
-Methods. `latent` is the system itself.
-Baselines in words: `text` (the agents exchange texts), `text_brief` (texts cut to their essence),
-`single` (the last agent alone), `single_loop` (the last agent hears its own text, for as many turns
-as all agents have together).
-Controls: `untrained` (new outer links), `zero` (zeros are sent), `shuffle` (another question's
-latents are sent).
-All of them share loop, decoding and scoring. All but `single` and `single_loop` share the prompts
-too, so among these a difference in the table is a difference in what travels between the agents.
-(An agent that works alone has no partner to hear. It gets its `first` and `own` prompts.)
+Methods. `latent` is the system itself. Baselines in words are `text` (the agents exchange texts),
+`text_brief` (texts cut to their essence), `single` (the last agent alone) and `single_loop` (the
+last agent hears its own text, for as many turns as all agents have together). Controls are
+`untrained` (new outer links), `zero` (zeros are sent) and `shuffle` (another question's latents).
+All share loop, decoding and scoring. All but the `single` ones share the prompts, so a difference
+among them is a difference in what travels between the agents.
 
 OUT is the folder of --out. OUT/parts has a file for each batch and method, written when that is
 done. A run that was stopped goes on with the missing files (--resume), and under torchrun each rank

@@ -313,7 +313,7 @@ assert all(p.grad is None for agent in mas.agents.values() for p in agent.model.
 
 # %%
 # All of it in one picture: what a link is worth, what rounds and content are worth, and gradients.
-figure = Figure(figsize=(13, 3.6))
+figure = Figure(figsize=(13, 3.6), layout="constrained")
 left, middle, right = figure.subplots(1, 3)
 for name, curve in {**curves, "our own": after}.items():
     left.plot(range(1, 7), curve, marker="o", label=name)
@@ -325,6 +325,5 @@ middle.set(ylim=(0, 1.05), ylabel="accuracy", title="6, 7: rounds and controls")
 middle.tick_params(axis="x", rotation=45)
 right.barh(list(sizes), list(sizes.values()))
 right.set(xscale="log", title="8: |dL/d(message)|")
-figure.tight_layout()
 figure.savefig(OUT / "lesson.png", dpi=120)
 print(f"the picture is {OUT / 'lesson.png'}")

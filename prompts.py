@@ -10,10 +10,6 @@ A role's prompt has the same words in every round; only what stands in its slots
 things are kept over the rounds of a batch: the parts, and the Context of their beginning, up to the
 first slot. The question stands there, so the beginning is most of the prompt.
 
-    prompts = BatchPrompts(mas, style, request)
-    turn    = prompts.turn(role, round, heard)      one agent's turn, with what it has heard by now
-    context = turn.read()                           now the agent reads it
-
 Shapes: B questions, m latent thoughts, d hidden width.
 """
 from dataclasses import dataclass, replace

@@ -58,21 +58,17 @@ class Recursion:
 
 # ---- what can be sent ---------------------------------------------------------------------------
 
-def zeros(edge, message):
-    """A control: nothing arrives. What does the last agent know without the others?"""
-    return torch.zeros_like(message)
-
-
-def of_another_question(edge, message):
-    """A control: the message (B, m, d) about the next question of the batch. It has the right form
-    and the wrong content. So it shows what the form alone is worth."""
+def shuffled(edge, message):
+    """The message (B, m, d) about the next question of the batch. It has the right form and the
+    wrong content. So it shows what the form alone is worth."""
     need(len(message) > 1, "method shuffle needs at least two questions in a batch")
     return message.roll(1, 0)
 
 
 # A control changes what arrives: change(edge, message) -> a message of the same shape. To add one,
-# write such a function and name it here. recurse(change=..) takes any function of this kind.
-CONTROLS = {"zero": zeros, "shuffle": of_another_question}
+# name such a function here. recurse(change=..) takes any of them. `zero` sends nothing: what does
+# the last agent know without the others?
+CONTROLS = {"zero": lambda edge, message: torch.zeros_like(message), "shuffle": shuffled}
 
 
 # ---- the recursion ------------------------------------------------------------------------------
@@ -109,8 +105,7 @@ def recurse(mas, questions, rounds=None, latent_length=None, kind="math", method
                 # Nobody would hear its thoughts. The caller lets it write, or takes its loss.
                 run.last_turn = turn
                 return run
-            # 2. It thinks, or in the baselines it writes. (In training, take_turn also takes the
-            #    role's own loss.)
+            # 2. It thinks (and in training takes its own loss), or in the baselines it writes.
             if in_words:
                 said = write_message(mas, run, turn, request=request, writing=writing)   # B texts
             else:
@@ -158,10 +153,9 @@ class MAS:
             return questions
         rounds = (self.rounds or 3) if rounds is None else rounds
         m = (self.latent_length or 32) if latent_length is None else latent_length
-        need(isinstance(questions, (list, tuple)) and all(isinstance(one, str) and one.strip()
-                                                          for one in questions), "questions are a "
+        need(isinstance(questions, (list, tuple)) and questions
+             and all(isinstance(one, str) and one.strip() for one in questions), "questions are a "
              "list of texts, none of them empty: for a single one write [question]")
-        need(questions, "there are no questions")
         kinds = [kind] * len(questions) if isinstance(kind, str) else list(kind)
         need(len(kinds) == len(questions) and set(kinds) <= set(KINDS), f"kind {kind!r} is neither "
              f"one of {', '.join(KINDS)}, nor a list of these with one for each question")
@@ -227,7 +221,7 @@ class MAS:
             writing = replace(writing, samples=1, repeats=K)
         run = recurse(self, request, trace=trace, writing=writing, change=change)
         texts = write_turn(self, run, run.last_turn, questions=request.questions, writing=writing)
-        return texts, run
+        return texts, run                                             # texts: B * K of them
 
     def answer(self, questions, rounds=None, latent_length=None, kind="math", method="latent",
                max_new_tokens=1000, temperature=0.0, top_p=1.0, seed=42, batch_size=32,

@@ -211,19 +211,13 @@ def rounds_of(step, args):
     return random.Random(f"rounds {args.seed} {step}").randint(fewest, args.num_recursive_rounds)
 
 
-def training_rows(args, style):
-    """The rows of the flags that can be used. If they are missing, an error says so before any
-    model is loaded."""
-    all_roles = args.role_loss_weight or args.latents != "rollout"
-    return data.keep_usable(data.load_rows(args), style.roles if all_roles else style.roles[-1:])
-
-
 def main():
     """Rows, agents, links, the loop, and the comparison."""
     (args, style), started = parse(), time.time()
     # 1. Rows, frozen agents, and new outer links. Nothing but these links is trained.
     task = generated_task(args.dataset_name)
-    rows = training_rows(args, style)
+    all_roles = args.role_loss_weight or args.latents != "rollout"
+    rows = data.keep_usable(data.load_rows(args), style.roles if all_roles else style.roles[-1:])
     claim(args.save_dir)
     mas = new_system(args, style)
     if task:

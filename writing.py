@@ -9,8 +9,7 @@ from there. So there is one way to write:
     go_on(turn, drafts, writing, limits, stop)        each draft grows by at most limits[i] words
     insert(turn, draft, text)                         a text is put after a draft
 
-write() does all of a turn with these three, tool calls included. write_turn() is what the recursion
-asks for.
+write() does a whole turn with these three, tool calls included.
 """
 import hashlib
 import math

@@ -229,7 +229,7 @@ def main():
     add("--dims", default="qwen3-0.6b", choices=list(DIMS), help="light: those of sequential_light")
     add("--layers", type=flags.at_least(0), default=0, help="0: 8 on a CPU, all on a GPU")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--dtype", default="auto", choices=flags.DTYPES)
+    add("--dtype", default="auto", choices=["auto", *flags.DTYPES])
     add("--threads", type=flags.at_least(0), default=0, help="0: one on a CPU")
     add("--compile", type=int, choices=[0, 1],
         help="1: compile the layers of steps, on a GPU. Not given, it is 1 there and 0 on a CPU")

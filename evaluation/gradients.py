@@ -18,8 +18,7 @@ def keep_gradients(sent):
     """Let backward keep the gradients of messages {(round, edge key): message}."""
     for message in sent.values():
         for part in parts_of(message):
-            if part.requires_grad:
-                part.retain_grad()
+            part.retain_grad()
 
 
 def message_gradients(sent, count, scale):

@@ -79,19 +79,19 @@ class OneLayer:
 class CompiledForward:
     """Agent.forward for one new position, with compiled layers and `one_position`.
 
-    broken: it failed on this machine, and is not tried again. tuned: single questions run tuned
-    code. That is decided at the first step. (If batches came first, a single question is only the
-    rest of one, and tuning would not pay.)"""
+    tuned: single questions run tuned code. That is decided at the first step. (If batches came
+    first, a single question is only the rest of one, and tuning would not pay.)"""
 
     def __init__(self, agent, backend="inductor"):
         self.agent, self.backend = agent, backend
-        self.layers, self.broken, self.tuned = None, False, None       # tuned: not known yet
+        self.layers = self.tuned = None                  # tuned: not known yet
 
     def give_up(self, why):
-        """Say why there are no compiled steps from now on. (Too little memory is not a reason to
-        give up: fewer questions may have room.)"""
+        """Say why there are no compiled steps, and try no more. (Too little memory is not a reason
+        to give up: fewer questions may have room.)"""
         say_once(f"layers are not compiled: {why}")
-        self.broken = not why.startswith("OutOfMemory")
+        if not why.startswith("OutOfMemory"):
+            self.agent.recorder.compiled = None
 
     def compile(self):
         """Make the compiled layers. (torch compiles each case at its first call: a single question,

@@ -36,10 +36,9 @@ class Recorder:
         buffers. None, if the card has no room for buffers."""
         if not (self.recorded and self.recorded.fits(context, count)):
             self.recorded = None             # frees the old buffers before new ones are made
-            compiled = self.compiled if self.compiled and not self.compiled.broken else None
             try:
                 with torch.inference_mode(False):  # later calls may write outside inference mode
-                    self.recorded = Recorded(self.forward, context, count, compiled=compiled)
+                    self.recorded = Recorded(self.forward, context, count, compiled=self.compiled)
             except torch.OutOfMemoryError:
                 say_once("the card has no room for recorded steps, so they are launched kernel by "
                          "kernel (fewer questions may have room: --batch_size)")

@@ -207,7 +207,8 @@ def all_styles():
 
 def get_style(name):
     """The Style of that name in this folder, or the last one that a .py file makes, or `name`
-    itself if it is a Style. Published design names work too. Raises ValueError if there is none."""
+    itself if it is a Style. Published design names work too. Raises ValueError if there is none,
+    FileNotFoundError if the .py file is missing."""
     if isinstance(name, Style):
         return name
     path, styles = Path(name), all_styles()

@@ -1,4 +1,4 @@
-"""The shipped tiny system: tasks/tiny.py says what its agents do, tiny/build.py made them."""
+"""The shipped tiny system: tasks/tiny.py says what its agents do, docs/build_tiny.py made them."""
 from styles import Edge, Role, Style
 
 FIRST = "{question} <|notes|> none"

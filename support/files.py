@@ -12,7 +12,7 @@ from support.errors import blame, need
 from support.ranks import rank
 
 RESULTS = ("results.jsonl", "summary.json", "summary.png", "parts")      # of an evaluation
-HELD = {}          # {the lock of this run's folder: what was saved there when the run began}
+HELD = {}          # {the lock of this run's folder: (its inode, what was saved at the beginning)}
 
 
 def write_whole(path, write):
@@ -21,7 +21,8 @@ def write_whole(path, write):
     A rename happens at once or not at all. So nobody ever sees half a file, not even after a crash.
     Raises OSError, naming the file."""
     path = Path(path)
-    beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")    # threads may write alike
+    # A name of its own, because two threads may write the same file (the judge's verdicts).
+    beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
         with blame(f"{path} could not be written", OSError):      # torch says RuntimeError
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +76,7 @@ def claim(folder):
         with contextlib.suppress(Timeout):
             lock.acquire(timeout=0)
         if lock.is_locked:
-            HELD[lock] = saved_in(folder)
+            HELD[lock] = os.stat(lock.lock_file).st_ino, saved_in(folder)
             # A full disk still has room for an empty lock. So we try whether 4 kB fit.
             write_whole(folder / ".room", lambda part: part.write_text("room?\n" * 700))
             (folder / ".room").unlink()
@@ -85,13 +86,13 @@ def claim(folder):
 
 def saved_in(folder):
     """What a run can go on from: {(file, time)} of state.pt and of an evaluation's parts."""
-    return {(path, path.stat().st_mtime_ns) for name in ("state.pt", "parts/*")
+    return {(path, path.stat().st_mtime_ns) for name in ("state.pt", "parts/*.json")
             for path in folder.glob(name)}
 
 
 def saved():
     """The folder of this run, if the run has saved anything there, else None."""
-    for lock, before in HELD.items():
+    for lock, (_, before) in HELD.items():
         folder = Path(lock.lock_file).parent
         if saved_in(folder) - before:
             return folder
@@ -99,12 +100,14 @@ def saved():
 
 def release():
     """Unlock this run's folder, and remove it if it is empty."""
-    for lock in HELD:
+    for lock, (inode, _) in HELD.items():
+        path = Path(lock.lock_file)
         with contextlib.suppress(OSError):       # on Windows an open file cannot be removed
-            os.unlink(lock.lock_file)
+            if path.stat().st_ino == inode:      # else ours was deleted, and this is another run's
+                path.unlink()
         lock.release()
         with contextlib.suppress(OSError):       # the folder is not empty
-            os.rmdir(Path(lock.lock_file).parent)
+            path.parent.rmdir()
     HELD.clear()
 
 

@@ -17,11 +17,10 @@ import sys
 import transformers
 
 from support.batches import out_of_memory
+from support.devices import DTYPES
 from support.errors import need
 from support.files import release, saved
 from support.ranks import join_ranks, leave_ranks, rank
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,7 +60,7 @@ def add_system_flags(parser):
     add("--style", default="tiny", help="a style of styles/, or a .py file that makes one")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N, or several: cuda:0,cuda:1")
     add("--threads", type=at_least(0), default=0, help="of the CPU; 0: see support/devices.py")
-    add("--dtype", default="auto", choices=DTYPES, help="of the frozen models")
+    add("--dtype", default="auto", choices=["auto", *DTYPES], help="of the frozen models")
     add("--compile", default=0, **SWITCH, help="1: compile steps on a GPU (pays in long runs)")
     add("--enable_thinking", default=0, **SWITCH, help="the chat template's own thinking switch")
     add("--revision", default=None, help="of the repos on the hub (train_inner: of the base model)")

@@ -221,6 +221,6 @@ def column(source, row, *names):
     name = next((name for name in names if name in row), None)
     need(name, f"{source} has no column {' or '.join(map(repr, names))}; its columns are "
          f"{', '.join(map(str, row)) or 'none'}")
-    if not isinstance(row[name], (str, int, float)) or not str(row[name]).strip():
-        raise Unusable(f"{source} has no text in '{name}'")
-    return str(row[name]).strip()
+    text = str(row[name]).strip() if isinstance(row[name], (str, int, float)) else ""
+    need(text, f"{source} has no text in '{name}'", Unusable)
+    return text

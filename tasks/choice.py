@@ -57,8 +57,8 @@ class Choice(RowTask):
             question = column(source, row, "question", "query")
             options = option_texts(source, row.get("options"))
             right = right_text(source, row, options)
-        if options.count(right) != 1:
-            raise Unusable(f"{source} has its right answer {options.count(right)} times")
+        times = options.count(right)
+        need(times == 1, f"{source} has its right answer {times} times", Unusable)
         lines = [f"{letter}. {text}" for letter, text in zip(LETTERS, options)]
         # The publishers' own files list the options in the question as well, some of them twice.
         listed = r"\s*".join(rf"\(?{line[0]}[.):] *{re.escape(line[3:])}" for line in lines)
@@ -99,8 +99,8 @@ def option_texts(source, options):
     marks = [MARK.match(text) for text in options]
     if not all(marks):
         return options
-    if "".join(mark[1] for mark in marks) != LETTERS[:len(options)]:
-        raise Unusable(f"{source} has options that are not marked A, B, .. in order")
+    need("".join(mark[1] for mark in marks) == LETTERS[:len(options)],
+         f"{source} has options that are not marked A, B, .. in order", Unusable)
     return [MARK.sub("", text, count=1) for text in options]
 
 

@@ -121,8 +121,7 @@ def live_example(source, row):
     question = column(source, row, "question_content")
     shown = parse_json(column(source, row, "public_test_cases"), source)
     hidden, about = column(source, row, "private_test_cases"), row.get("metadata") or {}
-    if not shown and hidden == "[]":
-        raise Unusable(f"{source} has no tests")
+    need(shown or hidden != "[]", f"{source} has no tests", Unusable)
     with blame(f"{source} has a 'metadata' that is not an object"):
         function = (json.loads(about) if isinstance(about, str) else about).get("func_name")
     if row.get("starter_code"):

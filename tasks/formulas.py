@@ -11,9 +11,9 @@ step, about words, is units():
     not 0, 5 and a half, AB                    \text{not 0}, \text{5, a half}, \text{AB}
     2xy, 3 abc, 5 sin x                        as they are
 
-An answer that is one \text{..} as a whole is a word to math-verify, equal to the same word alone. Any
-other \text{..} at the end of an answer is dropped with all that follows. So 5 hours and 30 minutes
-would be 5. And AB would be a product, equal to BA.
+An answer that is one \text{..} as a whole is a word to math-verify, equal to the same word alone.
+It drops any other \text{..} at the end of an answer. So it takes 5 hours and 30 minutes for 5. And
+it reads AB as a product, equal to BA.
 """
 import re
 import unicodedata

@@ -22,6 +22,7 @@ import os
 import re
 import signal
 import threading
+from concurrent.futures import wait
 from pathlib import Path
 
 import pebble
@@ -46,8 +47,7 @@ class Maths(RowTask):
         whole solutions, whose last line is `#### 18`."""
         question = column(source, row, "problem", "question")
         gold = column(source, row, "answer").rpartition("####")[2].strip()
-        if not gold:
-            raise Unusable(f"{source} has no answer after its ####")
+        need(gold, f"{source} has no answer after its ####", Unusable)
         return Example("", question, gold, "math", row)
 
     @staticmethod
@@ -57,7 +57,10 @@ class Maths(RowTask):
         if answer is None:
             return Score(False, None)
         try:
-            found, correct = pool.schedule(compare, (example.gold, answer), {}, SECONDS).result()
+            asked = pool.schedule(compare, (example.gold, answer), {}, SECONDS)
+            while pool.active and not asked.done():    # a pool that breaks may forget a question
+                wait([asked], 1)
+            found, correct = asked.result(0)
         except TimeoutError:
             return Score(False, answer, f"no verdict in {SECONDS} s")
         except Exception as problem:       # sympy may raise anything over a model's words

@@ -40,16 +40,15 @@ ROOMS = ("attic bakery cellar desert embassy forest garden harbor inn jungle kit
 @functools.cache
 def rows(name):
     """All rows of a relay, shuffled. The first TEST_SIZE are the test's."""
-    if name == "relay":
-        asked = "Which word was your partner told? Answer with that word alone."
-        facts = [(f"The word: {word}", asked, word) for word in WORDS.read_text().split()]
-    elif name == "relay_number":
-        asked = "Which number was your partner told? Answer with that number alone."
-        facts = [(f"The number: {number}", asked, str(number)) for number in range(10, 10000)]
-    else:
+    if name == "relay_sentence":
         facts = [(f"{who} is looking for a {thing} in the {room}.",
                   f"What is {who} looking for? Answer with one word.", thing)
                  for who in PEOPLE for thing in THINGS for room in ROOMS]
+    else:
+        what = "word" if name == "relay" else "number"
+        values = WORDS.read_text().split() if name == "relay" else range(10, 10000)
+        asked = f"Which {what} was your partner told? Answer with that {what} alone."
+        facts = [(f"The {what}: {value}", asked, str(value)) for value in values]
     random.Random(SEED).shuffle(facts)
     return [{"question": asked, "told": told, "plan": told, "answer": answer}
             for told, asked, answer in facts]

@@ -18,6 +18,7 @@ import re
 import string
 import unicodedata
 
+from support.errors import need
 from tasks import BOXED_RETRY, Example, RowTask, Score, Unusable, column, last_box, without_fonts
 
 
@@ -34,8 +35,7 @@ class Search(RowTask):
         if not isinstance(answers, list):
             answers = [column(source, row, "Answer", "answer")]
         answers = [str(answer).strip() for answer in answers if str(answer).strip()]
-        if not answers:
-            raise Unusable(f"{source} has no answer")
+        need(answers, f"{source} has no answer", Unusable)
         return Example("", column(source, row, "Question", "question"), " or ".join(answers),
                        "search", {"answers": answers})
 

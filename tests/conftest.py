@@ -2,15 +2,9 @@
 import sys
 
 import pytest
-from helpers import FAMILIES, Script, load_mas_system, new_agent, new_mas
+from helpers import Script, load_mas_system, new_mas
 
 from support import flags
-
-
-@pytest.fixture(params=FAMILIES)
-def agent(request):
-    """A fresh agent, of each family in turn."""
-    return new_agent(request.param)
 
 
 @pytest.fixture(scope="module")

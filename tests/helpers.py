@@ -44,7 +44,7 @@ from agents import Agent  # noqa: E402
 from link import InnerLink, OuterLink  # noqa: E402
 from recurse import MAS, load_mas_system  # noqa: E402
 from styles import ANSWER_FORMAT, Edge, Role, Style  # noqa: E402
-from tiny.build import CHAT_TEMPLATE, WORD_ID  # noqa: E402
+from docs.build_tiny import CHAT_TEMPLATE, WORD_ID  # noqa: E402
 
 torch.set_num_threads(1)        # nothing here is large; a second thread only waits for the first
 FAMILIES = ("qwen3", "llama", "qwen2", "mistral", "gemma3", "gemma3_conditional", "qwen3_5",
@@ -67,7 +67,7 @@ QUESTIONS = [
 # ---- tokenizers ---------------------------------------------------------------------------------
 
 def word_tokenizer(template=CHAT_TEMPLATE, vocabulary=VOCABULARY):
-    """One word, one token, as in tiny/build.py, with a few more words."""
+    """One word, one token, as in docs/build_tiny.py, with a few more words."""
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -338,9 +338,14 @@ def outer_gradients(mas, rows, rounds, args):
 def refuses(*named, kind=ValueError):
     """This block must raise an error of this kind: one line that names all of these."""
     with pytest.raises(kind) as problem:
-        yield
+        yield problem
     text = str(problem.value)
     assert "\n" not in text and all(str(one) in text for one in named), text
+
+
+def lines_of(name):
+    """The lines of a .jsonl file of tests/data."""
+    return [json.loads(line) for line in (PROJECT / "tests/data" / name).open()]
 
 
 # ---- scripts as processes -----------------------------------------------------------------------

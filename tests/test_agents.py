@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (FAMILIES, QUESTIONS, VOCABULARY, WINDOW, byte_tokenizer, chat, embed_words,
-                     largest_difference, left_pad, new_agent, new_model, nothing_in_float32,
-                     plain_states, plain_think, plain_write, spy_on_reading, widen, word_tokenizer,
-                     words)
+                     largest_difference, left_pad, lines_of, new_agent, new_model,
+                     nothing_in_float32, plain_states, plain_think, plain_write, refuses,
+                     spy_on_reading, widen, word_tokenizer, words)
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
@@ -22,7 +22,6 @@ from cache import NewStateLayer
 from checkpoints import load_agent, save_inner
 from gpu.recorded import ROOM, Recorded
 from support.errors import say_once
-from tiny.build import new_tokenizer
 from writing import Sampling
 
 M = 5                                                       # latent steps
@@ -31,7 +30,6 @@ PROMPTS = [words(chat(question)) for question in QUESTIONS[:4]]      # 6 to 21 t
 # Three families stand for all: plain, with sliding windows, with linear attention.
 EIGHT = [family if family in ("qwen3", "gemma3", "qwen3_5") else
          pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]
-CPU = torch.device("cpu")
 needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -69,15 +67,13 @@ def random_latents(agent, *lengths):
 # ---- reading and thinking -----------------------------------------------------------------------
 
 def test_the_prompts_are_a_fair_test():
-    """Different lengths, and a sliding window that is shorter than some and longer than none. It
-    matters: the same weights without it think otherwise."""
+    """They differ in length. The sliding window is shorter than some, and it matters: the same
+    weights without it think otherwise."""
     lengths = [len(ids) for ids in PROMPTS]
     assert len(set(lengths)) > 2 and max(lengths) > 2 * WINDOW and min(lengths) + M > WINDOW
     agent, wide = exact_agent("mistral"), exact_agent("mistral")
     wide.model.config.sliding_window = None
-    embeds = embed_words(agent, PROMPTS[2])
-    near, far = plain_states(agent, embeds), plain_states(wide, embeds)
-    assert largest_difference(near[:, :WINDOW], far[:, :WINDOW]) < CLOSE
+    near, far = (plain_states(one, embed_words(one, PROMPTS[2])) for one in (agent, wide))
     assert largest_difference(near[:, -1:], far[:, -1:]) > 0.01
 
 
@@ -157,19 +153,28 @@ def test_texts_after_a_prefix(agent, user, texts):
         assert largest_difference(thoughts, whole) < CLOSE
 
 
-def test_gradients_of_thoughts(agent):
-    """Of latents in a slot and of the inner link. A padded batch with a cache, and the same after a
-    prefix that was read without gradient: as uncached, one by one."""
+TARGETS = [words("s1 x7 1 ."), words("none"), words("s4 flip 7 s5 +3 0 ."), words("to to")]
+
+
+def test_gradients_are_the_plain_ones(agent):
+    """Of thoughts and of an answer's loss, by latents in a slot and by the inner link. A padded
+    batch with a cache, and the same after a prefix that was read without gradient: as uncached, one
+    by one."""
     agent.inner.requires_grad_(True)
     prompts, latents = tokenized(agent, SLOTTED), random_latents(agent, 3, 3, 3, 3)
     inputs = [*(one.requires_grad_() for one in latents), *agent.inner.parameters()]
-    weights = torch.randn(4, M, agent.width, dtype=agent.dtype)
-    plain = sum((plain_think(agent, typed(agent, question, heard), M) * weight).sum()
-                for question, heard, weight in zip(QUESTIONS, latents, weights))
+    weights, plain = torch.randn(4, M, agent.width, dtype=agent.dtype), 0
+    for question, heard, weight, target in zip(QUESTIONS, latents, weights, TARGETS):
+        prompt = typed(agent, question, heard)
+        embeds = torch.cat([prompt, embed_words(agent, target)], 1)
+        logits = agent.model(inputs_embeds=embeds).logits[0, prompt.shape[1] - 1:-1]
+        plain = plain + (plain_think(agent, prompt, M) * weight).sum() + F.cross_entropy(
+            logits, torch.tensor(target), reduction="sum")
     wanted = torch.autograd.grad(plain, inputs)
     for prefix in (None, prefix_of(agent, prompts)):
         context = agent.read_prompts(prompts, {"critic": latents}, prefix)
-        got = torch.autograd.grad((agent.think(context, M) * weights).sum(), inputs)
+        loss = torch.cat(agent.answer_loss(context, TARGETS)).sum()
+        got = torch.autograd.grad((agent.think(context, M) * weights).sum() + loss, inputs)
         for a, b in zip(got, wanted):
             assert b.abs().max() > 0
             assert largest_difference(a, b) < CLOSE * max(1.0, b.abs().max().item())
@@ -227,7 +232,6 @@ def test_picked_contexts_are_those_prompts_read(agent):
     longer = agent.read(more, torch.ones(4, 2, dtype=torch.long), context)
     twice, once = longer.pick([3, 1, 1]).pick([2, 0]), longer.pick([1, 3])
     assert all(torch.equal(a, b) for a, b in zip(held(twice), held(once)))
-    assert torch.equal(agent.think(twice, M), agent.think(once, M))
     assert all(torch.equal(a, b) for a, b in zip(held(context), before))
     assert agent.write(context, 5) == said
 
@@ -246,7 +250,8 @@ def fixed_think(agent, context, m, buffers=None):
 
 @torch.no_grad()
 def test_steps_in_buffers_are_uncached_and_serve_again(agent):
-    """Padded batches of other lengths go through the same buffers, one after the other."""
+    """Padded batches of other lengths go through the same buffers, one after the other. In between,
+    a prompt goes to NaN there: it does not spoil the next one."""
     buffers = None
     for prompts in (PROMPTS[:2], [ids[:5] for ids in PROMPTS[2:]], PROMPTS[:2]):
         context = read_plain(agent, prompts)
@@ -254,6 +259,9 @@ def test_steps_in_buffers_are_uncached_and_serve_again(agent):
         thoughts, buffers = fixed_think(agent, context, M, buffers)
         plain = [plain_think(agent, embed_words(agent, ids), M) for ids in prompts]
         assert largest_difference(thoughts, torch.cat(plain)) < CLOSE
+        embeds, mask = left_pad([embed_words(agent, ids) for ids in prompts])
+        spoilt = agent.read(embeds * float("nan"), mask)
+        assert fixed_think(agent, spoilt, 20, buffers)[0].isnan().all()
     assert not buffers.fits(read_plain(agent, PROMPTS[:1]), M)               # fewer questions
     assert not buffers.fits(context, ROOM)                                   # too little room
     assert buffers.room == ROOM - context.mask.shape[1]
@@ -269,18 +277,6 @@ def test_buffers_are_outgrown(agent):
     more, _ = fixed_think(agent, buffers.context().pick([2, 0]), 3)
     together = torch.cat([thoughts[[2, 0]], more[:, 1:]], 1)
     assert largest_difference(together, agent.think(context, M + 2)[[2, 0]]) < CLOSE
-
-
-@torch.no_grad()
-def test_old_buffers_leave_nothing_behind():
-    """A prompt that went to NaN does not spoil the next one in the same buffers."""
-    agent = exact_agent("qwen3")
-    context = read_plain(agent, PROMPTS)
-    before, buffers = fixed_think(agent, context, M)
-    embeds, mask = left_pad([embed_words(agent, ids) for ids in PROMPTS])
-    spoilt, _ = fixed_think(agent, agent.read(embeds * float("nan"), mask), 20, buffers)
-    assert spoilt.isnan().all()
-    assert torch.equal(fixed_think(agent, context, M, buffers)[0], before)
 
 
 def on_the_gpu(family):
@@ -317,90 +313,46 @@ def test_old_buffers_are_freed_before_new_ones_are_made():
 
 # ---- prompts as tokens --------------------------------------------------------------------------
 
-BODY = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] | trim }}{% endfor %}<assistant>"
-RAISES = ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}"
-          "{% endif %}" + BODY)
-IGNORES = BODY.replace("{% for m in messages %}",
-                       "{% for m in messages if m['role'] != 'system' %}")
-NASTY = ["what is {critic} {question}?", "{", "}} {{ x }} {% raw %} \\boxed{}", "{answer_format}",
-         "\ue000critic\ue001", "a \ue000 b \ue001 c", "\ue001\ue000question\ue001\ue000",
-         "{planner}", "", " \n spaces \t", "\\1 \\g<0>", "<user>"]
+TEMPLATES = {one["name"]: one["template"] for one in lines_of("chat_templates.jsonl")}
+ODD = lines_of("odd_texts.jsonl")
 
 
-def byte_agent(template=BODY, **settings):
-    return Agent(new_model("llama"), byte_tokenizer(template), **settings)
+def byte_agent(template="plain", thinking=False):
+    return Agent(new_model("llama"), byte_tokenizer(TEMPLATES[template]), thinking=thinking)
 
 
-def test_text_is_tokenised_with_its_surroundings():
-    """Oracle: the tokenizer over the whole chat, typed. `n: E` is one token of this vocabulary."""
-    agent = byte_agent()
+@pytest.mark.parametrize("case", lines_of("chats.jsonl"), ids=lambda case: case["why"])
+def test_the_chat_around_a_question(case):
+    """The question is `hi`. Oracle: the tokenizer over each part of the chat, typed. `n: E` and
+    `la<` are one token each, so a text is split together with the words around it."""
+    agent = byte_agent(case.get("template", "plain"), case.get("thinking", False))
     agent.tokenizer.add_tokens(["n: E", "la<"])
-    prompts = agent.tokenize_prompts("", "{question} plan: {critic}",
-                                     {"question": ["hi"], "critic": ["Ella"]})
-    chat = "<user>hi plan: Ella<assistant>"
-    assert prompts == [[agent.tokenizer(chat)["input_ids"]]]
-    assert len(prompts[0][0]) == len(chat) - 3 - 2
-    [[before, slot, after]] = agent.tokenize_prompts(
-        "", "{question} {critic}, {solver}", {"question": ["hi"], "critic": ["E"]}, ("solver",))
-    assert (agent.tokenizer.decode(before), slot) == ("<user>hi E, ", "solver")
-    assert agent.tokenizer.decode(after) == "<assistant>"
+    assert len(agent.tokenizer("plan: Ella<")["input_ids"]) == 6
+    values = {name: [text] for name, text in {"question": "hi", **case.get("texts", {})}.items()}
+    slots = case.get("slots", [])
+    [parts] = agent.tokenize_prompts(case.get("system", ""), case["user"], values, slots)
+    assert parts == [part if part in slots else agent.tokenizer(part)["input_ids"]
+                     for part in case["parts"]]
 
 
-@pytest.mark.parametrize("template", [BODY, RAISES, IGNORES], ids=["system", "raises", "ignores"])
+@pytest.mark.parametrize("template", ["plain", "raises", "ignores"])
 def test_questions_and_texts_are_never_spliced(template):
     """Oracle: the chat written out by hand; every odd string goes through as plain text."""
     agent = byte_agent(template)
     user = "Q: {question}\nheard {critic}, {planner}; keep {other} \\boxed{}.\n{answer_format}!"
-    heard = {"critic": NASTY[1:] + NASTY[:1], "planner": NASTY[2:] + NASTY[:2]}
-    values = {"question": NASTY, "answer_format": ["End in \\boxed{x}."] * len(NASTY)}
-    prompts = agent.tokenize_prompts("Be {brief}.", user, {**values, **heard})
-    head = "<system>Be {brief}.<user>" if template == BODY else "<user>Be {brief}.\n\n"
-    for b, question in enumerate(NASTY):
-        text = (f"{head}Q: {question}\nheard {heard['critic'][b]}, {heard['planner'][b]}; keep "
-                "{other} \\boxed{}.\nEnd in \\boxed{x}.!<assistant>")
-        [tokens] = prompts[b]
-        assert agent.tokenizer.decode(tokens) == text
-        assert tokens == agent.tokenizer(text, add_special_tokens=False)["input_ids"]
-    # The same with latents of the planner: the prompt is cut at that slot, and nowhere else.
-    prompts = agent.tokenize_prompts("", user, {**values, "critic": heard["critic"]}, ("planner",))
-    for b, question in enumerate(NASTY):
-        before, slot, after = prompts[b]
-        assert slot == "planner"
-        assert agent.tokenizer.decode(before) == (
-            f"<user>Q: {question}\nheard {heard['critic'][b]}, ")
-        assert agent.tokenizer.decode(after).startswith("; keep {other}")
-
-
-def rendered(agent, user, system="", **values):
-    """The text of one prompt about the question `hi`."""
-    [[tokens]] = agent.tokenize_prompts(system, user, {"question": ["hi"], **values})
-    return agent.tokenizer.decode(tokens)
-
-
-SWITCH = BODY + "{% if not enable_thinking %}<no think>{% endif %}"
-
-
-@pytest.mark.parametrize("template, thinking, system, user, wanted", [
-    (RAISES, False, "", "{question}", "<user>hi<assistant>"),
-    # A system text that the template trims keeps its own turn.
-    (BODY, False, "Be brief.\n", "{question}", "<system>Be brief.<user>hi<assistant>"),
-    (BODY, False, "", "{critic} {question} {critic}", "<user>C hi C<assistant>"),
-    (SWITCH, False, "", "{question}", "<user>hi<assistant><no think>"),
-    (SWITCH, True, "", "{question}", "<user>hi<assistant>")])
-def test_the_chat_around_a_question(template, thinking, system, user, wanted):
-    agent = byte_agent(template, thinking=thinking)
-    assert rendered(agent, user, system, critic=["C"]) == wanted
-
-
-@pytest.mark.parametrize("names", [["expert", "expert_b"], ["expert_b", "expert"]])
-def test_one_slots_name_may_begin_anothers(names):
-    agent, texts = byte_agent(), {"expert": ["A"], "expert_b": ["B"]}
-    texts = {name: texts[name] for name in names}
-    text = rendered(agent, "{question} {expert} {expert_b}.", **texts)
-    assert text == "<user>hi A B.<assistant>"
-    [parts] = agent.tokenize_prompts("", "{question} {expert} {expert_b}.", {"question": ["hi"]},
-                                     names)
-    assert [part for part in parts if isinstance(part, str)] == ["expert", "expert_b"]
+    values = {"question": ODD, "critic": ODD[::-1], "answer_format": ["\\boxed{x}."] * len(ODD)}
+    texts = ODD[2:] + ODD[:2]
+    whole = agent.tokenize_prompts("Be {brief}.", user, {**values, "planner": texts})
+    cut = agent.tokenize_prompts("Be {brief}.", user, values, ("planner",))      # latents of his
+    head = "<system>Be {brief}.<user>" if template == "plain" else "<user>Be {brief}.\n\n"
+    for b, question in enumerate(ODD):
+        before = f"{head}Q: {question}\nheard {values['critic'][b]}, "
+        after = "; keep {other} \\boxed{}.\n\\boxed{x}.!<assistant>"
+        for parts, wanted in ((whole[b], [before + texts[b] + after]),
+                              (cut[b], [before, "planner", after])):
+            assert parts == [one if one == "planner" else agent.tokenizer(one)["input_ids"]
+                             for one in wanted]
+            assert agent.tokenizer.decode(parts[0]) == wanted[0]
 
 
 def test_special_tokens_are_not_added():
@@ -415,22 +367,16 @@ def test_special_tokens_are_not_added():
     assert before + after == words(chat(f"{QUESTIONS[0]} <|notes|> and"))
 
 
-def test_tiny_tokenizer_gives_words_back():
-    """A text an agent of the tiny system wrote must read back as the tokens it wrote."""
-    tokenizer, text = new_tokenizer(), "s1 x7 1 s2 flip 8 because 3 to 1 ."
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert len(ids) == 11
-    assert tokenizer.batch_decode([ids], skip_special_tokens=True) == [text]
-
-
-@pytest.mark.parametrize("text, unknown", [("what is flip ?", True), ("s1 flip <unk>", False),
-                                           ("s1 flip", False)])
-def test_unknown_words_are_told_once(text, unknown, shipped, capsys):
+def test_the_tiny_tokenizer(shipped, capsys):
+    """A text reads back as the tokens that an agent wrote. Unknown words are told once."""
+    agent, text = shipped.agents["critic"], "s1 x7 1 s2 flip 8 because 3 to 1 ."
+    [ids] = agent.tokenize([text])
+    assert len(ids) == 11 and agent.tokenizer.decode(ids, skip_special_tokens=True) == text
     say_once.cache_clear()
-    for _ in range(2):
-        shipped.agents["critic"].tokenize(["s1 x7", text])
-    said = capsys.readouterr().out
-    assert said.count("<unk>") == unknown and said.count("\n") == unknown
+    for text in ("s1 flip", "s1 flip <unk>", "what is flip ?", "what is this ?"):
+        agent.tokenize(["s1 x7", text])
+        said = capsys.readouterr().out
+        assert said.count("<unk>") == said.count("\n") == (text == "what is flip ?")
 
 
 def test_a_prompt_beyond_the_models_positions_is_told_once(capsys):
@@ -443,11 +389,11 @@ def test_a_prompt_beyond_the_models_positions_is_told_once(capsys):
 
 # ---- writing ------------------------------------------------------------------------------------
 
-def generate(agent, ids, count, **settings):
+def generate(agent, ids, count):
     """Oracle: the library's greedy decoding of one unpadded prompt; new tokens only."""
-    settings = {"eos_token_id": sorted(agent.end_tokens), **settings}
     out = agent.model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)).long(),
-                               max_new_tokens=count, do_sample=False, **settings)
+                               max_new_tokens=count, do_sample=False,
+                               eos_token_id=sorted(agent.end_tokens))
     return out[0, len(ids):].tolist()
 
 
@@ -547,18 +493,14 @@ def test_a_sample_does_not_depend_on_the_limit():
         assert agent.write(context, limit, choose, [1, 2, 3, 4]) == [ids[:limit] for ids in long]
 
 
-def frequencies(agent, ids, count, draws=4000, **settings):
-    """How often each token is drawn as the `count`-th word after a prompt, over many seeds."""
+def assert_drawn_from(exact, agent, ids, count, draws=4000, **settings):
+    """The `count`-th word after a prompt has the exact distribution, over many seeds: each
+    frequency is within five standard errors, and nothing impossible was drawn."""
     context = read_plain(agent, [ids]).pick([0] * draws)
     agent.end_tokens = set()
     said = agent.write(context, count, Sampling(**settings).choose, list(range(draws)))
     assert {len(text) for text in said} == {count}
-    return torch.bincount(torch.tensor([text[-1] for text in said]),
-                          minlength=len(VOCABULARY)) / draws
-
-
-def assert_drawn_from(drawn, exact, draws=4000):
-    """Each frequency is within five standard errors, and nothing impossible was drawn."""
+    drawn = torch.bincount(torch.tensor([text[-1] for text in said]), minlength=len(exact)) / draws
     allowed = 5 * (exact * (1 - exact) / draws).sqrt() + 2 / draws
     assert ((drawn - exact).abs() < allowed)[exact > 0].all()
     assert (drawn[exact == 0] == 0).all()
@@ -566,42 +508,31 @@ def assert_drawn_from(drawn, exact, draws=4000):
 
 
 @torch.no_grad()
-def next_logits(agent, ids):
-    return agent.model(torch.tensor([ids])).logits[0, -1]
-
-
 def test_sampled_words_have_the_models_distribution():
-    """Oracle: softmax of the full model's logits, with and without temperature. For the second
-    word: the sum over first words of p(first) p(second | first), by plain runs."""
-    agent = exact_agent("qwen2")
-    logits = next_logits(agent, PROMPTS[1])
-    for temperature in (1.0, 2.0):
-        drawn = frequencies(agent, PROMPTS[1], 1, temperature=temperature)
-        assert_drawn_from(drawn, (logits / temperature).softmax(-1))
-    second = sum(p * next_logits(agent, PROMPTS[1] + [token]).softmax(-1)
-                 for token, p in enumerate(logits.softmax(-1)))
-    assert_drawn_from(frequencies(agent, PROMPTS[1], 2, temperature=1.0), second)
+    """Oracle: the full model's logits. For the second word: the sum over first words of
+    p(first) p(second | first). top_k, top_p and min_p: their definitions, over the sorted
+    probabilities after the temperature."""
+    agent, ids = exact_agent("qwen2"), PROMPTS[1]
 
+    def softmax(ids, temperature=1):
+        return (agent.model(torch.tensor([ids])).logits[0, -1] / temperature).softmax(-1)
 
-def test_top_k_top_p_and_min_p():
-    """Oracle: the definitions, over sorted probabilities after the temperature."""
-    agent = exact_agent("qwen2")
-    p = (next_logits(agent, PROMPTS[1]) / 2).softmax(-1)
+    assert_drawn_from(softmax(ids), agent, ids, 1, temperature=1.0)
+    second = sum(p * softmax([*ids, token]) for token, p in enumerate(softmax(ids)))
+    assert_drawn_from(second, agent, ids, 2, temperature=1.0)
+    p = softmax(ids, temperature=2)
     order = p.argsort(descending=True)
     nucleus = order[:int((p[order].cumsum(0) < 0.8).sum()) + 1]
     likely = (p >= 0.2 * p.max()).nonzero()[:, 0]
-    cases = (({"top_k": 4}, order[:4]), ({"top_p": 0.8}, nucleus), ({"min_p": 0.2}, likely))
-    for settings, kept in cases:
-        assert 2 < len(kept) < len(p)
+    for settings, kept in (({}, order), ({"top_k": 4}, order[:4]), ({"top_p": 0.8}, nucleus),
+                           ({"min_p": 0.2}, likely)):
+        assert 2 < len(kept) < len(p) + (not settings)
         exact = torch.zeros_like(p)
         exact[kept] = p[kept] / p[kept].sum()
-        assert_drawn_from(frequencies(agent, PROMPTS[1], 1, temperature=2.0, **settings), exact)
+        assert_drawn_from(exact, agent, ids, 1, temperature=2.0, **settings)
 
 
 # ---- teacher forcing ----------------------------------------------------------------------------
-
-TARGETS = [words("s1 x7 1 ."), words("none"), words("s4 flip 7 s5 +3 0 ."), words("to to")]
-
 
 @torch.no_grad()
 def test_follow_and_loss_are_those_of_the_whole_model(agent):
@@ -617,25 +548,7 @@ def test_follow_and_loss_are_those_of_the_whole_model(agent):
         assert largest_difference(states[b, :1 + len(target)], plain) < CLOSE
         loss = F.cross_entropy(whole.logits[0, len(ids) - 1:-1], torch.tensor(target),
                                reduction="none")
-        alone = agent.answer_loss(read_plain(agent, [ids]), [target])[0]
         assert largest_difference(losses[b], loss) < CLOSE * max(1, loss.max())
-        assert largest_difference(alone, loss) < CLOSE * max(1, loss.max())
-
-
-def test_answer_loss_gradient_is_the_whole_models(agent):
-    """With respect to latents in the prompt; oracle: the model run on embeddings at once."""
-    latents = [one[None].requires_grad_() for one in random_latents(agent, 3, 3, 3, 3)]
-    prompts = [torch.cat([embed_words(agent, ids), slot], 1) for ids, slot in zip(PROMPTS, latents)]
-    total = torch.cat(agent.answer_loss(agent.read(*left_pad(prompts)), TARGETS)).sum()
-    plain = 0
-    for prompt, target in zip(prompts, TARGETS):
-        embeds = torch.cat([prompt, embed_words(agent, target)], 1)
-        logits = agent.model(inputs_embeds=embeds).logits[0, prompt.shape[1] - 1:-1]
-        plain = plain + F.cross_entropy(logits, torch.tensor(target), reduction="sum")
-    got, wanted = torch.autograd.grad(total, latents), torch.autograd.grad(plain, latents)
-    for a, b in zip(got, wanted):
-        assert b.abs().max() > 0
-        assert largest_difference(a, b) < CLOSE * max(1.0, b.abs().max().item())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -658,7 +571,7 @@ def save_agent(agent, folder):
 
 
 def load(folder):
-    return load_agent(folder, CPU, torch.float32)
+    return load_agent(folder, torch.device("cpu"), torch.float32)
 
 
 def assert_same_state(agent, loaded):
@@ -667,8 +580,9 @@ def assert_same_state(agent, loaded):
 
 
 @pytest.mark.parametrize("family", EIGHT)
-def test_load_agent_beside_an_adapter_config(tmp_path, family):
-    """The loaded agent has what the saved one has, and the folder stays as it was."""
+def test_load_agent_beside_an_adapter_config(tmp_path, family, monkeypatch):
+    """The loaded agent has what the saved one has, and the folder stays as it was. So it is where
+    PEFT is installed: there the library takes any such folder for a PEFT adapter."""
     agent = new_agent(family)
     save_agent(agent, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -678,23 +592,11 @@ def test_load_agent_beside_an_adapter_config(tmp_path, family):
     if family != "qwen3_5_conditional":          # the library loads its text part alone
         assert type(loaded.model) is type(agent.model)
     assert loaded.inner is None and loaded.end_tokens == agent.end_tokens
-    state = {key.replace("language_model.", ""): value
-             for key, value in agent.model.state_dict().items()}
-    assert all(torch.equal(value, state[key.replace("language_model.", "")])
-               for key, value in loaded.model.state_dict().items())
     assert torch.equal(loaded.head.weight, loaded.embedding.weight)              # tied
-    assert not any(p.requires_grad for p in loaded.model.parameters())
-    assert not loaded.model.training
+    assert not (loaded.model.training or any(p.requires_grad for p in loaded.model.parameters()))
     assert_same_state(agent, loaded)
     assert loaded.tokenize(QUESTIONS) == [words(question) for question in QUESTIONS]
-    assert loaded.tokenizer.decode(PROMPTS[0]) == agent.tokenizer.decode(PROMPTS[0])
     assert loaded.tokenizer.chat_template == agent.tokenizer.chat_template
-
-
-def test_load_agent_where_peft_is_installed(tmp_path, monkeypatch):
-    """There the library takes any folder with an adapter_config.json for a PEFT adapter."""
-    agent = new_agent("llama")
-    save_agent(agent, tmp_path)
     for module in ("models.auto.auto_factory", "integrations.peft"):
         monkeypatch.setattr(f"transformers.{module}.is_peft_available", lambda: True)
     with pytest.raises(Exception):
@@ -705,38 +607,28 @@ def test_load_agent_where_peft_is_installed(tmp_path, monkeypatch):
 def test_load_agent_with_wrong_weights(tmp_path):
     """One missing; one for which the model has no use; and a text config beside a checkpoint for
     text and images, from which the library would load nothing, silently."""
-    save_agent(new_agent("qwen3"), tmp_path / "few")
-    save_agent(new_agent("llama"), tmp_path / "many")
-    few, many = (load_file(tmp_path / name / "model.safetensors") for name in ("few", "many"))
-    del few["model.layers.1.mlp.up_proj.weight"]
-    many["model.layers.7.mlp.up_proj.weight"] = torch.zeros(2, 2)
-    for name, state in (("few", few), ("many", many)):
-        save_file(state, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
-    agent = new_agent("gemma3_conditional")
-    save_agent(agent, tmp_path / "text")
-    agent.model.config.text_config.save_pretrained(tmp_path / "text")
-    for name, weight in (("few", "layers.1.mlp.up_proj"), ("text", "weight"),
-                         ("many", "model.layers.7.mlp.up_proj.weight")):
-        with pytest.raises(ValueError, match=weight) as problem:
-            load(tmp_path / name)
-        assert str(tmp_path / name) in str(problem.value) and "\n" not in str(problem.value)
+    for family, named in (("qwen3", "model.layers.1.mlp.up_proj.weight"), ("llama", "model.odd"),
+                          ("gemma3_conditional", "weight")):
+        agent, file = new_agent(family), tmp_path / family / "model.safetensors"
+        save_agent(agent, file.parent)
+        state = load_file(file)
+        if family == "gemma3_conditional":
+            agent.model.config.text_config.save_pretrained(file.parent)
+        elif state.pop(named, None) is None:
+            state[named] = torch.zeros(2, 2)
+        save_file(state, file, metadata={"format": "pt"})
+        with refuses(file.parent, named):
+            load(file.parent)
 
 
-def test_an_untied_head_is_kept(tmp_path):
-    """As in Qwen3.5-9B; the smaller ones are tied (above), and say so at the top alone."""
+def test_an_untied_head_behind_links(tmp_path):
+    """Untied as in Qwen3.5-9B; the smaller ones are tied (above), and say so at the top alone. In
+    the hub's cache, a folder holds relative links. They are followed, and all of it is read."""
     model = new_model("qwen3_5_conditional")
     model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
     torch.manual_seed(7)
     model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
-    save_agent(Agent(model, word_tokenizer(), new_agent("qwen3_5").inner), tmp_path)
-    loaded = load(tmp_path)
-    assert torch.equal(loaded.head.weight, model.lm_head.weight)
-    assert not torch.equal(loaded.head.weight, loaded.embedding.weight)
-
-
-def test_load_agent_needs_no_writable_folder(tmp_path):
-    """A relative path and links in the folder (as in the hub's cache) are followed."""
-    agent = new_agent("llama")
+    agent = Agent(model, word_tokenizer(), new_agent("qwen3_5").inner)
     save_agent(agent, tmp_path / "blobs")
     (tmp_path / "snapshot").mkdir()
     for path in (tmp_path / "blobs").iterdir():
@@ -744,14 +636,15 @@ def test_load_agent_needs_no_writable_folder(tmp_path):
     loaded = load(tmp_path / "snapshot")
     shutil.rmtree(tmp_path / "blobs")
     assert_same_state(agent, loaded)
+    assert torch.equal(loaded.head.weight, model.lm_head.weight)
+    assert not torch.equal(loaded.head.weight, loaded.embedding.weight)
 
 
 def test_models_that_cannot_be_agents():
     """Layers of an unknown kind; no chat template."""
-    with pytest.raises(ValueError, match="chat template") as problem:
+    with refuses("chat template"):
         Agent(new_model("llama"), word_tokenizer(None))
-    assert "\n" not in str(problem.value)
     model = new_model("qwen3")
     model.config.layer_types = ["full_attention", "chunked_attention"]
-    with pytest.raises(ValueError, match="chunked_attention"):
+    with refuses("chunked_attention"):
         Agent(model, word_tokenizer())

@@ -122,15 +122,16 @@ def test_wrong_flags_are_one_line(options, named, run):
 # ---- one comparison -----------------------------------------------------------------------------
 
 def test_repeats_and_patience(monkeypatch):
-    """Both take turns `repeats` times, but only twice where that takes long."""
+    """Both take turns `repeats` times, but only twice where that takes long. Times are per step."""
     turns, one = [], small()
     sides = [lambda _: turns.append("reference"), lambda _: turns.append("ours")]
     one.args.repeats = 3
     one.compare("quick", None, *sides, agree=False)
     assert turns == ["reference", "ours"] * 3 and len(one.lines[0]["ours_s"]) == 3
     monkeypatch.setattr(bench, "PATIENCE", 0)
-    one.compare("slow", None, *sides, agree=False)
+    one.compare("slow", None, *sides, per=10**12, agree=False)
     assert len(turns) == 10 and len(one.lines[1]["reference_s"]) == 2
+    assert max(one.lines[1]["ours_s"]) < 1e-9 < min(one.lines[0]["ours_s"])
 
 
 def test_apart():

@@ -202,7 +202,7 @@ def test_a_full_card_takes_plain_steps(where, named, recording, monkeypatch, cap
             check_thoughts(agent, plain, prompts)
             assert agent.write(read(agent, prompts), 4) == plain.write(read(plain, prompts), 4)
     check_lines(capsys, named)
-    assert len(tried) == 4 and not agent.recorder.compiled.broken
+    assert len(tried) == 4 and agent.recorder.compiled
     monkeypatch.setattr("gpu.recorded.Recorded", partial(Recorded, graph=False))
     check_thoughts(agent, plain, PROMPTS[:2])            # another shape, so it is recorded anew
     assert counter.frame_count == 1

@@ -284,7 +284,10 @@ def test_a_file_is_whole_or_not_there(tmp_path):
     files.write_json(tmp_path / "it.json", {"a": 1})
     with pytest.raises(OSError, match="it.json.*torn"):
         files.write_whole(tmp_path / "it.json", half)
-    assert json.loads((tmp_path / "it.json").read_text()) == {"a": 1}
+    with open(tmp_path / "it.json") as reader:
+        files.write_json(tmp_path / "it.json", {"b": 2})
+        assert json.load(reader) == {"a": 1}            # who has begun to read, reads the old one
+    assert files.read_json(tmp_path / "it.json") == {"b": 2}
     assert [path.name for path in tmp_path.iterdir()] == ["it.json"]
 
 

@@ -15,6 +15,7 @@ ALIASES = {name: ours for ours, published in KINDS.items()
            for name in (ours, published, f"outer_{published}")}
 FORMATS = ("safetensors", "pt")
 WIDTHS = {"outer_12": (6, 4), "outer_21": (4, 6)}
+ONE = {"outer_12": (6, 4)}
 
 
 def random_inner(width=6, kind=RELEASED, seed=0):
@@ -40,8 +41,8 @@ def released(width, target=None, seed=0):
 
 def in_format(link, format):
     """The state dict that a link has after it was saved: rounded to bf16 as .pt."""
-    return {name: value.bfloat16() if format == "pt" else value
-            for name, value in link.state_dict().items()}
+    state = link.state_dict()
+    return {name: value.bfloat16() for name, value in state.items()} if format == "pt" else state
 
 
 def holds(link, state):
@@ -65,7 +66,7 @@ def test_kinds_are_the_published_ones():
 @pytest.mark.parametrize("inner", [True, False])
 def test_a_link_is_its_equation(name, inner):
     """Of each kind, by our name or a published one. Oracle: the equation with plain tensor
-    operations; GELU by its error function."""
+    operations; GELU by its error function. The other tests use the equations of helpers.py."""
     link, kind = random_inner(6, name) if inner else random_outer(name), ALIASES[name]
     first, last = ("pre_ln", "post_ln") if inner else ("ln_source", "ln_target")
     assert link.kind == kind_name(name) == kind
@@ -82,14 +83,9 @@ def test_a_link_is_its_equation(name, inner):
     if "ln" in kind:
         y = F.layer_norm(y, y.shape[-1:], w[f"{last}.weight"], w[f"{last}.bias"])
     assert largest_difference(link(x), y) < 1e-9
-
-
-def test_the_tests_own_references_agree():
-    """helpers.py's equations, which the other tests rely on, against the default links."""
-    inner, outer = random_inner().double(), random_outer().double()
-    h = torch.randn(2, 3, 6, dtype=torch.float64)
-    assert largest_difference(inner(h), inner_equation(inner, h)) < 1e-9
-    assert largest_difference(outer(h), outer_equation(outer, h)) < 1e-9
+    if kind == RELEASED:
+        helped = (inner_equation if inner else outer_equation)(link, x)
+        assert largest_difference(helped, y) < 1e-9
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -119,40 +115,29 @@ def test_gain_sets_the_last_layernorm():
 
 # ---- released files -----------------------------------------------------------------------------
 
-def write_released_inner(folder, names, manifest=None):
-    """A released agent folder: {file name: state dict}, adapter_config.json, a manifest or none."""
-    for name, state in names.items():
-        torch.save(state, folder / name)
-    (folder / "adapter_config.json").write_text('{"adapter_type": "ln_res_adapter"}')
-    if manifest:
-        tasks = {task: {"adapter.pt": name} for task, name in manifest.items()}
-        (folder / "innerlink_config.json").write_text(json.dumps({"tasks": tasks}))
-
-
-def test_released_inner_folder_with_a_file_per_task(tmp_path):
-    math, code = released(6, seed=1), released(6, seed=2)
-    names = {"adapter(math).pt": math, "adapter(code).pt": code}
-    write_released_inner(tmp_path, names, {"math": "adapter(math).pt", "code": "adapter(code).pt"})
-    link = load_inner(tmp_path, 6)
-    assert holds(link, math) and holds(load_inner(tmp_path, 6, "code"), code)
-    assert link.kind == RELEASED and link.proj1.weight.dtype == torch.float32
-
-
-def test_inner_lookup_order(tmp_path):
-    """The manifest before adapter(TASK) before adapter."""
-    states = [released(6, seed=seed) for seed in range(4)]
+def test_released_inner_folders(tmp_path):
+    """The manifest counts before adapter(TASK), and that before adapter."""
+    names = ("adapter.pt", "adapter(math).pt", "adapter(code).pt", "special.pt")
+    states = {name: released(6, seed=seed) for seed, name in enumerate(names)}
+    (tmp_path / "adapter_config.json").write_text('{"adapter_type": "ln_res_adapter"}')
 
     def found(*tasks):
-        """Which of the states each task gets."""
+        """The files that the tasks' links come from."""
         links = [load_inner(tmp_path, 6, task) for task in tasks]
-        return [i for link in links for i, state in enumerate(states) if holds(link, state)]
+        assert {(link.kind, link.proj1.weight.dtype) for link in links} == {
+            (RELEASED, torch.float32)}
+        return [name for link in links for name, state in states.items() if holds(link, state)]
 
-    write_released_inner(tmp_path, {"adapter.pt": states[0]})
-    assert found("math", "code") == [0, 0]
-    write_released_inner(tmp_path, {"adapter(math).pt": states[1], "adapter(code).pt": states[2]})
-    assert found("math", "code", "choice") == [1, 2, 1]             # all but code goes as math
-    write_released_inner(tmp_path, {"special.pt": states[3]}, {"math": "special.pt"})
-    assert found("math", "code") == [3, 2]
+    torch.save(states["adapter.pt"], tmp_path / "adapter.pt")
+    assert found("math", "code") == ["adapter.pt", "adapter.pt"]
+    for name in names:
+        torch.save(states[name], tmp_path / name)
+    math, code = names[1:3]
+    assert found("math", "code", "choice") == [math, code, math]     # all but code goes as math
+    for manifest in ({"math": "special.pt"}, {"math": code, "code": math}):
+        tasks = {task: {"adapter.pt": name} for task, name in manifest.items()}
+        (tmp_path / "innerlink_config.json").write_text(json.dumps({"tasks": tasks}))
+        assert found("math", "code") == [manifest["math"], manifest.get("code", code)]
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -176,34 +161,12 @@ def test_released_outer_folder(tmp_path, nested):
                                 **({"tasks": listed} if nested else listed["math"])}))
     for task in tasks:
         links = load_outer(tmp_path, WIDTHS, task)
-        assert set(links) == set(WIDTHS)
-        for key in WIDTHS:
-            assert holds(links[key], torch.load(tmp_path / f"{key}({task}).pt"))
+        assert set(links) == set(WIDTHS) and all(
+            holds(links[key], torch.load(tmp_path / f"{key}({task}).pt")) for key in WIDTHS)
     if nested:
         path.write_text(json.dumps({"tasks": {"math": listed["math"]}}))
         with refuses(path, "code"):
             load_outer(tmp_path, WIDTHS, "code")
-
-
-@pytest.mark.parametrize("keep", [(), ("adapter_type",), ("in_dim", "out_dim")])
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_manifest_that_says_little(tmp_path, kind, format, keep):
-    """The weights say the kind and the widths, whatever else the manifest says. Links for other
-    models are still refused."""
-    links = {key: random_outer(kind, seed, WIDTHS[key]) for seed, key in enumerate(WIDTHS)}
-    save_outer(links, tmp_path, format=format)
-    path = tmp_path / "outerlink_config.json"
-    manifest = json.loads(path.read_text())
-    manifest["adapters"] = [
-        {"source": "a", **{name: entry[name] for name in ("legacy_key", "filename", *keep)}}
-        for entry in manifest["adapters"]]
-    path.write_text(json.dumps(manifest))
-    for key, link in load_outer(tmp_path, WIDTHS).items():
-        assert (link.kind, link.widths) == (kind, WIDTHS[key])
-        assert holds(link, in_format(links[key], format))
-    with refuses(path, "outer_12", "(6, 4)", "(6, 5)"):
-        load_outer(tmp_path, {"outer_12": (6, 5), "outer_21": (5, 6)})
 
 
 # ---- roundtrips ---------------------------------------------------------------------------------
@@ -211,8 +174,7 @@ def test_a_manifest_that_says_little(tmp_path, kind, format, keep):
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_inner_roundtrip(tmp_path, format, kind):
-    """safetensors gives the same bits back, pt what rounding to bf16 leaves. Oracle: the libraries
-    that read the files without us."""
+    """safetensors keeps the bits, and pt rounds to bf16. Oracle: the libraries' own readers."""
     link = random_inner(6, kind)
     save_inner(link, tmp_path, format=format)
     assert holds(load_inner(tmp_path, 6), in_format(link, format))
@@ -225,18 +187,30 @@ def test_inner_roundtrip(tmp_path, format, kind):
         "adapter_type": KINDS[kind]}
 
 
+KEYS = ("legacy_key", "filename", "in_dim", "out_dim", "adapter_type")
+
+
+@pytest.mark.parametrize("keep", [KEYS, KEYS[:2], KEYS[:4], (*KEYS[:2], "adapter_type")])
 @pytest.mark.parametrize("format", FORMATS)
-def test_outer_roundtrip(tmp_path, format):
-    links = {"outer_12": random_outer(seed=1), "outer_13": random_outer("2layer_res", seed=2)}
-    save_outer(links, tmp_path, "three", format=format)
-    again = load_outer(tmp_path, {key: (6, 4) for key in links})
-    for key, link in links.items():
-        assert holds(again[key], in_format(link, format)) and again[key].kind == link.kind
-    manifest = json.loads((tmp_path / "outerlink_config.json").read_text())
-    assert manifest["format_version"] == 1
-    assert manifest["adapters"][0] == {
-        "legacy_key": "outer_12", "filename": f"outer_12.{format}", "in_dim": 6, "out_dim": 4,
-        "adapter_type": "outer_ln_res_adapter"}
+@pytest.mark.parametrize("kind", KINDS)
+def test_outer_roundtrip(tmp_path, kind, format, keep):
+    """The weights say the kind and the widths, also where the manifest says little. Links for other
+    models are still refused."""
+    links = {"outer_12": random_outer(kind, 1), "outer_21": random_outer("2layer_res", 2, (4, 6))}
+    save_outer(links, tmp_path, format=format)
+    path = tmp_path / "outerlink_config.json"
+    manifest = json.loads(path.read_text())
+    assert manifest["format_version"] == 1 and manifest["adapters"][0] == dict(zip(
+        KEYS, ("outer_12", f"outer_12.{format}", 6, 4, f"outer_{KINDS[kind]}")))
+    if keep != KEYS:
+        manifest["adapters"] = [{"source": "a", **{name: entry[name] for name in keep}}
+                                for entry in manifest["adapters"]]
+        path.write_text(json.dumps(manifest))
+    for key, link in load_outer(tmp_path, WIDTHS).items():
+        assert (link.kind, link.widths) == (links[key].kind, WIDTHS[key])
+        assert holds(link, in_format(links[key], format))
+    with refuses(path, "outer_12", "(6, 4)", "(6, 5)"):
+        load_outer(tmp_path, {"outer_12": (6, 5), "outer_21": (5, 6)})
 
 
 def test_a_second_task_keeps_the_first(tmp_path):
@@ -257,55 +231,45 @@ def test_missing_files(tmp_path):
         load_weights(random_inner(), tmp_path / "adapter.pt")
     with refuses(tmp_path, "adapter(code).pt", "adapter.pt", kind=FileNotFoundError):
         load_inner(tmp_path, 6, "code")
-    one = {"outer_12": (6, 4)}
     with refuses(tmp_path, "outerlink_config.json", kind=FileNotFoundError):
-        load_outer(tmp_path, one)
+        load_outer(tmp_path, ONE)
     save_outer({"outer_12": random_outer()}, tmp_path)
     (tmp_path / "outer_12.safetensors").unlink()
     with refuses(tmp_path / "outer_12.safetensors", kind=FileNotFoundError):
-        load_outer(tmp_path, one)
+        load_outer(tmp_path, ONE)
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_file_cut_short_is_named(tmp_path, format):
+def test_a_damaged_file_is_named(tmp_path, format):
+    """It is cut short, or it is a .pt file of something else."""
     link, path = random_outer(), tmp_path / f"outer_12.{format}"
     save_outer({"outer_12": link}, tmp_path, format=format)
     whole = path.read_bytes()
-    for kept in (0, 1, 3, 7, 8, 9, 30, 100, len(whole) // 2, len(whole) - 25, len(whole) - 1):
-        path.write_bytes(whole[:kept])
-        with refuses(path):
-            load_weights(link, path)
-        with refuses(path):
-            load_outer(tmp_path, {"outer_12": (6, 4)})
+    damaged = [whole[:kept] for kept in (0, 1, 3, 7, 8, 9, 30, 100, len(whole) // 2,
+                                         len(whole) - 25, len(whole) - 1)]
+    for content in (torch.zeros(3), [1, 2], {"proj1.weight": 1.0}, {"weight": torch.ones(2)}):
+        torch.save(content, path)
+        damaged.append(path.read_bytes())
+    for content in damaged:
+        path.write_bytes(content)
+        for load in (lambda: load_weights(link, path), lambda: load_outer(tmp_path, ONE)):
+            with refuses(path):
+                load()
 
 
-@pytest.mark.parametrize("content", [torch.zeros(3), [1, 2], {"proj1.weight": 1.0},
-                                     {"weight": torch.ones(2)}])
-def test_a_pt_file_of_something_else_is_named(tmp_path, content):
-    save_outer({"outer_12": random_outer()}, tmp_path, format="pt")
-    path = tmp_path / "outer_12.pt"
-    torch.save(content, path)
-    with refuses(path):
-        load_weights(random_inner(), path)
-    with refuses(path):
-        load_outer(tmp_path, {"outer_12": (6, 4)})
-
-
-def test_other_widths_are_named(tmp_path):
+def test_another_link_is_named(tmp_path):
+    """Of other widths, or of another kind: the parameters' names tell, not adapter_config.json."""
+    file, config = tmp_path / "adapter(math).safetensors", tmp_path / "adapter_config.json"
     save_inner(random_inner(8), tmp_path)
-    with refuses(tmp_path / "adapter(math).safetensors", "[8", "[6"):
+    with refuses(file, "[8", "[6"):
         load_inner(tmp_path, 6)
-
-
-def test_another_kind_is_named(tmp_path):
-    """Told by the parameters' names, whatever adapter_config.json says, or if there is none."""
-    link, config = random_inner(6, "2layer_res"), tmp_path / "adapter_config.json"
+    link = random_inner(6, "2layer_res")
     save_inner(link, tmp_path)
     config.write_text('{"adapter_type": "ln_res_adapter"}')
-    with refuses(tmp_path / "adapter(math).safetensors", "pre_ln"):
+    with refuses(file, "pre_ln"):
         load_inner(tmp_path, 6)
     config.unlink()
-    with refuses(tmp_path / "adapter(math).safetensors", "pre_ln"):
+    with refuses(file, "pre_ln"):
         load_inner(tmp_path, 6)
     assert holds(load_inner(tmp_path, 6, kind="2layer_res"), link.state_dict())
 
@@ -317,38 +281,28 @@ def test_a_manifest_of_other_edges_is_named(tmp_path, widths):
         load_outer(tmp_path, widths)
 
 
-@pytest.mark.parametrize("content", ["{", "", '["ln_res_adapter"]', '{"adapter_type": "lora"}'])
-def test_a_bad_adapter_config_is_named(tmp_path, content):
-    """Not JSON, and the config of something that is not one of our links."""
+@pytest.mark.parametrize("file, contents", [
+    ("adapter_config.json", ["{", "", '["ln_res_adapter"]', '{"adapter_type": "lora"}']),
+    ("outerlink_config.json", ["{", "[]", '{"adapters": [{"legacy_key": "outer_12"}]}'])])
+def test_a_bad_manifest_is_named(tmp_path, file, contents):
+    """It is not JSON, or that of something that is not one of our links."""
     save_inner(random_inner(), tmp_path)
-    (tmp_path / "adapter_config.json").write_text(content)
-    with refuses(tmp_path / "adapter_config.json"):
-        load_inner(tmp_path, 6)
-
-
-@pytest.mark.parametrize("content", ["{", "[]", '{"adapters": [{"legacy_key": "outer_12"}]}'])
-def test_a_bad_outer_manifest_is_named(tmp_path, content):
     save_outer({"outer_12": random_outer()}, tmp_path)
-    path = tmp_path / "outerlink_config.json"
-    path.write_text(content)
-    with refuses(path):
-        load_outer(tmp_path, {"outer_12": (6, 4)})
-
-
-class Malicious:
-    """Unpickling this makes a folder."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
+    for content in contents:
+        (tmp_path / file).write_text(content)
+        with refuses(tmp_path / file):
+            load_inner(tmp_path, 6)
+            load_outer(tmp_path, ONE)
 
 
 def test_a_malicious_pickle_is_refused(tmp_path):
     """weights_only: the pickle's call must not happen. (It does when loaded without.)"""
+    class Malicious:
+        def __reduce__(self):                       # unpickling this makes a folder
+            return os.mkdir, (str(tmp_path / "broken_in"),)
+
     path = tmp_path / "adapter.pt"
-    torch.save({"proj1.weight": Malicious(tmp_path / "broken_in")}, path)
+    torch.save({"proj1.weight": Malicious()}, path)
     with refuses(path):
         load_weights(random_inner(), path)
     assert not (tmp_path / "broken_in").exists()

@@ -85,6 +85,8 @@ def test_the_thoughts_are_those_of_show(drawn, run):
     assert list(zip(names, map(" ".join, lines), strict=True)) == [
         (["round", number, role, does], words) for number, role, does, words in turns]
     assert [len(words) for words in lines] == [6] * 8 + [1]
+    for cell, text in zip(axes.patches, axes.texts, strict=True):
+        assert cell.get_bbox().contains(*text.get_position())
 
 
 def test_the_bars_are_shares_of_right_answers(drawn, shipped):

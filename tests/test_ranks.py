@@ -108,8 +108,9 @@ def test_ranks_evaluate_to_the_same_results(tmp_path, run):
     def two(*more):
         codes, said = run_ranks(2, "evaluate.py", *flags, "--out", tmp_path / "two", *more)
         assert codes == [0, 0], said
+        return said
 
-    two()
+    assert " 3/3 " in two()                              # each rank has half of the six parts
     assert run(evaluate, *flags, "--out", tmp_path / "one")[0] == 0
     parts = sorted((tmp_path / "two/parts").iterdir())
     assert len(parts) == 6 and {part.name for part in parts} == {

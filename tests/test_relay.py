@@ -1,14 +1,13 @@
 """What one role is told and another is asked: columns, the relay, losses, paired differences."""
 import argparse
-import dataclasses
 import json
 import math
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import PROJECT, embed_words, nothing_in_float32, plain_states, tiny_in_float64
+from helpers import embed_words, nothing_in_float32, plain_states, tiny_in_float64
 
 import evaluate
 import reference
@@ -26,6 +25,7 @@ from tasks import Example, get_task, relay, tiny
 from training import warm_start
 from writing import Writing
 
+
 @pytest.fixture
 def double():
     """The tiny agents with new links, in float64."""
@@ -39,10 +39,9 @@ def double():
 def test_a_column_stands_in_the_prompts_of_one_role_alone(double):
     """The planner reads {told}, and the solver has the question alone. Oracle: reference.recurse,
     with prompts composed by hand."""
-    planner = dataclasses.replace(double.style.role("planner"), first="{told} <|notes|> none",
-                                  prompt="{told} <|notes|> {solver}")
-    roles = (planner, *double.style.roles[1:])
-    mas = dataclasses.replace(double, style=dataclasses.replace(double.style, roles=roles))
+    planner, *others = double.style.roles
+    planner = replace(planner, first="{told} <|notes|> none", prompt="{told} <|notes|> {solver}")
+    mas = replace(double, style=replace(double.style, roles=(planner, *others)))
     questions = ["start 1 s1 +1", "start 2 s1 +2 s2 flip"]
     rows = [{"told": "start 3 s1 x7"}, {"told": "start 5 s1 flip s2 +2"}]
     run = recurse(mas, questions, 2, 3, trace=True, columns=rows)
@@ -60,11 +59,9 @@ def test_a_column_stands_in_the_prompts_of_one_role_alone(double):
         recurse(mas, questions, 1, 2)
 
 
-@pytest.mark.parametrize("words, names", [
-    ("{question} {a} {b_1}", {"question", "a", "b_1"}), (r"\boxed{a} \text{b}", set()),
-    ("x{a}{heard}", {"a", "heard"}), ("{ a} {1} {a b}", set())])
-def test_what_is_a_column(words, names):
-    assert names_in(words) == names
+def test_what_is_a_column():
+    words = r"{question} x{a}{heard} {b_1} \boxed{c} \text{d} { e} {1} {f g}"
+    assert names_in(words) == {"question", "a", "heard", "b_1"}
 
 
 # ---- the relay ----------------------------------------------------------------------------------
@@ -99,39 +96,27 @@ def test_the_fact_is_compared_to_the_letter(text, right):
 
 
 def test_a_fact_longer_than_m_is_refused():
-    class Letters:
-        """An agent with one token per letter."""
-        tokenizer = argparse.Namespace(decode="".join)
-
-        def tokenize(self, texts):
-            return [list(text) for text in texts]
-
+    letters = argparse.Namespace(                       # an agent with one token per letter
+        tokenizer=argparse.Namespace(decode="".join), tokenize=lambda texts: list(map(list, texts)))
     task = get_task("relay")
     longest = max(len(example.row["told"]) for example in task.load())
-    task.check_m(Letters(), longest)
+    task.check_m(letters, longest)
     with pytest.raises(ValueError, match=f"{longest} .*--latent_length"):
-        task.check_m(Letters(), longest - 1)
+        task.check_m(letters, longest - 1)
 
 
-# ---- the warm start -----------------------------------------------------------------------------
+# ---- training -----------------------------------------------------------------------------------
 
-def test_the_warm_start_is_a_dictionary_without_the_words_of_the_test(shipped, monkeypatch, capsys):
-    """After it, a word of the sender comes out nearest to the same word of the receiver. Every id
-    that a link is trained on is noted. Words left out are never among them."""
-    mas, seen, right = shipped.with_fresh_outer(seed=0), set(), warm_start.as_thoughts
+def test_the_warm_start_is_a_dictionary(shipped, capsys):
+    """After it, a word of the sender comes out nearest to the same word of the receiver."""
+    mas = shipped.with_fresh_outer(seed=0)
     untrained = mas.outer["outer_31"].proj1.weight.clone()
-    with monkeypatch.context() as patch:
-        patch.setattr(warm_start, "as_thoughts", lambda agent, tokens, scale: (
-            seen.update(tokens.tolist()), right(agent, tokens, scale))[1])
-        args = argparse.Namespace(num_recursive_rounds=1, seed=0, warm_start_steps=150,
-                                  scale_match=1)
-        warm_start.warm_start(mas, args, leave_out=("flip", "7"))
+    warm_start.warm_start(mas, argparse.Namespace(num_recursive_rounds=1, seed=0, scale_match=1,
+                                                  warm_start_steps=150), leave_out=("flip", "7"))
     source, target = mas.agents["planner"], mas.agents["critic"]
-    ids = source.tokenizer.get_vocab()
-    assert ids["x7"] in seen and not {ids["flip"], ids["7"]} & seen
     pairs = torch.tensor(warm_start.shared_tokens(source, target))
     with torch.no_grad():
-        got = mas.outer["outer_12"](right(source, pairs[:, 0], 1))
+        got = mas.outer["outer_12"](warm_start.as_thoughts(source, pairs[:, 0], 1))
         nearest = warm_start.nearest_tokens(target, got)
         plain = F.cosine_similarity(got[:, None], target.embedding.weight[None], dim=-1).argmax(1)
     assert torch.equal(nearest, plain) and (nearest == pairs[:, 1]).float().mean() > 0.9
@@ -140,12 +125,10 @@ def test_the_warm_start_is_a_dictionary_without_the_words_of_the_test(shipped, m
     assert capsys.readouterr().out.count("words in both vocabularies") == 2
 
 
-# ---- own texts ----------------------------------------------------------------------------------
-
 OWN = ["--text", "own", "--num_samples", 6, "--max_steps", 2, "--held_out", 4, "--own_length", 5]
 
 
-def test_own_texts_are_the_agents_and_are_written_once(shipped, tmp_path, monkeypatch, run):
+def test_own_texts_are_the_agents_and_are_written_once(shipped, tmp_path, run):
     flags = [*OWN, "--save_dir", tmp_path]
     assert run(train_inner, *flags)[0] == 0
     file = tmp_path / "own_texts.rank0.jsonl"
@@ -173,7 +156,20 @@ def test_an_agent_that_writes_nothing_is_named(tmp_path, monkeypatch, run):
     assert code == 2 and "--text own" in errors[0] and "--text gold" in errors[0]
 
 
-# ---- losses -------------------------------------------------------------------------------------
+def test_gradients_by_round_are_logged_and_drawn(tmp_path, run):
+    flags = ("--max_steps 2 --log_gradients 1 --num_samples 8 --batch_size 2 --eval_samples 0 "
+             "--warm_start_steps 0 --log_every 1 --random_rounds 0 --num_recursive_rounds 2")
+    _, said, _ = run(train_outer, *flags.split(), "--save_dir", tmp_path)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    names = sorted(name for name in log[0] if name.startswith("gradient_"))
+    # Round 1: all three edges. Round 2: the solver has the last turn, and sends nothing.
+    assert names == [f"gradient_outer_{edge}" for edge in ("12_1", "12_2", "23_1", "23_2", "31_1")]
+    assert all(line[name] > 0 for line in log for name in names)
+    assert (tmp_path / "gradients.png").stat().st_size > 5000
+    assert "gradient of outer_12 by round: 1: " in said
+
+
+# ---- losses, and paired differences -------------------------------------------------------------
 
 @torch.no_grad()
 def test_the_loss_is_that_of_the_gold_answer(double):
@@ -215,10 +211,8 @@ def test_evaluate_measures_losses(tmp_path, run):
 
 
 def entries_of(folder):
-    return json.loads((Path(folder) / "summary.json").read_text())["rows"]
+    return json.loads((folder / "summary.json").read_text())["rows"]
 
-
-# ---- paired differences -------------------------------------------------------------------------
 
 def lines_of(right):
     return [{"id": i, "outputs": ["x"], "correct": [value]} for i, value in enumerate(right)]
@@ -243,28 +237,18 @@ def test_differences_are_paired_by_question():
 
 # ---- baselines need no links --------------------------------------------------------------------
 
-@pytest.fixture
-def bare_style(tmp_path, monkeypatch):
-    """A style file over the tiny base models without any link. Nothing is drawn."""
-    monkeypatch.setattr(report, "plot", lambda *_: None)
-    for role in ("planner", "critic", "solver"):
-        (tmp_path / role).mkdir()
-        for file in (PROJECT / "tiny" / role).iterdir():
-            if not file.name.startswith(("adapter", "innerlink")):
-                (tmp_path / role / file.name).symlink_to(file)
-    path = tmp_path / "bare.py"
-    path.write_text("from dataclasses import replace\nfrom styles.tiny import tiny\n"
-                    "bare = replace(tiny, name='bare', repo='', roles=tuple(replace(role, repo='', "
-                    f"model='{tmp_path}/' + role.name) for role in tiny.roles))\n")
-    return path
-
-
 SMALL = ["--latent_length", 6, "--temperature", 0, "--out"]
 
 
-def test_baselines_and_controls_run_without_links(bare_style, tmp_path, run):
+def test_baselines_and_controls_run_without_links(tmp_path, monkeypatch, run):
+    monkeypatch.setattr(report, "plot", lambda *_: None)
+    style = tmp_path / "bare.py"
+    style.write_text("from dataclasses import replace\nfrom styles.tiny import tiny\n"
+                     "roles = tuple(replace(role, repo='') for role in tiny.roles)\n"
+                     "bare = replace(tiny, name='bare', repo='', roles=roles)\n")
+
     def ask(*methods):
-        return run(evaluate, "--style", bare_style, "--num_samples", 4, "--num_recursive_rounds", 3,
+        return run(evaluate, "--style", style, "--num_samples", 4, "--num_recursive_rounds", 3,
                    "--max_new_tokens", 40, *SMALL, tmp_path / "out", "--method", *methods)
 
     code, said, _ = ask("single", "single_loop", "text", "zero", "untrained")
@@ -276,23 +260,22 @@ def test_baselines_and_controls_run_without_links(bare_style, tmp_path, run):
         assert code == 2 and "bare" in errors[0] and "outer links" in errors[0]
 
 
-def test_a_relay_is_asked_by_the_command(bare_style, tmp_path, run):
+def test_a_relay_is_asked_by_the_command(tmp_path, monkeypatch, run):
     """The rows' columns reach every prompt, from the first call on. (The words mean nothing to the
     tiny agents, so no answer is right.)"""
+    monkeypatch.setattr(report, "plot", lambda *_: None)
     style = tmp_path / "told.py"
     style.write_text(
-        "from dataclasses import replace\nfrom styles import Edge, get_style\n"
-        f"bare = get_style({str(bare_style)!r})\n"
-        "edges = (Edge('outer_12', 'planner', 'solver'),)\n"
-        "told = replace(bare, name='told', edges=edges, roles=(\n"
-        "    replace(bare.role('planner'), prompt='{told}'), replace(bare.role('solver'),\n"
+        "from dataclasses import replace\nfrom styles import Edge\nfrom styles.tiny import tiny\n"
+        "planner, _, solver = (replace(role, repo='') for role in tiny.roles)\n"
+        "told = replace(tiny, name='told', repo='', edges=(Edge('outer_12', 'planner', 'solver'),),\n"
+        "    roles=(replace(planner, prompt='{told}'), replace(solver,\n"
         "    first='{question}', prompt='{question} <|notes|> {planner}')))\n")
     flags = ["--style", style, "--dataset", "relay", "--num_samples", 4, "--num_recursive_rounds",
              1, "--max_new_tokens", 4, *SMALL, tmp_path / "out"]
     assert run(evaluate, *flags, "--method", "single", "text", "untrained")[0] == 0
-    found = [(entry["method"], entry["n"], entry["errors"]) for entry in entries_of(
-        tmp_path / "out")]
-    assert found == [("text", 4, 0), ("single", 4, 0), ("untrained", 4, 0)]
+    assert [(entry["method"], entry["n"], entry["errors"]) for entry in entries_of(
+        tmp_path / "out")] == [("text", 4, 0), ("single", 4, 0), ("untrained", 4, 0)]
     save_outer({"outer_12": OuterLink(96, 112)}, tmp_path / "links")
     code, said, _ = run(evaluate, *flags, "--show", 1, "--ckpt_override",
                         f"outer={tmp_path / 'links'}", "planner=tiny/planner")
@@ -306,30 +289,12 @@ def test_a_styles_own_data_set_brings_its_settings(monkeypatch):
         assert (args.dataset, args.max_new_tokens) == wanted
 
 
-def test_a_role_that_nobody_hears_needs_no_inner_link(bare_style, tmp_path):
+def test_a_role_that_nobody_hears_needs_no_inner_link(shipped, tmp_path):
     """The last role of a single round: its link would never be used."""
-    bare, links = get_style(str(bare_style)), load_mas_system("tiny").outer
-    planner, critic, solver = bare.roles
-    planner = dataclasses.replace(planner, repo="tiny/planner", prompt=planner.first)
-    edges = tuple(edge for edge in bare.edges if edge.src != "solver")
-    last = dataclasses.replace(bare, edges=edges, roles=(
-        planner, dataclasses.replace(critic, repo="tiny/critic"), solver))
-    save_outer({edge.key: links[edge.key] for edge in edges}, tmp_path / "links")
+    planner, critic, solver = shipped.style.roles
+    edges = shipped.style.edges[:2]                                      # without the solver's
+    last = replace(shipped.style, name="last", repo="", edges=edges, roles=(
+        replace(planner, prompt=planner.first), critic, replace(solver, repo="")))
+    save_outer({edge.key: shipped.outer[edge.key] for edge in edges}, tmp_path / "links")
     mas = load_mas_system(last, ckpt_override={"outer": tmp_path / "links"})
     assert mas.answer(["start 3 s1 x7 s2 +1"], 1, 6, max_new_tokens=6) == ["s2 +1 2 answer 2 ."]
-
-
-# ---- gradients by round -------------------------------------------------------------------------
-
-def test_gradients_by_round_are_logged_and_drawn(tmp_path, run):
-    _, said, _ = run(
-        train_outer, "--max_steps", 2, "--log_gradients", 1, "--num_samples", 8, "--batch_size", 2,
-        "--eval_samples", 0, "--warm_start_steps", 0, "--log_every", 1, "--random_rounds", 0,
-        "--num_recursive_rounds", 2, "--save_dir", tmp_path)
-    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    names = sorted(name for name in log[0] if name.startswith("gradient_"))
-    # Round 1: all three edges. Round 2: the solver has the last turn, and sends nothing.
-    assert names == [f"gradient_outer_{edge}" for edge in ("12_1", "12_2", "23_1", "23_2", "31_1")]
-    assert all(line[name] > 0 for line in log for name in names)
-    assert (tmp_path / "gradients.png").stat().st_size > 5000
-    assert "gradient of outer_12 by round: 1: " in said

@@ -1,4 +1,5 @@
 """Styles: what is refused and how it is said, what a role is asked, and the published styles."""
+import json
 import re
 import subprocess
 import sys
@@ -11,6 +12,11 @@ from styles import ANSWER_FORMAT, KINDS, Edge, Role, Style, all_styles, get_styl
 
 sys.path.insert(0, str(PROJECT / "docs"))
 import published_prompts  # noqa: E402
+
+DATA = PROJECT / "tests/data"
+# {style: {roles: [name, base model, repo (* is the start of all), columns], edges: [key from to]}}
+PUBLISHED = json.loads((DATA / "published_styles.json").read_text())
+CLONE = (DATA / "published_clone.txt").read_text()          # of the published project's prompts.py
 
 
 def role(name, prompt, **prompts):
@@ -142,45 +148,14 @@ def test_names_of_roles_and_styles():
 
 # ---- the shipped styles -------------------------------------------------------------------------
 
-SEQUENTIAL = "outer_12 planner critic, outer_23 critic solver, outer_31 solver planner"
-PUBLISHED = {      # {style: (roles, edges)}. A role: its name, base model, repo, and columns
-    "sequential_light": ((
-        "planner Qwen/Qwen3-1.7B *Planner-Qwen3-1.7B plan",
-        "critic meta-llama/Llama-3.2-1B-Instruct *Critic-Llama3.2-1B refined_plan",
-        "solver Qwen/Qwen2.5-Math-1.5B-Instruct *Solver-Qwen2.5-Math-1.5B answer"), SEQUENTIAL),
-    "sequential_scaled": ((
-        "planner google/gemma-3-4b-it *Planner-Gemma3-4B plan",
-        "critic meta-llama/Llama-3.2-3B-Instruct *Critic-Llama3.2-3B refined_plan",
-        "solver Qwen/Qwen3.5-4B *Solver-Qwen3.5-4B answer"), SEQUENTIAL),
-    "mixture": ((
-        "math deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B *Math-DeepSeek-R1-Distill-Qwen-1.5B"
-        " hie_math_expert math_expert expert_math",
-        "code Qwen/Qwen2.5-Coder-3B-Instruct *Code-Qwen2.5-Coder-3B"
-        " hie_code_expert code_expert expert_code",
-        "science BioMistral/BioMistral-7B *Science-BioMistral-7B"
-        " hie_science_expert science_expert expert_science",
-        "summarizer Qwen/Qwen3.5-2B *Summarizer-Qwen3.5-2B hie_summarizer summary answer"),
-        "outer_1s math summarizer, outer_2s code summarizer, outer_3s science summarizer, "
-        "outer_s1 summarizer math, outer_s2 summarizer code, outer_s3 summarizer science"),
-    "distillation": ((
-        "expert Qwen/Qwen3.5-9B *Expert-Qwen3.5-9B distill_expert refined_plan expert_plan",
-        "learner Qwen/Qwen3.5-4B *Learner-Qwen3.5-4B distill_learner answer learner_answer"),
-        "outer_el expert learner, outer_le learner expert"),
-    "deliberation": ((
-        "reflector Qwen/Qwen3.5-4B *Reflector-Qwen3.5-4B deliberation_reflector answer",
-        "toolcaller Qwen/Qwen3.5-4B *Toolcaller-Qwen3.5-4B deliberation_toolcaller answer"),
-        "outer_rt reflector toolcaller, outer_tr toolcaller reflector"),
-}
-
-
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_roles_and_edges_are_the_published_ones(name):
-    shipped, (roles, edges) = get_style(name), PUBLISHED[name]
-    start = f"RecursiveMAS/{name.replace('_', '-').title()}-"           # the * of the table
+    shipped, published = get_style(name), PUBLISHED[name]
+    start = f"RecursiveMAS/{name.replace('_', '-').title()}-"
     assert [" ".join([one.name, one.model, one.repo, *one.target]) for one in shipped.roles] == [
-        line.replace("*", start) for line in roles]
+        line.replace("*", start) for line in published["roles"]]
+    assert [f"{edge.key} {edge.src} {edge.dst}" for edge in shipped.edges] == published["edges"]
     assert shipped.repo == start + "Outerlinks"
-    assert ", ".join(f"{edge.key} {edge.src} {edge.dst}" for edge in shipped.edges) == edges
     assert shipped.tools == (("python", "search") if name == "deliberation" else ())
 
 
@@ -254,42 +229,6 @@ def test_files_are_short():
 
 
 # ---- the words that the released links were trained under ---------------------------------------
-
-# A stand-in for the published prompts.py: the same names and arguments, other words and marks. It
-# imports a neighbour, as the original does. NAME(..): TEXT is short for a function build_NAME.
-CLONE = '''
-from inference_utils.notes import NOTE
-(PLANNER_SLOT, REFINED_SLOT, FEEDBACK_SLOT, HIE_MATH_EXPERT_SLOT, HIE_CODE_EXPERT_SLOT,
- HIE_SCIENCE_EXPERT_SLOT, HIE_FEEDBACK_SLOT, DISTILL_EXPERT_SLOT, DISTILL_FEEDBACK_SLOT,
- DELIBERATION_REFLECTOR_SLOT, DELIBERATION_FEEDBACK_SLOT) = (f"<<{i}>>" for i in range(11))
-
-def get_system_prompt(mas_design, mas_role):
-    return f"I am {mas_role} of {mas_design}."
-
-def build_math_solver_prompt_with_slots(question, args, mas_shape="chain"):
-    end = "with a letter" if "\\nB. " in question else r"in \\boxed{}"
-    both = (question, REFINED_SLOT) if args.solver_pre_question else (REFINED_SLOT, question)
-    return " ".join([*both, end, mas_shape])
-
-math_planner_prompt(question): Plan: {question}
-math_planner_prompt_with_feedback_slot(question): Plan anew: {question} {FEEDBACK_SLOT}
-math_refiner_prompt_with_slot(question): Refine: {question} {PLANNER_SLOT}
-code_planner_prompt(question, task_type, fn_name): Plan a {task_type}: {question}
-code_planner_prompt_with_feedback_slot(question): {question} {FEEDBACK_SLOT}
-code_refiner_prompt_with_slot(question, task_type): A {task_type}: {question} {PLANNER_SLOT}
-code_solver_prompt_with_slots(question, args, mas_shape): Write: {REFINED_SLOT} {question}
-hie_expert_prompt(question, hie_role, mas_task): {hie_role} on {mas_task}: {question}
-hie_expert_prompt_with_feedback_slot(question, hie_role): {question} {HIE_FEEDBACK_SLOT}
-hie_summarizer_prompt_with_slots(question, mas_task, fn_name=None): {question} \
-{HIE_MATH_EXPERT_SLOT} {HIE_CODE_EXPERT_SLOT} {HIE_SCIENCE_EXPERT_SLOT}
-distill_expert_prompt(question, mas_task): Teach {mas_task}: {question}
-distill_expert_prompt_with_feedback_slot(question): {question} {DISTILL_FEEDBACK_SLOT}
-distill_learner_prompt_with_slot(question): {question} {DISTILL_EXPERT_SLOT}
-deliberation_reflector_prompt(question): Reflect: {question}
-deliberation_reflector_prompt_with_feedback_slot(question): {question} {DELIBERATION_FEEDBACK_SLOT}
-deliberation_toolcaller_prompt_with_slot(question): {NOTE} {question} {DELIBERATION_REFLECTOR_SLOT}
-'''
-
 
 @pytest.fixture
 def ask(tmp_path, run, monkeypatch):

@@ -11,13 +11,10 @@ for every role, which is a mean over a micro-batch's own tokens.) On a GPU a ste
 long for 1 row as for 32, so give it many rows at once: --batch_size 32 --grad_accum_steps 1.
 
 There is no DDP wrapper: DDP expects every weight to be used once in a graph, but a link is used R
-times, and some links are not used at all if R = 1.
-
-Clipping. A gradient longer than max_grad_norm is scaled down to that length. Backward through R
-rounds of rollouts multiplies many Jacobians, so single steps have gradients 100 times as long.
-
-Links stay in float32 whatever the models' dtype: AdamW's updates are often smaller than a step of
-bfloat16, and would be lost.
+times, and some links are not used at all if R = 1. Links stay in float32 whatever the models'
+dtype: AdamW's updates are often smaller than a step of bfloat16, and would be lost. A gradient
+longer than max_grad_norm is scaled down to that length: backward through R rounds of rollouts
+multiplies many Jacobians, so single steps have gradients 100 times as long.
 
 Resuming. state.pt holds links, optimizer, schedule, scaler and step. The data need no state: which
 rows make a step follows from the seed and the step alone.
@@ -132,10 +129,9 @@ class State:
     `schedule` among them."""
 
     def __init__(self, args, total_steps, contents="", notes=None, **parts):
-        self.args, self.folder, self.parts = args, Path(args.save_dir), parts
-        self.total_steps = total_steps
+        self.args, self.parts, self.total_steps = args, parts, total_steps
         self.done, self.skipped, self.skipped_in_a_row, self.stopping = 0, 0, 0, False
-        self.sums, self.means, self.logged = {}, {}, {}
+        self.folder, self.sums, self.means, self.logged = Path(args.save_dir), {}, {}, {}
         if ranks() > 1:
             for weight in parts["links"].parameters():    # all ranks start from the same links
                 torch.distributed.broadcast(weight.data, 0)

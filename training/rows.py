@@ -96,10 +96,8 @@ def fault(row, columns):
     there = [column for column in columns if row.get(column) is not None]
     if not there:
         return f"no column {' or '.join(columns) or '(the style names no target)'}"
-    cell = row[there[0]]
-    if isinstance(cell, (int, float)):
-        return f"{there[0]} is a number: write it as a text"
-    return f"{there[0]} is {'an empty text' if isinstance(cell, str) else 'no text'}"
+    number = isinstance(row[there[0]], (int, float))
+    return f"{there[0]} is {'a number: write it as a text' if number else 'empty or not a text'}"
 
 
 # ---- what a role is asked and says ---------------------------------------------------------------

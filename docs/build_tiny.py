@@ -1,6 +1,6 @@
 """Make the shipped tiny system from nothing: three agents, their inner links, the outer links.
 
-    python tiny/build.py        # about 40 minutes on a CPU, writes out/tiny
+    python docs/build_tiny.py   # about 40 minutes on a CPU, writes out/tiny
 
 A run that was stopped keeps the agents that were done.
 

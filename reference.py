@@ -10,7 +10,7 @@ prompt, where words would stand, and the agents take turns for R rounds. The las
 
 This is the paper's algorithm and nothing else: no cache, no batch, no padding, no device. agents.py
 and recurse.py do the same faster, and add chats, sampling, tools and baselines. The tests compare
-them with this page, number by number, and bench.py measures how much faster they are.
+them with this page, number by number, and `python -m bench` measures how much faster they are.
 
 What it works on. An agent has a tokenizer, an embedding (token ids -> vectors), a body (the model
 without its vocabulary head), a head (hidden state -> a score for each word) and inner (its R_in). A

@@ -184,10 +184,6 @@ def thoughts(agent, context, gold, args):
 
 # ---- one run ------------------------------------------------------------------------------------
 
-# A data set for each kind of question, for the command that is printed at the end.
-SOME_QUESTIONS = {"math": "math500", "choice": "gpqa", "code": "mbppplus", "search": "bamboogle"}
-
-
 def new_system(args, style):
     """The system of the flags, with new outer links."""
     given = vars(args)
@@ -276,7 +272,7 @@ def finish(mas, args, task, state, started):
         evaluate.compare(mas, task, args, folder)
     print(f"{time.time() - started:.0f} s in all; links and log.jsonl are in {folder}. Ask them:\n"
           f"python evaluate.py --style {args.style} --ckpt_override outer={folder}"
-          + (" --show 2" if task else f" --dataset {SOME_QUESTIONS[args.mas_task]}"))
+          + (" --show 2" if task else " --dataset ..   (docs/benchmarks.md lists them)"))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,7 @@ from dataclasses import dataclass, field, replace
 from numbers import Integral
 
 import torch
-from transformers import (LogitsProcessorList, MinPLogitsWarper, RepetitionPenaltyLogitsProcessor,
-                          TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
+import transformers
 
 from support.errors import need
 from tools.calls import TAGS, next_call, run_tool
@@ -67,12 +66,12 @@ class Sampling:
         """The library's functions (tokens so far, logits) -> logits, in the library's order."""
         drawn = self.temperature > 0                     # else the likeliest word is taken
         penalty = self.repetition_penalty
-        return LogitsProcessorList(warper(value) for wanted, warper, value in (
-            (penalty != 1, RepetitionPenaltyLogitsProcessor, penalty),
-            (drawn, TemperatureLogitsWarper, self.temperature),
-            (drawn and self.top_k > 0, TopKLogitsWarper, self.top_k),
-            (drawn and self.top_p < 1, TopPLogitsWarper, self.top_p),
-            (drawn and self.min_p > 0, MinPLogitsWarper, self.min_p)) if wanted)
+        return transformers.LogitsProcessorList(warper(value) for wanted, warper, value in (
+            (penalty != 1, transformers.RepetitionPenaltyLogitsProcessor, penalty),
+            (drawn, transformers.TemperatureLogitsWarper, self.temperature),
+            (drawn and self.top_k > 0, transformers.TopKLogitsWarper, self.top_k),
+            (drawn and self.top_p < 1, transformers.TopPLogitsWarper, self.top_p),
+            (drawn and self.min_p > 0, transformers.MinPLogitsWarper, self.min_p)) if wanted)
 
 
 # ---- drafts -------------------------------------------------------------------------------------

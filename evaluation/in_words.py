@@ -67,10 +67,8 @@ def readability(agent, texts, m, batch_size):
 
 def tell(count, before, after, folder):
     """Print and save what readability() returned before and after training."""
-    (shares_before, words_before), (shares_after, words_after) = before, after
-    write_json(Path(folder) / "readability.json", {"before": shares_before, "after": shares_after})
-    print(f"share of {count} prompts whose latents read as the greedy text, by step:")
-    for name, shares in (("before", shares_before), ("after", shares_after)):
-        print(f"  {name:7s}" + " ".join(f"{share:.2f}" for share in shares))
-    print(f"the first one's latents in words:\n  before {words_before!r}\n  after  {words_after!r}")
+    write_json(Path(folder) / "readability.json", {"before": before[0], "after": after[0]})
+    print(f"share of {count} prompts that read as written, by latent; the first one's in words:")
+    for name, (shares, words) in (("before", before), ("after", after)):
+        print(f"  {name:7s}" + " ".join(f"{share:.2f}" for share in shares) + f"   {words!r}")
     print(f"the link is in {folder}")

@@ -1,8 +1,4 @@
-"""evaluate.py on all eleven data sets, from small local files in the published columns.
-
-Samples, second tries, failures, resuming, the judge and the search tool are tested end to end, on
-small systems.
-"""
+"""evaluate.py on all eleven data sets: samples, second tries, failures, judge and search tool."""
 import json
 import random
 import sys
@@ -13,8 +9,9 @@ from pathlib import Path
 import pytest
 import requests
 import torch
-from helpers import (MBPP, MEDQA, ROWS, byte_tokenizer, live_row, new_model, randomise,
+from helpers import (MBPP, MEDQA, ROWS, byte_tokenizer, lines_of, live_row, new_model, randomise,
                      write_rows)
+
 
 import evaluate
 from agents import Agent
@@ -25,10 +22,10 @@ from recurse import MAS
 from styles import Edge, Role, Style
 from tasks import get_task
 
-LINE = {"style", "dataset", "method", "rounds", "id", "question", "gold", "outputs", "parsed",
-        "correct", "notes", "retried", "decoded_tokens", "latent_steps"}
-ENTRY = {"style", "dataset", "method", "rounds", "n", "errors", "accuracy", "ci95", "unparsed",
-         "retried", "judge_invalid", "decoded_tokens", "latent_steps", "seconds", "peak_memory_mb"}
+LINE = {*"style dataset method rounds id question gold outputs parsed correct notes retried "
+        "decoded_tokens latent_steps".split()}
+ENTRY = {*"style dataset method rounds n errors accuracy ci95 unparsed retried judge_invalid "
+         "decoded_tokens latent_steps seconds peak_memory_mb".split()}
 QUICK = ["--num_recursive_rounds", 2, "--max_new_tokens", 4, "--latent_length", 2, "--out", "out"]
 TINY_RUN = ["--num_samples", 6, "--batch_size", 3, "--num_recursive_rounds", 1,
             "--num_rollouts", 2, "--temperature", 0.8, "--max_new_tokens", 10, "--out", "out"]
@@ -49,8 +46,7 @@ def results():
 
 @pytest.fixture(autouse=True)
 def nothing_from_outside(monkeypatch, tmp_path):
-    """Work in an empty folder, without the keys of this machine. Nothing is drawn: a picture takes
-    longer than an evaluation, and test_evaluate.py looks at it."""
+    """Work in an empty folder, without the keys of this machine, and draw nothing."""
     monkeypatch.setattr(report, "plot", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     for name in ("TAVILY_API_KEY", "API_KEY", "API_BASE_URL", "API_MODEL"):
@@ -86,10 +82,14 @@ def parsed(monkeypatch, *flags):
 # ---- eleven data sets ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ROWS)
-def test_every_set_is_evaluated_from_a_local_file(name, ask):
+def test_every_set_is_shown_and_evaluated_from_a_local_file(name, ask, run):
     """No set has keys of its own. The AIME draws ten samples, and also reports pass@10."""
-    lines, entries = ask(*file_of(name, [ROWS[name]]), *QUICK, "--method", "latent", "text")
+    data = file_of(name, [ROWS[name]])
     [example], samples = get_task(name, "rows.jsonl").load(), 10 if "aime" in name else 1
+    _, said, _ = run(evaluate, *data, "--show", 1, *QUICK)
+    assert said.count("thinks") == 5 and said.count("writes") == 1 and not Path("out").exists()
+    assert f"{example.question}    (gold: {example.gold})" in said
+    lines, entries = ask(*data, *QUICK, "--method", "latent", "text")
     for line, entry, words, steps in zip(lines, entries[::-1], (4, 24), (10, 0), strict=True):
         assert set(line) == LINE and line["dataset"] == name
         assert [line[key] for key in ("id", "question", "gold")] == [
@@ -136,20 +136,7 @@ def test_a_set_by_its_hub_id_its_split_and_drawn_questions(monkeypatch, refused)
     assert "MATH-500" in refused("--dataset", "math500")
 
 
-FILE = "--dataset rows.jsonl"
-
-
-@pytest.mark.parametrize("flags, named", [
-    (FILE, "--task"), (f"{FILE} --task nope", "'nope'"), (f"{FILE} --task tiny", "tiny"),
-    (f"{FILE} --task medqa", "'question' or 'query'"), (f"{FILE} --task coding", "'prompt'"),
-    (f"{FILE} --task math500 --dataset_split test", "--dataset_split"),
-    (f"{FILE} --task math500 --method text_brief", "text_brief"),
-    (f"{FILE} --task math500 --num_rollouts 0", "--num_rollouts"),
-    (f"{FILE} --task math500 --top_p 2", "--top_p"), ("--sample_seed 7", "--num_samples"),
-    ("--dataset none.jsonl --task math500", "'none.jsonl'"),
-    ("--dataset math500 --task math500", "--task"), ("--task math500", "--task"),
-    ("--dataset maths", "'maths'"), ("--dataset rows.csv", "'rows.csv'"),
-    ("--dataset_split train", "'train'"), ("--dataset math500", "MATH-500")])
+@pytest.mark.parametrize("flags, named", lines_of("wrong_datasets.jsonl"))
 def test_a_wrong_call_is_one_line(flags, named, refused):
     file_of("math500", [ROWS["math500"]])
     assert named in refused(*flags.split(), "--out", "out")
@@ -158,19 +145,11 @@ def test_a_wrong_call_is_one_line(flags, named, refused):
 
 @pytest.mark.parametrize("flags, missing", [([], "text_brief"), (["--num_samples", 1], "shuffle")])
 def test_the_default_methods_are_those_that_are_possible(flags, missing, ask):
-    """MedQA has no length for a brief message, and a single question has no other beside it."""
+    """MedQA has no length for a brief message. A single question has no other beside it."""
     data = [] if flags else file_of("medqa", [MEDQA, MEDQA])
     _, entries = ask(*data, *flags, *QUICK)
     assert [entry["method"] for entry in entries] == [
         method for method in METHODS if method != missing]
-
-
-@pytest.mark.parametrize("name", ["gpqa", "livecodebench", "hotpotqa"])
-def test_show_with_a_benchmark(name, run):
-    _, said, _ = run(evaluate, *file_of(name, [ROWS[name]]), "--show", 1, *QUICK)
-    [example] = get_task(name, "rows.jsonl").load()
-    assert said.count("thinks") == 5 and said.count("writes") == 1
-    assert f"{example.question}    (gold: {example.gold})" in said and not Path("out").exists()
 
 
 # ---- a scripted system, through evaluate.main ---------------------------------------------------
@@ -182,8 +161,8 @@ TEAM = Style("team", (Role("helper", "random", "", "{question}", first="{questio
 
 
 class Speller(Agent):
-    """A byte is a token. It writes what its script says: for each call of write, a text for each
-    draft. A text ends with a stop string or an end token."""
+    """A byte is a token. For each call of write, its script says a text for each draft. A text ends
+    with a stop string or an end token."""
     script = None
 
     def __init__(self, seed):
@@ -221,42 +200,14 @@ def ask_team(ask, monkeypatch):
 MATHS = [{"problem": "1" * i + "?", "answer": "4", "unique_id": str(i)} for i in (1, 2, 3)]
 
 
-@pytest.mark.parametrize("retry", [1, 0])
-def test_an_unread_answer_is_asked_for_once_more(retry, ask_team):
-    """Answer 1 stays as it is. Answers 2 and 3 get the beginning of an answer after them."""
-    first, second = ["\\boxed{4}", "so it is", "\\boxed{4"], ["4} and 7", "x" * 50]
-    lines, entry = ask_team("math500", MATHS, [first] + [second] * retry, "--max_new_tokens", 20,
-                            "--answer_retry", retry)
-    if retry:
-        first[1] += "\nFinal Answer: \\boxed{4} and 7"
-        first[2] += "\nFinal Answer: \\boxed{" + "x" * 16
-    tokens, right = [10, 9 + 9 * retry, 9 + 16 * retry], 1 + retry
-    assert [line["outputs"][0] for line in lines] == first
-    assert [line["parsed"][0] for line in lines] == ["4"] * right + [None] * (3 - right)
-    assert [line["correct"][0] for line in lines] == [True] * right + [False] * (3 - right)
-    assert [line["retried"] for line in lines] == [0, retry, retry]
-    assert [line["decoded_tokens"] for line in lines] == tokens
-    assert (entry["retried"], entry["unparsed"]) == (2 / 3 * retry, (3 - right) / 3)
-    assert (entry["accuracy"], entry["decoded_tokens"]) == (right / 3, sum(tokens) / 3)
-
-
-@pytest.mark.parametrize("language", ["cpp", "text"])
-def test_a_program_asked_for_within_an_open_block(language, ask_team):
-    """An answer is cut off in a block of another language. Then the right program is written, and
-    cut off after 256 tokens."""
-    script = [[f"```{language}\n{'x' * 99}"], ["def add(a, b):\n    return a + b\n```\n" * 9]]
-    [line], _ = ask_team("mbppplus", [MBPP], script, "--max_new_tokens", 40)
-    assert line["retried"] == 1 and line["correct"] == [True]
-    assert line["decoded_tokens"] == 40 + 256
-
-
-def test_only_unread_samples_are_retried(ask_team):
-    script = [["\\boxed{4}", "a", "\\boxed{5}", "b", "c", "\\boxed{4}"], ["4}", "5}", "4}"]]
-    lines, entry = ask_team("math500", MATHS[:2], script, "--num_rollouts", 3)
-    assert [line["parsed"] for line in lines] == [["4", "4", "5"], ["5", "4", "4"]]
-    assert [line["retried"] for line in lines] == [1, 2] and entry["retried"] == 0.5
-    assert [line["decoded_tokens"] for line in lines] == [10 + 2 + 10 + 3, 2 + 2 + 10 + 6]
-    assert entry["accuracy"] == pytest.approx(4 / 6) and entry["pass_at_k"] == 1
+@pytest.mark.parametrize("case", lines_of("second_tries.jsonl"), ids=lambda case: case["why"])
+def test_unread_answers_and_samples_are_asked_for_once_more(case, ask_team):
+    """script: what is written at first, and then after the beginning of an answer."""
+    rows = {"math500": MATHS, "mbppplus": [MBPP]}[case["set"]][:len(case["lines"])]
+    lines, entry = ask_team(case["set"], rows, case["script"], *case["flags"].split())
+    for line, wanted in zip(lines, case["lines"], strict=True):
+        assert {name: line[name] for name in wanted} == wanted
+    assert {name: entry[name] for name in case["entry"]} == pytest.approx(case["entry"])
 
 
 def test_questions_whose_tests_are_damaged_do_not_end_the_run(ask_team):
@@ -273,17 +224,15 @@ def test_questions_whose_tests_are_damaged_do_not_end_the_run(ask_team):
 
 
 def test_pass_at_k_and_intervals_in_the_summary(ask):
-    """Sampled answers. They do not depend on the batch. Oracle: results.jsonl, counted by hand."""
-    flags = [*TINY_RUN, "--num_samples", 12, "--num_rollouts", 3, "--temperature", 4, "--top_p", 1,
-             "--method", "latent", "single"]
-    (lines, entries), (again, _) = ask(*flags), ask(*flags, "--batch_size", 5)
-    assert sorted(lines, key=str) == sorted(again, key=str)
+    """Oracle: results.jsonl, counted by hand."""
+    lines, entries = ask(*TINY_RUN, "--num_samples", 12, "--num_rollouts", 3, "--temperature", 4,
+                         "--top_p", 1, "--method", "latent", "single")
     for entry in entries:
         mine = [line["correct"] for line in lines if line["method"] == entry["method"]]
         assert any(0 < sum(correct) < 3 for correct in mine)
+        assert (entry["samples"], entry["n"]) == (3, 12)
         assert entry["accuracy"] == pytest.approx(sum(map(sum, mine)) / 36)
         assert entry["pass_at_k"] == pytest.approx(sum(map(any, mine)) / 12)
-        assert (entry["samples"], entry["n"]) == (3, 12)
         for value, interval in (("accuracy", "ci95"), ("pass_at_k", "pass_at_k_ci95")):
             low, high = entry[interval]
             assert 0 <= low <= entry[value] <= high <= 1 and low < high
@@ -296,10 +245,8 @@ FULL = torch.OutOfMemoryError("CUDA out of memory. Tried\nto allocate\n")
 
 @pytest.fixture
 def failing(monkeypatch):
-    """failing(problem_of): MAS.respond raises problem_of(questions), unless it is None. Returns the
-    list of all questions that are asked; it begins with the untimed call.
-
-    A failed call's memory must be free before the next one, or that would run out of memory too."""
+    """failing(problem_of): MAS.respond raises problem_of(questions), if there is one. Returns a
+    list of all questions asked. A failed call must give its memory back before the next one."""
     asked, held, respond = [], [], MAS.respond
 
     def let_fail(problem_of):
@@ -319,8 +266,7 @@ def failing(monkeypatch):
 
 
 def test_a_question_that_fails_is_recorded_and_the_run_goes_on(ask, run, failing):
-    """Its batch is halved until it stands alone. (shuffle needs the whole batch.) Oracle for the
-    others: the run in which nothing fails. The untimed call before all others may fail too."""
+    """Its batch is halved until it stands alone. (shuffle needs the whole batch.)"""
     flags = [*TINY_RUN, "--method", "latent", "text", "shuffle"]
     whole, _ = ask(*flags)
     bad = whole[1]["question"]
@@ -358,8 +304,7 @@ def test_a_card_that_has_failed_ends_the_run(run, failing):
 
 
 def test_a_run_that_was_stopped_goes_on_elsewhere(ask, run, refused, failing):
-    """There are samples, second tries and a question that fails. Oracle: the unbroken run, which
-    names a revision of what is local."""
+    """With samples, second tries and a question that fails. Oracle: the unbroken run."""
     rows = [{"problem": f"\ud83d {i}?", "answer": "1"} for i in range(4)]    # not a proper text
     flags = [*file_of("math500", rows), "--num_rollouts", 2, "--batch_size", 2, "--method",
              "latent", "text", "zero", *QUICK]
@@ -386,8 +331,8 @@ PLACES = [{"Question": f"Where is {i}?", "Answer": f"Oslo {i}"} for i in range(5
 
 @pytest.fixture
 def service(monkeypatch):
-    """It answers in place of judge and search: reply(body) gives (status, content). asked: what all
-    requests said, keys: what they were signed with. (test_web.py asks a real server.)"""
+    """It answers in place of judge and search, by reply(body) -> (status, content). asked: the
+    bodies of all requests, keys: those that they were signed with."""
     def post(session, url, json, auth, **options):
         there.asked.append(json)
         there.keys.add(auth[:])
@@ -404,8 +349,7 @@ def service(monkeypatch):
 
 
 def test_the_judge_end_to_end(service, ask_team):
-    """The judge is called where exact match fails, once for each answer. A clear verdict is kept,
-    and what was invalid is asked anew."""
+    """Exact match comes first. A clear verdict is kept, and what was invalid is asked anew."""
     first = ["\\boxed{The Oslo 0.}", "\\boxed{Kristiania}", "\\boxed{Rome}", "no box",
              "\\boxed{unclear}"]
 
@@ -417,11 +361,10 @@ def test_the_judge_end_to_end(service, ask_team):
     service.reply = judge
     for asked in (3, 4):
         lines, entry = ask_team("bamboogle", PLACES, [first, ["nothing"]])
-        assert [line["notes"] for line in lines] == [
-            ["exact match"], ["judge: correct"], ["judge: incorrect"], [""], ["judge: invalid"]]
-        assert [line["correct"] for line in lines] == [[1], [1], [0], [0], [0]]
+        assert [(line["notes"], line["correct"], line["retried"]) for line in lines] == [
+            (["exact match"], [1], 0), (["judge: correct"], [1], 0), (["judge: incorrect"], [0], 0),
+            ([""], [0], 1), (["judge: invalid"], [0], 0)]
         assert [line["parsed"] == [None] for line in lines] == [0, 0, 0, 1, 0]
-        assert [line["retried"] for line in lines] == [0, 0, 0, 1, 0]
         assert len(service.asked) == asked and entry["judge_invalid"] == 1 / 5
     assert service.keys == {SECRET}
 
@@ -441,45 +384,35 @@ def test_half_a_judge_is_named_before_anything_runs(refused, monkeypatch):
     assert "API_MODEL" in said and SECRET not in said and not Path("out").exists()
 
 
-def test_search_end_to_end(service, ask_team):
-    """evaluate.py's own client asks the server, and what was found stands in the output."""
+def test_search_end_to_end(service, ask_team, refused):
+    """Without a key the text says so. With one, what was found stands in the output."""
+    rows = [{"Question": "Emma", "Answer": "austen"}]
+    script = [["<search>who</search>"], ["\\boxed{Austen}"]]
+    [line], _ = ask_team("bamboogle", rows, script)
+    assert "not available" in line["outputs"][0] and line["correct"] == [True]
+    assert "none.txt" in refused(*file_of("bamboogle", rows), "--method", "latent",
+                                 "--tavily_keys_file", "none.txt")
     Path("keys").write_text(f"# mine\n{SECRET}\n")
-    found = {"title": "Emma", "url": "http://e", "content": "Austen"}
-    service.reply = lambda body: (200, {"results": [found]})
-    [line], entry = ask_team(
-        "bamboogle", [{"Question": "Emma", "Answer": "austen"}],
-        [["<search>who</search>"], ["\\boxed{Austen}"]], "--tavily_keys_file", "keys")
+    service.reply = lambda body: (200, {"results": [
+        {"title": "Emma", "url": "http://e", "content": "Austen"}]})
+    [line], entry = ask_team("bamboogle", rows, script, "--tavily_keys_file", "keys")
     assert line["outputs"] == ["<search>who</search>\n<result>\n[1] Emma\nhttp://e\nAusten\n"
                                "</result>\n\\boxed{Austen}"]
     assert entry["accuracy"] == 1 and entry["retried"] == 0 and entry["decoded_tokens"] == 20 + 15
     assert service.asked[0]["query"] == "who" and service.keys == {SECRET}
 
 
-def test_search_without_a_key_is_said_and_goes_on(ask_team, refused):
-    rows = [{"Question": "q", "Answer": "x"}]
-    [line], _ = ask_team("bamboogle", rows, [["<search>who</search>"], ["\\boxed{x}"]])
-    assert "not available" in line["outputs"][0] and line["correct"] == [True]
-    assert "none.txt" in refused(*file_of("bamboogle", rows), "--method", "latent",
-                                 "--tavily_keys_file", "none.txt")
-
-
 # ---- settings -----------------------------------------------------------------------------------
 
-def test_a_styles_settings_for_a_data_set(monkeypatch, capsys):
+@pytest.mark.parametrize("case", lines_of("style_settings.jsonl"), ids=lambda case: case["flags"])
+def test_a_styles_settings_for_a_data_set(case, monkeypatch, capsys):
     """They are used with --task as with --dataset, only where no flag was given, and printed."""
     Path("mine.py").write_text(
-        "import dataclasses\nfrom styles import get_style\n"
-        "mine = dataclasses.replace(get_style('tiny'), name='mine', settings={\n"
+        "from dataclasses import replace\nfrom styles.tiny import tiny\n"
+        "mine = replace(tiny, name='mine', settings={\n"
         "    'evaluate': {'batch_size': 3, 'latent_length': 5},\n"
         "    'math500': {'latent_length': 4, 'max_new_tokens': 7, 'temperature': 0.25}})\n")
-    of_set = dict(batch_size=3, latent_length=4, max_new_tokens=7, temperature=0.25)
-    for flags, given, set_by_style in (
-            ("--dataset math500", {}, of_set),
-            ("--dataset=rows.jsonl --task=math500 --latent_length=2 --temperature 0",
-             dict(latent_length=2, temperature=0), dict(batch_size=3, max_new_tokens=7)),
-            ("--dataset rows.jsonl --task maths --max_new_tokens 9",
-             dict(max_new_tokens=9, temperature=0.6), dict(batch_size=3, latent_length=5))):
-        args = parsed(monkeypatch, "--style", "mine.py", *flags.split())
-        assert vars(args).items() >= {**given, **set_by_style}.items()
-        printed = capsys.readouterr().out.split("the style sets ")[1].split("\n")[0].split()
-        assert set(printed) == {f"{name}={value}" for name, value in set_by_style.items()}
+    args = parsed(monkeypatch, *case["flags"].split())
+    assert vars(args).items() >= {**case["given"], **case["set"]}.items()
+    printed = capsys.readouterr().out.split("the style sets ")[1].split("\n")[0].split()
+    assert set(printed) == {f"{name}={value}" for name, value in case["set"].items()}

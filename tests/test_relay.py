@@ -28,17 +28,15 @@ from writing import Writing
 
 @pytest.fixture
 def double():
-    """The tiny agents with new links, in float64."""
     with nothing_in_float32():
         yield tiny_in_float64()
 
 
-# ---- columns ------------------------------------------------------------------------------------
+# ---- columns, and the relay ----------------------------------------------------------------------
 
 @torch.no_grad()
 def test_a_column_stands_in_the_prompts_of_one_role_alone(double):
-    """The planner reads {told}, and the solver has the question alone. Oracle: reference.recurse,
-    with prompts composed by hand."""
+    """The planner reads {told}, the others the question. Oracle: reference.recurse."""
     planner, *others = double.style.roles
     planner = replace(planner, first="{told} <|notes|> none", prompt="{told} <|notes|> {solver}")
     mas = replace(double, style=replace(double.style, roles=(planner, *others)))
@@ -63,8 +61,6 @@ def test_what_is_a_column():
     words = r"{question} x{a}{heard} {b_1} \boxed{c} \text{d} { e} {1} {f g}"
     assert names_in(words) == {"question", "a", "heard", "b_1"}
 
-
-# ---- the relay ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", relay.Relay.names)
 def test_the_tests_facts_are_in_no_training_row(name):
@@ -107,7 +103,7 @@ def test_a_fact_longer_than_m_is_refused():
 
 # ---- training -----------------------------------------------------------------------------------
 
-def test_the_warm_start_is_a_dictionary(shipped, capsys):
+def test_the_warm_start_is_a_dictionary(shipped):
     """After it, a word of the sender comes out nearest to the same word of the receiver."""
     mas = shipped.with_fresh_outer(seed=0)
     untrained = mas.outer["outer_31"].proj1.weight.clone()
@@ -120,9 +116,8 @@ def test_the_warm_start_is_a_dictionary(shipped, capsys):
         nearest = warm_start.nearest_tokens(target, got)
         plain = F.cosine_similarity(got[:, None], target.embedding.weight[None], dim=-1).argmax(1)
     assert torch.equal(nearest, plain) and (nearest == pairs[:, 1]).float().mean() > 0.9
-    # With one round, nobody hears the solver, so its link stays as it was.
-    assert torch.equal(mas.outer["outer_31"].proj1.weight, untrained)
-    assert capsys.readouterr().out.count("words in both vocabularies") == 2
+    assert torch.equal(mas.outer["outer_31"].proj1.weight, untrained)     # nobody hears its sender
+
 
 
 OWN = ["--text", "own", "--num_samples", 6, "--max_steps", 2, "--held_out", 4, "--own_length", 5]
@@ -140,13 +135,13 @@ def test_own_texts_are_the_agents_and_are_written_once(shipped, tmp_path, run):
     prompt = f"<bos> <|user|> {row['question']} <|notes|> {row['answer'][2]} <|assistant|>"
     alone = reference.write(agent, reference.embed(agent, [prompt]), 5)    # the last row in round 4
     assert len(alone) == 5 and alone in [line["tokens"] for line in lines]
-
     # A run that was stopped within a line goes on with what is missing, and no more.
     file.write_text(whole[:-7])
-    code, said, _ = run(train_inner, *flags)
-    again = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
-    assert code == 0 and "the agent's own" in said
-    assert file.read_text().startswith(whole[:-7]) and again == lines
+    assert "the agent's own" in run(train_inner, *flags)[1]
+    text = file.read_text()
+    again = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+    assert text.startswith(whole[:-7]) and again == lines
+
 
 
 def test_an_agent_that_writes_nothing_is_named(tmp_path, monkeypatch, run):
@@ -206,8 +201,8 @@ def test_evaluate_measures_losses(tmp_path, run):
         assert entry["nats"] == pytest.approx(sum(mine) / 6) and "accuracy" not in entry
         assert entry["ci95"][0] <= entry["nats"] <= entry["ci95"][1]
     assert entries["latent"]["nats"] < entries["zero"]["nats"] / 2
-    assert said.count("latent minus ") == 3 and "nats" in said
-    assert entries["single"]["latent_minus_this"]["n"] == 6       # beside the deepest latents
+    assert said.count("latent minus ") == 3 and "nats" in said       # beside the deepest latents
+    assert entries["single"]["latent_minus_this"]["n"] == 6
 
 
 def entries_of(folder):
@@ -222,8 +217,8 @@ def test_differences_are_paired_by_question():
     """Two methods with the same accuracy on other questions, in another order."""
     ours, theirs = [True] * 60 + [False] * 40, [True] * 50 + [False] * 40 + [True] * 10
     pair = paired(lines_of(ours), lines_of(theirs)[::-1])
-    assert (pair["difference"], pair["n"]) == (0.0, 100)
-    assert (pair["ours_only"], pair["theirs_only"]) == (10, 10)          # McNemar's counts
+    assert pair["difference"] == 0 and [pair[count] for count in (
+        "n", "ours_only", "theirs_only")] == [100, 10, 10]               # McNemar's counts
     low, high = pair["ci95"]                     # standard error: sqrt(20 / 100) / 10 = .045
     assert -0.11 < low < -0.06 and 0.06 < high < 0.11
     assert paired(lines_of(ours), lines_of(ours))["ci95"] == [0.0, 0.0]
@@ -237,9 +232,6 @@ def test_differences_are_paired_by_question():
 
 # ---- baselines need no links --------------------------------------------------------------------
 
-SMALL = ["--latent_length", 6, "--temperature", 0, "--out"]
-
-
 def test_baselines_and_controls_run_without_links(tmp_path, monkeypatch, run):
     monkeypatch.setattr(report, "plot", lambda *_: None)
     style = tmp_path / "bare.py"
@@ -249,7 +241,8 @@ def test_baselines_and_controls_run_without_links(tmp_path, monkeypatch, run):
 
     def ask(*methods):
         return run(evaluate, "--style", style, "--num_samples", 4, "--num_recursive_rounds", 3,
-                   "--max_new_tokens", 40, *SMALL, tmp_path / "out", "--method", *methods)
+                   "--max_new_tokens", 40, "--latent_length", 6, "--temperature", 0, "--out",
+                   tmp_path / "out", "--method", *methods)
 
     code, said, _ = ask("single", "single_loop", "text", "zero", "untrained")
     accuracy = {entry["method"]: entry["accuracy"] for entry in entries_of(tmp_path / "out")}
@@ -261,18 +254,17 @@ def test_baselines_and_controls_run_without_links(tmp_path, monkeypatch, run):
 
 
 def test_a_relay_is_asked_by_the_command(tmp_path, monkeypatch, run):
-    """The rows' columns reach every prompt, from the first call on. (The words mean nothing to the
-    tiny agents, so no answer is right.)"""
+    """The rows' columns reach every prompt, from the first call on."""
     monkeypatch.setattr(report, "plot", lambda *_: None)
     style = tmp_path / "told.py"
     style.write_text(
         "from dataclasses import replace\nfrom styles import Edge\nfrom styles.tiny import tiny\n"
         "planner, _, solver = (replace(role, repo='') for role in tiny.roles)\n"
-        "told = replace(tiny, name='told', repo='', edges=(Edge('outer_12', 'planner', 'solver'),),\n"
-        "    roles=(replace(planner, prompt='{told}'), replace(solver,\n"
-        "    first='{question}', prompt='{question} <|notes|> {planner}')))\n")
+        "edges = (Edge('outer_12', 'planner', 'solver'),)\n"
+        "told = replace(tiny, name='told', repo='', edges=edges, roles=(replace(planner,\n"
+        "    prompt='{told}'), replace(solver, prompt='{question} <|notes|> {planner}')))\n")
     flags = ["--style", style, "--dataset", "relay", "--num_samples", 4, "--num_recursive_rounds",
-             1, "--max_new_tokens", 4, *SMALL, tmp_path / "out"]
+             1, "--max_new_tokens", 4, "--latent_length", 6, "--out", tmp_path / "out"]
     assert run(evaluate, *flags, "--method", "single", "text", "untrained")[0] == 0
     assert [(entry["method"], entry["n"], entry["errors"]) for entry in entries_of(
         tmp_path / "out")] == [("text", 4, 0), ("single", 4, 0), ("untrained", 4, 0)]
@@ -280,13 +272,6 @@ def test_a_relay_is_asked_by_the_command(tmp_path, monkeypatch, run):
     code, said, _ = run(evaluate, *flags, "--show", 1, "--ckpt_override",
                         f"outer={tmp_path / 'links'}", "planner=tiny/planner")
     assert code == 0 and "planner    thinks" in said
-
-
-def test_a_styles_own_data_set_brings_its_settings(monkeypatch):
-    for flags, wanted in (([], ("relay", 16)), (["--dataset", "tiny"], ("tiny", 2000))):
-        monkeypatch.setattr("sys.argv", ["evaluate.py", "--style", "relay", *flags])
-        args, _ = evaluate.parse()
-        assert (args.dataset, args.max_new_tokens) == wanted
 
 
 def test_a_role_that_nobody_hears_needs_no_inner_link(shipped, tmp_path):

@@ -7,8 +7,8 @@ import torch
 from helpers import PROJECT
 
 from checkpoints import load_agent
+from docs import build_tiny as build
 from tasks import Example, get_task, pass_at_k, tiny
-from tiny import build
 
 
 def play(question):

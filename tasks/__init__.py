@@ -49,9 +49,11 @@ class Score:
 
 
 class Task:
-    """A data set with its scorer. A class defines load and score; everything else has a default.
+    """A data set with its scorer. This base is for tasks that make their own questions. RowTask is
+    for those that read them. A class defines two methods, and everything else has a default:
 
-    This base is for tasks that make their own questions. RowTask is for those that read them."""
+    load(limit=None, split=None) -> [Example]    the first ones; split: None for the usual one
+    score(example, text) -> Score"""
     names = ()                   # the data sets that the class knows
     kind = ""                    # of the questions, as in Example
     brief = None                 # tokens that hold all a message needs (method text_brief)
@@ -63,12 +65,6 @@ class Task:
     def __init__(self, name, path=None):
         need(path is None, f"{name} makes its own questions: leave the path out")
         self.name = name
-
-    def load(self, limit=None, split=None):
-        """The first `limit` Examples. split: of the data set, None for its usual one."""
-
-    def score(self, example, text):
-        """The Score of an answer to the question."""
 
     def ceiling(self, examples, rounds):
         """The best accuracy possible in `rounds` rounds, or None if it is not known."""

@@ -60,8 +60,7 @@ class Relay(Task):
 
     def __init__(self, name, path=None):
         super().__init__(name, path)
-        if name == "relay":
-            self.leave_out = tuple(row["answer"] for row in rows(name)[:TEST_SIZE])
+        self.leave_out = [row["answer"] for row in rows(name)[:TEST_SIZE] if name == "relay"]
 
     def load(self, limit=None, split=None):
         """The 64 facts of the test as Examples, or 64 of the training rows (split "train")."""

@@ -197,13 +197,11 @@ def ask_team(ask, monkeypatch):
     return ask_caller
 
 
-MATHS = [{"problem": "1" * i + "?", "answer": "4", "unique_id": str(i)} for i in (1, 2, 3)]
-
-
 @pytest.mark.parametrize("case", lines_of("second_tries.jsonl"), ids=lambda case: case["why"])
 def test_unread_answers_and_samples_are_asked_for_once_more(case, ask_team):
     """script: what is written at first, and then after the beginning of an answer."""
-    rows = {"math500": MATHS, "mbppplus": [MBPP]}[case["set"]][:len(case["lines"])]
+    rows = [{"problem": "1" * i + "?", "answer": gold, "unique_id": str(i)}
+            for i, gold in enumerate(case["golds"], 1)] or [MBPP]
     lines, entry = ask_team(case["set"], rows, case["script"], *case["flags"].split())
     for line, wanted in zip(lines, case["lines"], strict=True):
         assert {name: line[name] for name in wanted} == wanted

@@ -210,10 +210,10 @@ class Agent:
         """The Context of prompts with latents in their slots.
 
         prefix: (B token lists, their Context) of a beginning that was read before. The question
-        stands before the slots and is the same in every round, so only the rest is new. If all
-        prompts have equally much left to read, only that is read; padding in the middle of a cache
-        is allowed where it does no harm (gaps). Otherwise everything is read again. (On the tiny
-        system a training step takes 1.6 times as long without this.)"""
+        stands before the slots and is the same in every round, so only the rest is new. The rest
+        alone is read if all rests have the same length. Other lengths need padding in the middle of
+        the cache, which is allowed if self.gaps. In all other cases the whole prompt is read. (On
+        the tiny system a training step takes 1.6 times as long without this.)"""
         if prefix and all(parts[0][:len(begun)] == begun
                           for parts, begun in zip(prompts, prefix[0])):
             rest = [[parts[0][len(begun):], *parts[1:]]

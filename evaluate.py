@@ -12,7 +12,7 @@ last agent hears its own text, for as many turns as all agents have together). C
 All share loop, decoding and scoring. All but the `single` ones share the prompts, so a difference
 among them is a difference in what travels between the agents.
 
-OUT is the folder of --out. OUT/parts has a file for each batch and method, written when that is
+OUT is the folder of --out. OUT/parts gets a file for each batch and method when that batch is
 done. A run that was stopped goes on with the missing files (--resume), and under torchrun each rank
 writes its own share. From the parts come OUT/results.jsonl (a line for each question and method),
 OUT/summary.json and OUT/summary.png.
@@ -38,7 +38,7 @@ from tasks import get_task, task_names
 from tools.web import search_tool
 from writing import Sampling, Writing
 
-# Flags free to resume with.
+# A resumed run may change these flags, because they do not change an answer.
 CHANGES_NO_ANSWER = ("out", "resume", "show", "device", "threads", "compile", "offload")
 
 
@@ -126,7 +126,7 @@ def evaluate(mas, fresh, task, examples, plan, out, settings, resume=False):
     for rounds in sorted(set(plan.rounds)):
         for number, batch in enumerate(in_batches(examples, plan.batch_size)):
             for method in plan.methods:
-                depth = 1 if method == "single" else rounds         # it has one round: asked once
+                depth = 1 if method == "single" else rounds         # it has one round
                 part = out / "parts" / f"{method}_{depth}_{number:05d}.json"
                 jobs.setdefault(part, Job(task, plan, method, depth, examples=batch))
     if rank() == 0 and not resume:

@@ -1,4 +1,4 @@
-"""What an agent is asked in a turn, and what was already read of it.
+"""What an agent is asked in a turn, and which part of that prompt was read before.
 
 A prompt is a list of parts: token ids, and names of slots where latents will stand.
 
@@ -6,9 +6,10 @@ A prompt is a list of parts: token ids, and names of slots where latents will st
     chat       "<bos> <|user|> {question} <|notes|> {planner} <|assistant|>"
     parts      [[1, 4, 8, 25, .., 6], "planner", [7]]                   for one question
 
-A role's prompt has the same words in every round; only what stands in its slots changes. So two
-things are kept over the rounds of a batch: the parts, and the Context of their beginning, up to the
-first slot. The question stands there, so the beginning is most of the prompt.
+Once a role has heard its partners, it is asked in the same words in every round. Only the content
+of its slots changes. So two things are kept over the rounds of a batch: the parts, and the Context
+of their beginning, up to the first slot. The question stands there, so the beginning is most of the
+prompt.
 
 Shapes: B questions, m latent thoughts, d hidden width.
 """
@@ -53,8 +54,8 @@ class Turn:
     prefix: tuple | None         # (B token lists, their Context), the beginning that was read
 
     def read(self, chosen=None, after=None):
-        """The Context of all B prompts. Or of the prompts with the numbers `chosen`, each with the
-        tokens of a draft after it."""
+        """The Context of all B prompts. With `chosen`, the prompts with these numbers alone are
+        read, and after[i] holds the tokens of the draft that follows chosen[i]."""
         if chosen is None:
             return self.agent.read_prompts(self.prompts, self.latents, self.prefix)
         longer = [[*self.prompts[b], tokens] for b, tokens in zip(chosen, after)]

@@ -49,7 +49,7 @@ class Recursion:
     """What happened in a run of recurse()."""
     thoughts: dict = field(default_factory=dict)    # (round, role): H (B, m, d), before any link
     sent: dict = field(default_factory=dict)        # (round, edge key): R_out(R_in(H)), (B, m, d)
-    texts: dict = field(default_factory=dict)       # (round, role): B texts
+    texts: dict = field(default_factory=dict)       # (round, role): B texts; at the end B * samples
     latent_steps: int = 0                           # thoughts per question, of all roles together
     decoded: list = field(default_factory=list)     # words per question, of all roles together
     last_turn: Turn = None                          # recurse() stops before it
@@ -75,7 +75,7 @@ CONTROLS = {"zero": lambda edge, message: torch.zeros_like(message), "shuffle": 
 
 def recurse(mas, questions, rounds=None, latent_length=None, kind="math", method="latent",
             trace=False, take_turn=None, writing=Writing(), columns=None, change=None):
-    """Run all rounds up to the last agent's last turn, which is left to the caller: a Recursion.
+    """Run all rounds up to the last agent's last turn, which the caller does. Returns a Recursion.
 
     questions: B texts, or a whole Request. rounds, latent_length (m), kind, method, columns: see
     MAS.request. take_turn(turn) -> H (B, m, d) is called instead of thinking. writing: how texts
@@ -93,8 +93,8 @@ def recurse(mas, questions, rounds=None, latent_length=None, kind="math", method
     prompts = BatchPrompts(mas, style, request)
     run = Recursion(decoded=[0] * (len(request.questions) // writing.repeats))
     take_turn = take_turn or (lambda turn: turn.agent.think(turn.read(), request.latent_length))
-    # What each role has heard by now. At first nobody has heard anything. So in round 1 a role gets
-    # its `first` prompt, which has slots only for roles that spoke before it.
+    # What each role has heard by now. A role that has not yet heard all its partners gets its
+    # `first` prompt, which has slots only for those that spoke before it.
     heard = {role.name: {} for role in style.roles}         # {who: {from whom: the last message}}
 
     for round in range(1, request.rounds + 1):

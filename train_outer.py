@@ -238,9 +238,10 @@ def main():
         for batch in micro_batches(rows, step, args):
             outcome = outer_loss(mas, batch, rounds, args)
             # The loss is a mean over tokens. Times its tokens it is a sum, and sums can be added
-            # up. (In thousands of tokens, which keeps gradients in fp16 in range.)
+            # up. (The weight is in thousands of tokens. This keeps fp16 gradients in range.)
             weight = outcome.tokens / 1000
-            scaler.scale(outcome.loss * weight).backward()
+            if outcome.loss.requires_grad:          # not if no message arrives: it hears itself
+                scaler.scale(outcome.loss * weight).backward()
             state.add(weight, loss=outcome.loss, final=outcome.final, rounds=rounds,
                       **message_gradients(outcome.sent, len(batch), weight * scaler.get_scale()))
         mean_over_tokens(links, state)                       # of all micro-batches and all ranks

@@ -181,8 +181,8 @@ def write_turn(mas, recursion, turn, questions, writing):
 def write_message(mas, recursion, turn, request, writing):
     """What an agent says in words to the others: B texts.
 
-    text_brief cuts a text off after writing.brief words, where its essence ends. That makes the
-    fair baseline for latents: it also spares the others' time, but somebody has to know the length.
+    text_brief cuts a text after writing.brief tokens, which hold all that it has to say. It is the
+    fair baseline for latents, because its texts are short too. But its user has to know the length.
     """
     limit = writing.max_new_tokens
     if request.method == "text_brief":

@@ -25,8 +25,8 @@ def message_gradients(sent, count, scale):
     """{gradient_EDGE_ROUND: |dL/d(message)| of one row}, where L is the row's own loss.
 
     The batch's loss is a mean over `count` rows, so |dL/d(message)| is multiplied by count. scale:
-    gradients are too large by this factor. float32, because in half precision early rounds read as
-    zero."""
+    the factor by which gradients are too large. The norm is computed in float32, because early
+    rounds would be zero in half precision."""
     found = {}
     for (round, key), message in sent.items():
         sizes = [part.grad.float().norm(dim=(-2, -1)).view(-1) for part in parts_of(message)

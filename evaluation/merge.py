@@ -22,7 +22,7 @@ def merge(runs):
     names = ("style", "dataset", "method", "rounds", "n")
     keys = [[[entry[name] for name in names] for entry in entries] for entries in runs]
     need(keys[0] and keys == [keys[0]] * len(keys), "these folders hold no summary.json with the "
-         "same rows (style, data set, methods, rounds, n): merge runs that differ in seed alone")
+         "same entries (style, data set, methods, rounds, n): merge runs that differ in seed alone")
     merged, measure = [], measure_of(runs[0])
     for same in zip(*runs):                              # one entry of each run
         values = [entry[measure] for entry in same]

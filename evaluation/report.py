@@ -101,8 +101,8 @@ def write_report(entries, out, settings, task=None, examples=()):
 
 
 def print_comparison(entries, ceiling):
-    """Print latents minus every other method at the deepest rounds, over the same questions, what
-    they save against text, and the best accuracy that a method could reach."""
+    """Print three things, at the highest R: the difference between latent and each other method
+    over the same questions, what latents save against text, and the best accuracy possible."""
     deepest = max(one["rounds"] for one in entries)
     by = {one["method"]: one for one in entries
           if one["rounds"] == deepest or one["method"] == "single"}

@@ -45,7 +45,7 @@ def paired(ours, theirs):
     Two methods are asked the same questions, and a hard question is hard for both. So the interval
     of the difference (a bootstrap over questions) is narrower than the two intervals suggest.
     ours_only and theirs_only count questions that one method alone gets right (McNemar's counts):
-    if the methods are equally good, a question of either kind is as likely as of the other."""
+    if both methods are equally good, the two counts are about equal."""
     by_id = {line["id"]: value_of(line) for line in theirs if line["outputs"]}
     pairs = [(value_of(line), by_id[line["id"]]) for line in ours
              if line["outputs"] and line["id"] in by_id]

@@ -5,15 +5,15 @@ step. torch.compile also fuses them. All layers of a model do the same, so one l
 compiled and called with each layer's weights. On an H200 a step of Qwen3-1.7B takes 5.3 ms with the
 graph alone, and 1.77 ms compiled and tuned; at 32 questions 10.6 and 2.9 ms. The first calls take
 3 to 6 s, and 13 to 29 s with tuning, for which Inductor tries several sizes of each kernel. Tuning
-does not help 32 questions, so only single ones are tuned. docs/speed.md has the whole table. (The
+gains little at 32 questions, so only single ones are tuned. docs/speed.md has the whole table. (The
 figures are of a revision that rounded the scores of attention to bfloat16: see one_position.)
 
-The code serves buffers of every length. The first batch has code for its size, and all later sizes
-share one.
+The code serves buffers of every length. torch compiles code for the size of the first batch. All
+later sizes share one other code.
 
 Reading a prompt, and steps with gradients, are not compiled. It was tried with sizes that may
-change: reading became 1.2 to 1.8 times as fast, steps with gradients 1.5 times, the first calls of
-both took half a minute, and torch 2.11 failed on the backward pass of a batch.
+change: reading became 1.2 to 1.8 times as fast, steps with gradients 1.5 times, the first calls
+took 12 to 18 s for each case, and torch 2.11 failed on the backward pass of a batch.
 
 The linear-attention layers of Qwen3.5 are not compiled. They run as the library has them.
 """

@@ -6,7 +6,7 @@ from support.ranks import rank
 
 
 def chunks(items, size):
-    """Items in the fewest batches of at most `size`, all of nearly the same length."""
+    """Items in the fewest batches of at most `size` items. Their sizes differ by at most 1."""
     count = -(-len(items) // size)
     return [items[len(items) * i // count: len(items) * (i + 1) // count] for i in range(count)]
 

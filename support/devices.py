@@ -42,7 +42,7 @@ def pick_device(device="auto", dtype="auto"):
 
 
 def settle(style, device="auto", threads=0):
-    """The device for `style`, in the form pick_device accepts. Sets the number of CPU threads.
+    """The device for `style`: as asked, or as the style sets it. Sets the number of CPU threads.
 
     A flag counts first. Then the style's settings count, under "device":
 

@@ -53,8 +53,8 @@ def write_lines(path, objects):
 
 
 def read_lines(path):
-    """The objects in a .jsonl file, or [] if there is no such file. The end of a line that a crash
-    has cut off is left out."""
+    """The objects in a .jsonl file, or [] if the file is missing. A line that a crash has cut off
+    is left out."""
     lines = Path(path).read_text().split("\n") if Path(path).is_file() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
 

@@ -97,7 +97,7 @@ def add_training_flags(parser, learning_rate_flag, link_dtype_flag, kinds):
         help="pt is the released layout (bf16)")
     # The log and the state.
     add("--log_every", type=at_least(1), default=10, help="steps")
-    add("--save_steps", type=at_least(0), default=100, help="steps between two state.pt; 0: one")
+    add("--save_steps", type=at_least(0), default=100, help="steps; 0: state.pt at the end only")
     # Published flags that change nothing here. They are taken, so that published commands work.
     add(link_dtype_flag, help="no effect: links are trained in float32 and run under autocast")
     add("--solver_pre_question", help="no effect: where the question stands is up to the style")
@@ -146,8 +146,8 @@ def run(main):
         if os.environ.get("TRACEBACK") or isinstance(problem, RuntimeError) and not memory:
             raise
         if memory:
-            says = (f"{says[:200]} .. Lower --batch_size. (A trainer: and raise "
-                    "--grad_accum_steps. evaluate.py: or see --offload.)")
+            says = (f"{says[:200]} .. Lower --batch_size. In a trainer, raise --grad_accum_steps "
+                    "too. In evaluate.py, try --offload.")
         print(f"error: {says}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

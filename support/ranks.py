@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node 2 train_outer.py          rank 0 and rank 1 of 2
 
-Without torchrun there is one process, and it is rank 0 of 1. Rank 0 alone prints and writes files.
+Without torchrun there is one process, and it is rank 0 of 1. Rank 0 alone prints results and writes
+the final files. Other ranks write only their own share of the work.
 """
 import datetime
 import os

@@ -1,4 +1,5 @@
-"""The pictures of docs/pictures: they are whole, and docs/pictures.py shows what the project computes.
+"""The pictures of docs/pictures are whole, and docs/pictures.py shows what the project computes.
+
 """
 import math
 import re

@@ -13,8 +13,8 @@ long for 1 row as for 32, so give it many rows at once: --batch_size 32 --grad_a
 There is no DDP wrapper: DDP expects every weight to be used once in a graph, but a link is used R
 times, and some links are not used at all if R = 1. Links stay in float32 whatever the models'
 dtype: AdamW's updates are often smaller than a step of bfloat16, and would be lost. A gradient
-longer than max_grad_norm is scaled down to that length: backward through R rounds of rollouts
-multiplies many Jacobians, so single steps have gradients 100 times as long.
+longer than max_grad_norm is scaled down to that length. This is needed because the backward pass
+multiplies many Jacobians. Some steps have gradients 100 times as long.
 
 Resuming. state.pt holds links, optimizer, schedule, scaler and step. The data need no state: which
 rows make a step follows from the seed and the step alone.
@@ -82,7 +82,9 @@ def shuffled(length, seed, epoch):
 def new_schedule(optimizer, args, steps):
     """The learning rate by steps: a linear warm-up, then a cosine down to 0, or constant.
 
-        lr(i) = lr min(1, i / warmup) (1 + cos(pi (i - warmup) / (steps - warmup))) / 2"""
+        lr(i) = lr min(1, i / warmup) (1 + cos(pi max(0, i - warmup) / (steps - warmup))) / 2
+
+    The log's line for step s, counted from 1, has lr(s): the rate of the step after it."""
     kind = "constant_with_warmup" if args.lr_scheduler_type == "constant" else "cosine"
     return transformers.get_scheduler(kind, optimizer, min(args.warmup_steps, steps), steps)
 
@@ -105,13 +107,13 @@ def mean_over_tokens(links, state):
     if ranks() > 1:
         # With R = 1 the feedback link is unused and its gradient is None, on every rank alike. It
         # stays None: AdamW would move a link with a zero gradient by its momentum.
-        state.sums["stopping"] = float(state.stopping)      # told on one rank, all of them stop
+        state.sums["stops"] = float(state.asked_to_stop)    # if one rank is told to stop, all stop
         device = next(links.parameters()).device
         sums = torch.tensor(list(state.sums.values()), device=device)
         for tensor in (sums, *gradients):
             torch.distributed.all_reduce(tensor)
         state.sums = dict(zip(state.sums, sums.tolist()))
-        state.stopping = state.sums.pop("stopping") > 0
+        state.stops = state.sums.pop("stops") > 0
     tokens = state.sums.pop("tokens")
     for gradient in gradients:
         gradient /= tokens
@@ -130,7 +132,9 @@ class State:
 
     def __init__(self, args, total_steps, contents="", notes=None, **parts):
         self.args, self.parts, self.total_steps = args, parts, total_steps
-        self.done, self.skipped, self.skipped_in_a_row, self.stopping = 0, 0, 0, False
+        self.done, self.skipped, self.skipped_in_a_row = 0, 0, 0
+        # Ctrl-C on this rank, at any moment; and what all ranks agree on, once in each step.
+        self.asked_to_stop = self.stops = False
         self.folder, self.sums, self.means, self.logged = Path(args.save_dir), {}, {}, {}
         if ranks() > 1:
             for weight in parts["links"].parameters():    # all ranks start from the same links
@@ -160,9 +164,9 @@ class State:
 
     def stop(self, *_):
         """Stop after this step. Asked twice, stop at once."""
-        if self.stopping:
+        if self.asked_to_stop:
             raise KeyboardInterrupt
-        self.stopping = True
+        self.asked_to_stop = True
         print("stopping after this step (once more: at once)", file=sys.stderr, flush=True)
 
     def add(self, weight, **values):
@@ -176,6 +180,7 @@ class State:
 
         norm: of the gradient before clipping. finite: False if the step was skipped. Raises
         ValueError after MAX_SKIPPED such steps in a row."""
+        stops = self.stops if ranks() > 1 else self.asked_to_stop
         self.skipped += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         self.done += 1
@@ -188,9 +193,9 @@ class State:
                                       for name, value in self.logged.items()}) + "\n")
         # At the end the script writes the links first, which are smaller, and then the state.
         every = self.args.save_steps or self.total_steps
-        if self.stopping or self.done % every == 0 and not ends:
+        if stops or self.done % every == 0 and not ends:
             self.save()
-        if self.stopping:
+        if stops:
             raise KeyboardInterrupt
         need(not gives_up, f"the loss or its gradient was not finite {MAX_SKIPPED} steps in a row: "
              "begin again with a lower learning rate")

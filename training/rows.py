@@ -5,14 +5,14 @@
 The row above is one of a sequential style: the planner's target is ("plan",), the critic's
 ("refined_plan",), the solver's ("answer",). A role's `target` names the columns with its gold text,
 and the first one present counts. A cell is a text, which the role says in every round, or a list
-with one text a round, of which the last one repeats.
+with one text per round, of which the last one repeats.
 
 Two more columns are used where a row has them: task_family, the kind of its question
 (math, choice, code, search), and fn_name, for code that is tested by calling a function. A prompt
 may hold any column of the row as {column}.
 """
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from prompts import role_prompts
 from styles import KINDS
@@ -105,7 +105,7 @@ def fault(row, columns):
 @dataclass
 class RoleText:
     """One turn of a role in words: what it is asked, what it has heard, and what it says."""
-    style: object
+    style: object = field(repr=False)       # a fingerprint of texts leaves its settings out
     role: object
     question: str
     kind: str

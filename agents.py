@@ -201,7 +201,7 @@ class Agent:
         cache = new_cache(self.body.config) if context is None else context.fork()
         mask = mask if context is None else torch.cat([context.mask, mask], 1)
         if mask.shape[1] > self.positions and mask.sum(1).max() > self.positions:
-            say_once(f"{self.name} was made for texts of {self.positions} tokens, and a prompt is "
+            say_once(f"{self.name} was made for texts of {self.positions} tokens, and a text is "
                      "longer: what it says there may be nonsense")
         states = self.forward(embeds, cache, mask)                                  # (B, T, d)
         return Context(cache, mask, states[:, -1:])

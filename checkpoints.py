@@ -169,7 +169,7 @@ def local_folder(name, revision=None, who=""):
             return folder
     at = f" (revision {revision})" if revision else ""
     # Gated, private, misspelt, offline: the hub's own words say what is wrong.
-    with blame(f"{who and who + ': '}{name}{at} is not a folder here, and the hub does not give it",
+    with blame(f"{who and who + ': '}{name}{at} is neither a folder here nor on the hub",
                FileNotFoundError):
         # Llama's repos hold the weights a second time in original/.
         return Path(snapshot_download(name, revision=revision, ignore_patterns=["original/*"]))
@@ -262,10 +262,11 @@ def load_agents(style, device="auto", dtype="auto", task="math", trust_remote_co
     """{role name: Agent with its inner link, all frozen}.
 
     device: one, or several with commas. Each agent goes to the device with the least on it, and
-    only thoughts (B, m, d) cross over. override: {role: folder or hub id} in place of the role's
+    only thoughts (B, m, d) cross over. override: {role: folder or hub id} instead of the role's
     repo. models: {role: base model}. inner_kind: as `kind` of load_inner. need_links=False: a role
-    without an inner link gets a new one, and a line says so. A role that nobody hears always gets
-    one: its link is never used. Raises ValueError or FileNotFoundError, naming style and role."""
+    without an inner link gets a new one, and a line says so. A role that nobody hears gets one if
+    no folder is named: its link is never used. Raises ValueError or FileNotFoundError, naming style
+    and role."""
     devices = [pick_device(name.strip(), dtype) for name in str(device).split(",")]
     filled, loaded, agents = [0] * len(devices), {}, {}
     for role in style.roles:

@@ -66,8 +66,8 @@ def shuffled(edge, message):
 
 
 # A control changes what arrives: change(edge, message) -> a message of the same shape. To add one,
-# name such a function here. recurse(change=..) takes any of them. `zero` sends nothing: what does
-# the last agent know without the others?
+# name such a function here. recurse(change=..) takes any of them. (Where agents exchange texts, the
+# message is a list of B texts.) `zero` sends nothing: what does the last agent know by itself?
 CONTROLS = {"zero": lambda edge, message: torch.zeros_like(message), "shuffle": shuffled}
 
 
@@ -143,7 +143,8 @@ class MAS:
 
     def request(self, questions, rounds=None, latent_length=None, kind="math", method="latent",
                 columns=None):
-        """A checked and complete Request. Every run is checked here, and nowhere else.
+        """A checked and complete Request. Every run is checked here, and nowhere else. (A Request
+        is returned as it is, whatever else is given.)
 
         rounds and latent_length: by default what the links were trained with, else 3 and 32. kind:
         of all questions, or a list with one for each. method: latent, a control, or one of WORDS.
@@ -157,15 +158,15 @@ class MAS:
              and all(isinstance(one, str) and one.strip() for one in questions), "questions are a "
              "list of texts, none of them empty: for a single one write [question]")
         kinds = [kind] * len(questions) if isinstance(kind, str) else list(kind)
-        need(len(kinds) == len(questions) and set(kinds) <= set(KINDS), f"kind {kind!r} is neither "
-             f"one of {', '.join(KINDS)}, nor a list of these with one for each question")
+        columns = list(columns or [{}] * len(questions))
+        need(len(kinds) == len(columns) == len(questions) and set(kinds) <= set(KINDS), "kinds and "
+             f"columns have one entry for each question, kinds of {', '.join(KINDS)}, not {kind!r}")
         methods = ("latent", *CONTROLS, *WORDS)
         need(method in methods, f"unknown method '{method}': choose one of {', '.join(methods)}")
         need(all(isinstance(one, Integral) for one in (rounds, m)) and rounds >= 1
              and (m >= 1 or method in WORDS), "rounds and latent length are whole numbers of at "
              f"least 1, not {rounds} and {m}: for an answer without latents use method single")
-        return Request(list(questions), kinds, list(columns or [{}] * len(questions)),
-                       rounds=rounds, latent_length=m, method=method)
+        return Request(list(questions), kinds, columns, rounds, latent_length=m, method=method)
 
     def agent(self, role):
         """The agent of a role, its weights on its device."""
@@ -244,9 +245,9 @@ def load_mas_system(style, device="auto", dtype="auto", task="math", trust_remot
                     allow_unsafe_code=False, need_links=True, threads=0, compile=0):
     """A whole system, ready to answer.
 
-    style: a name, a .py file or a Style. ckpt_override: {role or "outer": folder or hub id}, in
-    place of the style's own. task: chooses among the links of repos that hold several. revision: of
-    the style's repos. offload: see MAS. allow_unsafe_code: let tools run programs even where
+    style: a name, a .py file or a Style. ckpt_override: {role or "outer": folder or hub id}, used
+    instead of the style's own. task: chooses among the links of repos that hold several. revision:
+    of the style's repos. offload: see MAS. allow_unsafe_code: let tools run programs even where
     nothing confines them. need_links: False puts new, untrained links where none are found, which
     is enough for baselines in words and for controls. device, threads: see support/devices.py.
     compile: 0 or 1, see gpu/compiled.py. Raises ValueError or OSError, naming the file.

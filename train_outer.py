@@ -84,7 +84,6 @@ def parse():
     add("--eval_samples", type=flags.at_least(0), default=500, help="problems of the comparison")
     add("--shuffle", action="store_true", help="no effect: rows are always shuffled")
     args = flags.parse(parser, style.settings.get("train_outer", {}))
-    need(args.eval_samples != 1, "--eval_samples must be 0 (no comparison) or at least 2")
     for role in style.roles:
         inner = vars(args)[f"{role.name}_inner"]
         found = [(folder / inner).resolve() for folder in (Path(), PROJECT) if inner]
@@ -155,8 +154,8 @@ def mean_loss(agent, context, targets):
 
 
 def kept_or_rerun(turn, args):
-    """Run a turn, a function. With --gradient_checkpointing it is run again in the backward pass.
-    Otherwise all that the backward pass needs is kept.
+    """Run a turn, which is given as a function. With --gradient_checkpointing it is run again in
+    the backward pass. Otherwise all that the backward pass needs is kept.
 
     The whole turn is run again, with its cache made inside. The library's own switch does this
     layer by layer, and silently drops the cache."""
@@ -255,7 +254,7 @@ def main():
         optimizer.zero_grad()
         state.end_step(norm.item(), finite)                  # the log, state.pt, Ctrl-C
     links.requires_grad_(False)
-    finish(mas, args, task, state, started)
+    finish(mas, args, task=task, state=state, started=started)
 
 
 def finish(mas, args, task, state, started):

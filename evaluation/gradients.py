@@ -1,7 +1,7 @@
 """How much does a round teach the links? |dL/d(message)| of each message, logged and drawn.
 
     keep_gradients(sent)                         before backward: torch drops them otherwise
-    message_gradients(sent, rows, scale)         after backward: for log.jsonl
+    message_gradients(sent, count, scale)        after backward: for log.jsonl
     plot_gradients(folder)                       after training: FOLDER/gradients.png
 
 A round that is far below the others teaches its links nothing. docs/training.md shows the picture.

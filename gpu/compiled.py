@@ -36,6 +36,7 @@ def set_compile(agents, choice):
          "GPU: on a CPU no step is recorded, so none is compiled. Leave it out")
     for agent in agents:
         agent.recorder.compiled = CompiledForward(agent) if compiles else None
+        agent.recorder.recorded = None             # a recording of the other way
 
 
 # ---- attention of one position ------------------------------------------------------------------

@@ -87,19 +87,15 @@ class Clock:
     A GPU works on while Python goes ahead. So the clock waits for it, before and after."""
 
     def __enter__(self):
-        self.wait()
+        for card in cards():
+            torch.cuda.synchronize(card)
         self.started = time.perf_counter()
         return self
 
     def __exit__(self, problem, *_):
-        if problem is None:                    # a card that has failed cannot be waited for
-            self.wait()
-        self.seconds = time.perf_counter() - self.started
-
-    def wait(self):
-        """Wait until the GPUs have done all that they were asked for."""
-        for card in cards():
+        for card in cards() if problem is None else ():     # a failed card cannot be waited for
             torch.cuda.synchronize(card)
+        self.seconds = time.perf_counter() - self.started
 
 
 def reset_peak_memory():

@@ -63,8 +63,8 @@ class Choice(RowTask):
         # The publishers' own files list the options in the question as well, some of them twice.
         listed = r"\s*".join(rf"\(?{line[0]}[.):] *{re.escape(line[3:])}" for line in lines)
         question = re.sub(rf"(?:\s*{listed})+$", "", question).strip()
-        return Example("", "\n".join([question, *lines]), LETTERS[options.index(right)], "choice",
-                       {**row, "options": options})
+        return Example("", "\n".join([question, *lines]), LETTERS[options.index(right)],
+                       kind="choice", row={**row, "options": options})
 
     @staticmethod
     def score(example, text):

@@ -89,7 +89,7 @@ class Coding(RowTask):
         if row.get("test_list"):
             question += "\n\nYour program must pass tests like these:\n"
             question += "\n".join(row["test_list"][:3])
-        return Example("", question, "tests pass", "code", {"head": head, "test": script})
+        return Example("", question, "tests pass", kind="code", row={"head": head, "test": script})
 
     @staticmethod
     def score(example, text):
@@ -130,8 +130,8 @@ def live_example(source, row):
                  if function else
                  "\n\nYour program must read its input from stdin and print its answer.")
     hidden = hidden if source.offset is None else [source.file, source.offset]
-    return Example("", question, "tests pass", "code",
-                   {"shown": shown, "hidden": hidden, "function": function})
+    return Example("", question, "tests pass", kind="code",
+                   row={"shown": shown, "hidden": hidden, "function": function})
 
 
 class DataOnly(pickle.Unpickler):

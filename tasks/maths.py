@@ -48,7 +48,7 @@ class Maths(RowTask):
         question = column(source, row, "problem", "question")
         gold = column(source, row, "answer").rpartition("####")[2].strip()
         need(gold, f"{source} has no answer after its ####", Unusable)
-        return Example("", question, gold, "math", row)
+        return Example("", question, gold, kind="math", row=row)
 
     @staticmethod
     def score(example, text):
@@ -56,10 +56,11 @@ class Maths(RowTask):
         answer, pool = last_box(text), worker()
         if answer is None:
             return Score(False, None)
+        asked = pool.schedule(compare, (example.gold, answer), {}, SECONDS)
+        while pool.active and not asked.done():        # a pool that breaks may forget a question
+            wait([asked], 1)
+        need(asked.done(), "the process that compares answers was ended", RuntimeError)
         try:
-            asked = pool.schedule(compare, (example.gold, answer), {}, SECONDS)
-            while pool.active and not asked.done():    # a pool that breaks may forget a question
-                wait([asked], 1)
             found, correct = asked.result(0)
         except TimeoutError:
             return Score(False, answer, f"no verdict in {SECONDS} s")

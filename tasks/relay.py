@@ -67,7 +67,7 @@ class Relay(Task):
         need(split in (None, "test", "train"),
              f"{self.name} has no split '{split}': choose test or train")
         start = TEST_SIZE if split == "train" else 0
-        return [Example(f"{self.name}-{i}", row["question"], row["answer"], "search", row)
+        return [Example(f"{self.name}-{i}", row["question"], row["answer"], kind="search", row=row)
                 for i, row in enumerate(rows(self.name)[start:start + TEST_SIZE][:limit])]
 
     def train_rows(self, n, seed):

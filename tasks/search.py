@@ -37,7 +37,7 @@ class Search(RowTask):
         answers = [str(answer).strip() for answer in answers if str(answer).strip()]
         need(answers, f"{source} has no answer", Unusable)
         return Example("", column(source, row, "Question", "question"), " or ".join(answers),
-                       "search", {"answers": answers})
+                       kind="search", row={"answers": answers})
 
     @staticmethod
     def score(example, text):

@@ -119,8 +119,9 @@ def train_rows(n, seed):
 def load(limit=None, split=None):
     """The test problems as Examples, the first `limit` of them. There is one split."""
     need(split in (None, "test"), f"tiny has no split '{split}': leave --dataset_split out")
-    return [Example(f"tiny-{i}", problem.question, str(problem.values[-1]), "math",
-                    {"events": len(problem.operations), "answer": gold_texts(problem, "solver")})
+    return [Example(f"tiny-{i}", problem.question, str(problem.values[-1]), kind="math",
+                    row={"events": len(problem.operations),
+                         "answer": gold_texts(problem, "solver")})
             for i, problem in enumerate(islice(test_problems(), limit))]
 
 

@@ -32,11 +32,8 @@ import torch  # noqa: E402
 import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
-from transformers import (Gemma3Config, Gemma3ForCausalLM,  # noqa: E402
-                          Gemma3ForConditionalGeneration, LlamaConfig, LlamaForCausalLM,
-                          MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast,
-                          Qwen2Config, Qwen2ForCausalLM, Qwen3_5Config, Qwen3_5ForCausalLM,
-                          Qwen3_5ForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM)
+from transformers import (AutoConfig, AutoModelForCausalLM,  # noqa: E402
+                          AutoModelForImageTextToText, PreTrainedTokenizerFast)
 
 import reference  # noqa: E402
 import train_outer  # noqa: E402
@@ -55,13 +52,9 @@ TOLERANCE = {"qwen3_5": 5e-4, "qwen3_5_conditional": 5e-4}       # all others: 1
 EXTRA_WORDS = tuple(dict.fromkeys(
     (ANSWER_FORMAT["math"] + " <|system|> plan: check: notes: own: mend it team of three").split()))
 VOCABULARY = {word: i for i, word in enumerate((*WORD_ID, *EXTRA_WORDS))}
-QUESTIONS = [
-    "start 3 s1 x7 s2 flip s3 +2",
-    "start 0 s1 +1",
-    "start 9 s1 -2 s2 x3 s3 -1 s4 flip s5 +3 s6 x7",
-    "start 5 s1 flip s2 +2",
-    "start 7 s1 x3 s2 x3 s3 x3 s4 -2",
-]
+QUESTIONS = ["start 3 s1 x7 s2 flip s3 +2", "start 0 s1 +1",
+             "start 9 s1 -2 s2 x3 s3 -1 s4 flip s5 +3 s6 x7", "start 5 s1 flip s2 +2",
+             "start 7 s1 x3 s2 x3 s3 x3 s4 -2"]
 
 
 # ---- tokenizers ---------------------------------------------------------------------------------
@@ -107,36 +100,27 @@ def new_model(family, seed=0, vocabulary=VOCABULARY, width=None):
                   max_position_embeddings=256, initializer_range=0.12, tie_word_embeddings=True,
                   bos_token_id=vocabulary["<bos>"], eos_token_id=vocabulary["<eos>"],
                   pad_token_id=vocabulary["<pad>"])
-    if kind == "qwen3":
-        model = Qwen3ForCausalLM(Qwen3Config(head_dim=8, **shared))
-    elif kind == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**shared))
-    elif kind == "qwen2":
-        model = Qwen2ForCausalLM(Qwen2Config(**shared))
-    elif kind == "mistral":
-        model = MistralForCausalLM(MistralConfig(sliding_window=WINDOW, **shared))
-    elif kind == "gemma3":
-        layers = ["sliding_attention", "full_attention"]
-        config = Gemma3Config(
-            text_config=dict(shared, head_dim=8, sliding_window=WINDOW, layer_types=layers),
-            vision_config=dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                               num_attention_heads=2, image_size=28, patch_size=14),
-            mm_tokens_per_image=4)
-        model = (Gemma3ForConditionalGeneration(config) if family != kind
-                 else Gemma3ForCausalLM(config.text_config))
-    else:
-        text = dict(shared, head_dim=8, num_hidden_layers=4, initializer_range=0.08,
-                    tie_word_embeddings=family == kind,     # else said at the top alone
-                    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
-                    linear_value_head_dim=8,
-                    rope_parameters=dict(rope_type="default", rope_theta=10000.0,
-                                         partial_rotary_factor=1.0, mrope_section=[2, 1, 1]))
-        vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2,
-                      out_hidden_size=width, num_position_embeddings=16)
-        config = Qwen3_5Config(text_config=text, vision_config=vision, tie_word_embeddings=True)
-        model = (Qwen3_5ForConditionalGeneration(config) if family != kind
-                 else Qwen3_5ForCausalLM(config.text_config))
-    return model.eval()
+    layers = ["sliding_attention", "full_attention"]
+    rope = dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=1.0,
+                mrope_section=[2, 1, 1])
+    own = {"qwen3": dict(head_dim=8), "mistral": dict(sliding_window=WINDOW),
+           "gemma3": dict(head_dim=8, sliding_window=WINDOW, layer_types=layers),
+           "qwen3_5": dict(head_dim=8, num_hidden_layers=4, initializer_range=0.08,
+                           tie_word_embeddings=family == kind,      # else said at the top alone
+                           linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
+                           linear_value_head_dim=8, rope_parameters=rope)}
+    settings = {**shared, **own.get(kind, {})}
+    vision = dict(hidden_size=16, intermediate_size=16)
+    if kind == "gemma3":
+        vision.update(num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+        settings = dict(text_config=settings, vision_config=vision, mm_tokens_per_image=4)
+    elif kind == "qwen3_5":
+        vision.update(depth=1, num_heads=2, out_hidden_size=width, num_position_embeddings=16)
+        settings = dict(text_config=settings, vision_config=vision, tie_word_embeddings=True)
+    config = AutoConfig.for_model(kind, **settings)
+    if family == kind:
+        return AutoModelForCausalLM.from_config(config.get_text_config()).eval()
+    return AutoModelForImageTextToText.from_config(config).eval()
 
 
 def randomise(link, gain, seed=0):
@@ -146,8 +130,7 @@ def randomise(link, gain, seed=0):
     with torch.no_grad():
         for module in link.modules():
             if isinstance(module, nn.Linear):
-                scale = module.in_features ** -0.5
-                module.weight.normal_(0, scale, generator=generator)
+                module.weight.normal_(0, module.in_features ** -0.5, generator=generator)
                 module.bias.normal_(0, 0.1, generator=generator)
             elif isinstance(module, nn.LayerNorm):
                 factor = gain if module is last else 1.0
@@ -165,24 +148,9 @@ def new_agent(family, seed=0, template=CHAT_TEMPLATE):
     return agent
 
 
-THREE = Style(
-    name="three",
-    roles=(
-        Role("planner", "random", "",
-             prompt="{question} <|notes|> {solver}\nmend it {answer_format}",
-             first="plan: {question} <|notes|> none"),
-        Role("critic", "random", "",
-             prompt="{question}\nnotes: {planner}\nown: {solver} .\ncheck: it",
-             first="{question}\nnotes: {planner}\ncheck: it"),
-        Role("solver", "random", "",
-             prompt="{question}\nnotes: {critic} and\n{answer_format}\nplan: {planner}",
-             first="{question}\n{answer_format}",
-             own="{question}\n{answer_format}\nplan: {solver}"),
-    ),
-    edges=(Edge("outer_12", "planner", "critic"), Edge("outer_23", "critic", "solver"),
-           Edge("outer_31", "solver", "planner"), Edge("outer_13", "planner", "solver"),
-           Edge("outer_32", "solver", "critic")),
-)
+_three = json.loads((PROJECT / "tests/data/three.json").read_text())
+THREE = Style("three", tuple(Role(**role) for role in _three["roles"]),
+              tuple(Edge(*edge) for edge in _three["edges"]))
 
 
 def new_mas(style=THREE, families=("qwen3", "llama", "qwen2")):
@@ -348,11 +316,22 @@ def lines_of(name):
     return [json.loads(line) for line in (PROJECT / "tests/data" / name).open()]
 
 
+def log_of(folder):
+    """The lines of a training's log."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def links_of(folder):
+    """{file: its bytes} of the links in a folder."""
+    found = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+    assert found
+    return found
+
+
 # ---- scripts as processes -----------------------------------------------------------------------
 
-# A process that imports torch and transformers takes seconds to start. So one server imports them
-# once, and forks each script from there. A fork is a process of its own: for locks, for signals,
-# for ranks.
+# A process that imports torch takes seconds to start. So one server imports it once, and forks each
+# script from there. A fork is a process of its own: for locks, for signals, for ranks.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["datasets", "math_verify", "matplotlib.figure", "evaluate",
                                "train_inner", "train_outer"])
@@ -398,7 +377,6 @@ class Script:
         self.started.append(self)
 
     def runs(self):
-        """Whether it has not ended yet."""
         return self.process.is_alive()
 
     def wait(self, timeout=240):
@@ -415,15 +393,12 @@ class Script:
             time.sleep(0.02)
 
     def send(self, number):
-        """Send it a signal."""
         os.kill(self.process.pid, number)
 
     def stdout(self):
-        """What it has printed by now."""
         return self._said("stdout")
 
     def stderr(self):
-        """What it has complained of by now."""
         return self._said("stderr")
 
     def _said(self, name):
@@ -431,7 +406,6 @@ class Script:
         return file.read_text() if file.exists() else ""
 
     def end(self):
-        """End it at once, and forget what it said."""
         self.process.kill()
         self.process.join()
         self.folder.cleanup()
@@ -464,6 +438,15 @@ def write_rows(path, rows):
     return str(path)
 
 
+ROWS = json.loads((PROJECT / "tests/data/rows.json").read_text())
+GPQA, MEDQA, MBPP, HUMAN = (ROWS[name] for name in ("gpqa", "medqa", "mbppplus", "humaneval"))
+
+
+def live_row(hidden, **change):
+    """A row of LiveCodeBench with these hidden tests."""
+    return {**ROWS["livecodebench"], "private_test_cases": hidden, **change}
+
+
 def stdin_test(given, expected):
     """A test of LiveCodeBench: what a program reads, and what it should print."""
     return {"input": given, "output": expected, "testtype": "stdin"}
@@ -472,38 +455,3 @@ def stdin_test(given, expected):
 def packed(value):
     """As LiveCodeBench packs its hidden tests."""
     return base64.b64encode(zlib.compress(pickle.dumps(value))).decode()
-
-
-def live_row(hidden, **change):
-    """A row of LiveCodeBench with these hidden tests."""
-    return {"question_title": "Sum", "question_content": "Add two numbers.", "starter_code": "",
-            "question_id": "q1", "public_test_cases": json.dumps([stdin_test("1 2", "3")]),
-            "private_test_cases": hidden, "metadata": "{}", **change}
-
-
-GPQA = {"Question": "What is left?", "Correct Answer": "port\n", "Incorrect Answer 1": "starboard",
-        "Incorrect Answer 2": "bow", "Incorrect Answer 3": "stern", "Record ID": "rec1"}
-MEDQA = {"question": "Which?", "answer": "iron", "answer_idx": "B",
-         "options": {"A": "zinc", "B": "iron", "C": "lead", "D": "tin"}}
-MBPP = {"task_id": 2, "prompt": "Write a function to add two numbers.", "code": "",
-        "source_file": "", "test_imports": ["import math"],
-        "test_list": [f"assert add(1, {i}) == {i + 1}" for i in range(5)],
-        "test": "import numpy as np\nassert add(np.int64(2), math.floor(1.5)) == 3"}
-HUMAN = {"task_id": "HumanEval/0", "entry_point": "double", "canonical_solution": "",
-         "prompt": "from typing import List\n\n\ndef half(x):\n    return x / 2\n\n\n"
-                   "def double(values: List[int]) -> List[int]:\n    \"\"\"Each value, doubled."
-                   "\n    >>> double([1])\n    [2]\n    \"\"\"\n",
-         "test": "\n\nMETADATA = {'author': 'x'}\n\n\ndef check(candidate):\n"
-                 "    assert candidate([1, 2]) == [2, 4]\n"
-                 "    assert half(candidate([3])[0]) == 3\n"}
-ROWS = {
-    "math500": {"problem": "1+1?", "solution": "", "answer": "2", "subject": "a", "level": 1,
-                "unique_id": "test/1.json"},
-    "aime25": {"problem": "1+1?", "answer": "2", "id": "0"},
-    "aime26": {"problem_idx": 1, "problem": "1+1?", "answer": 2},
-    "gsm8k": {"question": "1+1?", "answer": "It is 1+1=<<1+1=2>>2.\n#### 2"},
-    "gpqa": GPQA, "medqa": MEDQA, "mbppplus": MBPP, "humaneval": HUMAN,
-    "livecodebench": live_row("[]"), "bamboogle": {"Question": "Where?", "Answer": "Here"},
-    "hotpotqa": {"id": "h1", "question": "Where?", "answer": "Here", "type": "bridge",
-                 "level": "hard", "supporting_facts": {}, "context": {"title": ["T"]}},
-}

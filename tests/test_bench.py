@@ -1,6 +1,5 @@
-"""python -m bench: all sections run, what is compared agrees, a section that fails loses no other
-one, and what it works out about memory equals what real models and caches take. No test looks at a
-time."""
+"""python -m bench: all sections run, equal results come before any time, a section that fails loses
+no other one, and the memory it works out is the memory that real models and caches take."""
 import argparse
 import json
 from dataclasses import replace
@@ -28,18 +27,17 @@ def ask(run):
 
 
 def small(dtype="auto"):
-    """A Bench of tiny dimensions."""
     return bench.Bench(argparse.Namespace(dims="tiny", layers=0, device="cpu", dtype=dtype,
                                           threads=1, repeats=1, compile=None))
 
-
-# ---- the run ------------------------------------------------------------------------------------
 
 def test_every_section_runs(ask):
     """One run over all of them: a table each, and one JSON line with everything."""
     printed, figures, code = ask()
     assert code == 0 and "FAILED" not in printed
-    assert list(figures["sections"]) == list(bench.SECTIONS)
+    counts = {name: len(lines) for name, lines in figures["sections"].items()}
+    assert counts == {"step": 2, "rollout": 2, "answer": 1, "training": 2, "decoding": 1,
+                      "memory": 2} and list(counts) == list(bench.SECTIONS)
     assert figures["threads"] == 1 and figures["torch"] == torch.__version__
     assert (figures["dims"], figures["dtype"], figures["compile"]) == ("tiny", "torch.float32", 0)
     for name, lines in figures["sections"].items():
@@ -50,11 +48,8 @@ def test_every_section_runs(ask):
                 assert len(line["ours_s"]) == len(line["reference_s"]) == 1
                 assert line["ours_s"][0] > 0 and line["ratio"] > 0
                 assert line["apart"] is None if name == "step" else 0 <= line["apart"] <= 1e-3
-    counts = {name: len(lines) for name, lines in figures["sections"].items()}
-    assert counts == {"step": 2, "rollout": 2, "answer": 1, "training": 2, "decoding": 1,
-                      "memory": 2}
-    # The physics: the floor is the time of reading the weights of a step. There are 2 layers of
-    # d = 64, 4 heads and 2 of keys and values of 16, inner width 128; norms; R_in.
+    # The floor is the time of reading the weights of a step: 2 layers (d = 64, 4 heads and 2 of keys
+    # and values of 16, inner width 128), norms, and R_in.
     timed, memory = figures["sections"]["step"]
     layer = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128 + 2 * 16 + 2 * 64
     assert memory["weights"] == 4 * (2 * layer + 64 + 2 * (64 * 64 + 64) + 4 * 64)
@@ -64,27 +59,24 @@ def test_every_section_runs(ask):
 
 
 def check_memory(printed, lines):
-    """The table of memory has these lines. The links are those of the paper's table, in millions of
-    parameters."""
+    """The table of memory has these lines. The links have the paper's numbers of parameters."""
+    millions = {"sequential_light": 21.5 + 53.0, "sequential_scaled": 45.1 + 112.0}
     table = {tuple(line.split()[:2]): line.split()[2:] for line in printed.splitlines()}
     for line in lines:
         weights, largest, links, cache = map(float, table[line["case"], line["dtype"]])
         assert weights == round(line["weights"] / 1e9, 2) >= largest > cache > 0
-        millions = {"sequential_light": 21.5 + 53.0, "sequential_scaled": 45.1 + 112.0}
         if line["case"] in millions:
             assert links == round(4 * millions[line["case"]] / 1000, 2)
 
 
 @pytest.mark.slow
-def test_memory_of_all_styles(capsys):
-    """Every real style is in the table, in both dtypes."""
+def test_memory_of_all_styles_in_both_dtypes(capsys):
     lines = models.memory_table(tokens=10)
     assert len(lines) == 10
     check_memory(capsys.readouterr().out, lines)
 
 
 def test_half_precision_in_chosen_sections(ask):
-    """In every section that compares results, ours is about as near to float32 as the reference."""
     chosen = ["training", "step", "rollout", "answer", "decoding"]
     printed, figures, code = ask("--dtype", "bfloat16", "--layers", "1", "--sections", *chosen)
     assert code == 0 and figures["dtype"] == "torch.bfloat16" and figures["layers"] == 1
@@ -119,8 +111,6 @@ def test_wrong_flags_are_one_line(options, named, run):
     assert code == 2 and len(errors) == 1 and named in errors[0]
 
 
-# ---- one comparison -----------------------------------------------------------------------------
-
 def test_repeats_and_patience(monkeypatch):
     """Both take turns `repeats` times, but only twice where that takes long. Times are per step."""
     turns, one = [], small()
@@ -152,20 +142,17 @@ def test_half_precision_is_judged_by_float32():
     """Ours may be twice as far from the reference's float32 result as the reference's own."""
     one, right = small("bfloat16"), torch.ones(100)
 
-    def compare(case, off):
-        one.compare(case, one.agent, lambda agent: [
-            right * (1 if agent.dtype == torch.float32 else 1.01)], lambda agent: [
-            right * (1 + off)])
+    def theirs(agent):
+        return [right * (1 if agent.dtype == torch.float32 else 1.01)]
 
     for off in (0.019, -0.019):
-        compare("near", off)
+        one.compare("near", one.agent, theirs, lambda _: [right * (1 + off)])
         assert one.lines[-1]["apart"] == pytest.approx(0.019, rel=1e-3)
     for off in (0.021, -0.021, float("nan")):
         with pytest.raises(RuntimeError, match="far.*0.02 is allowed"):
-            compare("far", off)
+            one.compare("far", one.agent, theirs, lambda _: [right * (1 + off)])
 
 
-@torch.no_grad()
 def test_a_copy_in_float32():
     """It has the same weights and computes in float32. The original stays what it is."""
     mas = small("bfloat16").mas
@@ -179,7 +166,6 @@ def test_a_copy_in_float32():
     assert all(torch.equal(a.float(), b) and b.dtype == torch.float32 for a, b in weights)
 
 
-@torch.no_grad()
 def test_the_batch_of_the_reference_is_the_reference():
     agent = models.new_agent("tiny", 0, torch.device("cpu"), torch.float64)
     texts = models.some_texts(8, 3)
@@ -190,9 +176,8 @@ def test_the_batch_of_the_reference_is_the_reference():
 
 @torch.no_grad()
 def test_weights_are_drawn_so_that_results_can_be_compared(ask, monkeypatch):
-    """With the library's own spread at width 2048, which is .9, a rollout is chaotic: a small push
-    on the prompt grows with each thought. With ours it does not. So half precision can be judged.
-    Width 512 shows the same at the same spread."""
+    """With the spread 0.9, which is the library's at width 2048, a small push on the prompt grows
+    with each thought. With ours it does not. So half precision can be judged."""
     configs = {"wide": models.dims("qwen3", 512, 1536, 4, 8, 4, 256, head_dim=64),
                "tiny": models.real_dims()["tiny"]}
     monkeypatch.setattr(models, "real_dims", lambda: configs)
@@ -208,8 +193,6 @@ def test_weights_are_drawn_so_that_results_can_be_compared(ask, monkeypatch):
     _, figures, code = ask("--dtype", "bfloat16", "--sections", "rollout")
     assert code == 0 and all(line["apart"] < 0.05 for line in figures["sections"]["rollout"])
 
-
-# ---- equality before any time -------------------------------------------------------------------
 
 SPOILT = {
     "think": lambda H: torch.cat([H[:, :-1], -H[:, -1:]], 1),                   # the last thought
@@ -233,39 +216,31 @@ def test_a_wrong_result_is_an_error(section, method, problem, ask, monkeypatch):
     assert len(figures["sections"]["step"]) == 2
 
 
-# ---- memory -------------------------------------------------------------------------------------
+def bytes_of(tensors):
+    return sum(tensor.nbytes for tensor in tensors)
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "qwen3_5_conditional"])
+
+@pytest.mark.parametrize("family", FAMILIES[:-1])      # of the last one, the text model is loaded
 def test_model_memory_is_the_real_one(family):
-    """Weights and buffers of the loaded model; keys, values and states after really reading.
-
-    (Of a conditional Qwen3.5 the text model is loaded, which is the other one here.)"""
+    """Weights and buffers of the loaded model; keys, values and states after really reading."""
     agent = new_agent(family)
     weights, cache, width = models.model_memory(agent.model.config, torch.float32, 3, 7)
     context = agent.read(torch.randn(3, 7, agent.width), torch.ones(3, 7, dtype=torch.long))
-    held = 0
-    for layer in context.cache.layers:
-        tensors = ([layer.keys, layer.values] if hasattr(layer, "keys")
-                   else [*layer.conv_states.values(), *layer.recurrent_states.values()])
-        held += sum(tensor.nbytes for tensor in tensors)
-    loaded = [*agent.model.parameters(), *agent.model.buffers()]
-    assert weights == sum(tensor.nbytes for tensor in loaded)
-    assert cache == held > 0 and width == agent.width
+    held = [tensor for layer in context.cache.layers for tensor in (
+        [layer.keys, layer.values] if hasattr(layer, "keys")
+        else [*layer.conv_states.values(), *layer.recurrent_states.values()])]
+    assert weights == bytes_of([*agent.model.parameters(), *agent.model.buffers()])
+    assert cache == bytes_of(held) > 0 and width == agent.width
 
 
 def test_style_memory_counts_a_shared_model_once(mas):
-    """The three-family system, and the same with a critic that has the planner's base model."""
     configs = {name: agent.model.config for name, agent in mas.agents.items()}
-    planner, critic, solver = (replace(role, model=role.name) for role in mas.style.roles)
-    sizes = [models.style_memory(replace(mas.style, roles=roles), configs, torch.float32, 2, 5)
-             for roles in ((planner, critic, solver),
-                           (planner, replace(critic, model="planner"), solver))]
-    links = [*mas.outer.parameters()]
-    links += [weight for agent in mas.agents.values() for weight in agent.inner.parameters()]
-    assert sizes[0]["links"] == sum(weight.nbytes for weight in links)
     taken = {name: models.model_memory(configs[name], torch.float32, 2, 5)[:2] for name in configs}
-    for size, counted, asked in ((sizes[0], configs, configs), (
-            sizes[1], ("planner", "solver"), ("planner", "planner", "solver"))):
-        weights = [taken[name][0] for name in counted]
+    for bases in (["planner", "planner", "solver"], ["planner", "critic", "solver"]):
+        roles = tuple(replace(role, model=base) for role, base in zip(mas.style.roles, bases))
+        size = models.style_memory(replace(mas.style, roles=roles), configs, torch.float32, 2, 5)
+        weights = [taken[base][0] for base in set(bases)]
         assert size["weights"] == sum(weights) and size["largest"] == max(weights)
-        assert size["cache"] == sum(taken[name][1] for name in asked)
+        assert size["cache"] == sum(taken[base][1] for base in bases)
+    inner = [agent.inner for agent in mas.agents.values()]
+    assert size["links"] == bytes_of(torch.nn.ModuleList([mas.outer, *inner]).parameters())

@@ -13,7 +13,7 @@ import signal
 
 import pytest
 import torch
-from helpers import PROJECT, Script
+from helpers import PROJECT, Script, lines_of, links_of
 
 import evaluate
 import train_inner
@@ -24,21 +24,20 @@ from recurse import load_mas_system
 from styles import get_style
 from support import files
 
-QUICK = ["--num_samples", 8, "--batch_size", 2, "--held_out", 2, "--max_steps", 2,
-         "--latent_length", 2]
-OUTER = ["--num_samples", 8, "--batch_size", 2, "--max_steps", 2, "--warm_start_steps", 1,
-         "--eval_samples", 0, "--num_recursive_rounds", 1, "--latent_length", 2]
+SHORT = ["--num_samples", 8, "--batch_size", 2, "--max_steps", 2, "--latent_length", 2]
+INNER = [*SHORT, "--held_out", 2]
+OUTER = [*SHORT, "--warm_start_steps", 1, "--eval_samples", 0, "--num_recursive_rounds", 1]
+DATA = PROJECT / "tests/data"
 ASK = ["--num_samples", 4, "--method", "latent", "--num_recursive_rounds", 1]
 
 
 # ---- one run, one folder ------------------------------------------------------------------------
 
 def owner_of(folder):
-    """A script that claims FOLDER/out, says so, and lives on; and its flags."""
-    script = folder / "owner.py"
-    script.write_text("import sys, time\nfrom support.files import claim\n"
-                      "claim(sys.argv[1])\nprint('mine')\ntime.sleep(600)\n")
-    return script, folder / "out"
+    """A process that has claimed the folder, and lives on."""
+    process = Script(DATA / "owner.txt", folder)
+    process.wait_for(process.stdout)
+    return process
 
 
 @pytest.fixture(autouse=True)
@@ -98,8 +97,8 @@ def test_what_this_run_has_saved_is_told_without_the_clock(name, tmp_path):
 
 
 def test_a_dead_process_leaves_no_lock(tmp_path):
-    process, folder = Script(*owner_of(tmp_path)), tmp_path / "out"
-    process.wait_for(process.stdout)
+    folder = tmp_path / "out"
+    process = owner_of(folder)
     with pytest.raises(ValueError, match=str(folder)):
         files.claim(folder)
     process.send(signal.SIGKILL)
@@ -113,8 +112,7 @@ def test_a_lock_that_was_deleted_is_not_given_back(tmp_path):
     """Somebody deletes our lock, and another run makes a new one. Our release() leaves it alone."""
     files.claim(tmp_path / "out")
     (tmp_path / "out/.lock").unlink()
-    other = Script(*owner_of(tmp_path))
-    other.wait_for(other.stdout)
+    owner_of(tmp_path / "out")
     files.release()
     with pytest.raises(ValueError, match=str(tmp_path / "out")):
         files.claim(tmp_path / "out")
@@ -148,9 +146,7 @@ def test_links_without_notes_and_odd_manifests_are_moved_aside_too(tmp_path, run
     config["adapters"].append({"filename": "../keep.txt"})
     manifest.write_text(json.dumps(config))
     assert run(train_outer, *OUTER, "--save_dir", tmp_path / "links")[0] == 0
-    for name in ("outer_12", "outer_23", "outer_31"):
-        assert ((tmp_path / f"links/earlier_1/{name}.safetensors").read_bytes()
-                == (PROJECT / f"tiny/outer/{name}.safetensors").read_bytes())
+    assert links_of(tmp_path / "links/earlier_1") == links_of(PROJECT / "tiny/outer")
     assert (tmp_path / "keep.txt").read_text() == "mine"
     for odd in ([{}], 3, [3]):
         manifest.write_text(json.dumps({"adapters": odd}))
@@ -182,10 +178,8 @@ def test_a_training_moves_the_earlier_one_aside(tmp_path, run):
 
 def test_links_for_two_tasks_share_a_folder(tmp_path, run):
     """An agent may have an inner link for code beside the one for all other questions."""
-    style = tmp_path / "by_task.py"
-    style.write_text("import dataclasses\nfrom styles.tiny import tiny\nby_task = "
-                     "dataclasses.replace(tiny, name='by_task', links_by_task=True)\n")
-    ask = ["--style", style, *QUICK, "--dataset_name", "tiny", "--text", "gold", "--save_dir",
+    style = shutil.copy(DATA / "by_task.txt", tmp_path / "by_task.py")
+    ask = ["--style", style, *INNER, "--dataset_name", "tiny", "--text", "gold", "--save_dir",
            tmp_path / "link"]
     for kind in ("math", "code", "code"):
         assert run(train_inner, *ask, "--mas_task", kind)[0] == 0
@@ -201,18 +195,14 @@ def test_links_know_their_prompts_and_their_m(tmp_path, capsys, run):
     whole texts, so their m is the style's (6), and neither 3 nor the flag's default (32)."""
     assert run(train_outer, *OUTER, "--latents", "teacher", "--latent_length", 3, "--save_dir",
                tmp_path / "links")[0] == 0
-    tiny = get_style("tiny")
-
-    def changed(**fields):
-        other = dataclasses.replace(tiny.roles[1], **fields)
-        return dataclasses.replace(tiny, roles=(tiny.roles[0], other, tiny.roles[2]))
-
-    for style, told in ((tiny, False), (changed(prompt="{question} <|notes|> and {planner}"), True),
-                        (changed(first="{question} <|notes|> nothing"), True),
-                        (changed(system="be brief"), True), (changed(target=("plan",)), False)):
-        mas = load_mas_system(style, ckpt_override={"outer": tmp_path / "links"})
+    planner, critic, solver = get_style("tiny").roles
+    for other in lines_of("other_words.jsonl"):
+        roles = planner, dataclasses.replace(critic, **other["critic"]), solver
+        mas = load_mas_system(dataclasses.replace(get_style("tiny"), roles=roles),
+                              ckpt_override={"outer": tmp_path / "links"})
         assert mas.latent_length == 6
-        assert (f"{tmp_path / 'links'} were trained with" in capsys.readouterr().out) == told
+        warned = f"{tmp_path / 'links'} were trained with" in capsys.readouterr().out
+        assert warned == other["told"]
     code, said, _ = run(evaluate, "--ckpt_override", f"outer={tmp_path / 'links'}", "--num_samples",
                         2, "--method", "single", "--out", tmp_path / "asked")
     settings = json.loads((tmp_path / "asked/summary.json").read_text())["settings"]
@@ -223,7 +213,7 @@ def test_links_know_their_prompts_and_their_m(tmp_path, capsys, run):
 # ---- folders that cannot be written to ----------------------------------------------------------
 
 @pytest.mark.parametrize("script, options", [
-    (train_outer, [*OUTER, "--save_dir"]), (train_inner, [*QUICK, "--save_dir"]),
+    (train_outer, [*OUTER, "--save_dir"]), (train_inner, [*INNER, "--save_dir"]),
     (evaluate, [*ASK, "--out"])])
 def test_no_folder_is_one_line_before_the_work(script, options, tmp_path, run):
     (tmp_path / "file").write_text("no folder")
@@ -244,28 +234,24 @@ def room():
     signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_full_disk_is_found_before_the_work(tmp_path, run, room):
-    room(1000)
-    code, said, errors = run(train_outer, *OUTER, "--save_dir", tmp_path / "out")
-    room(resource.RLIM_INFINITY)
-    assert code == 2 and len(errors) == 1 and str(tmp_path / "out") in errors[0]
-    assert "frozen models" not in said and not (tmp_path / "out").exists()
-
-
-def test_links_are_written_before_the_state(tmp_path, run, room):
+def test_a_full_disk_is_found_before_the_work_and_spares_the_links(tmp_path, run, room):
     """Where the disk has room for the links and not for state.pt, the links are there and whole."""
-    assert run(train_outer, *OUTER, "--save_dir", tmp_path / "all")[0] == 0
+    ask, out = [train_outer, *OUTER, "--save_dir"], tmp_path / "out"
+    room(1000)
+    code, said, errors = run(*ask, out)
+    room(resource.RLIM_INFINITY)
+    assert code == 2 and len(errors) == 1 and str(out) in errors[0]
+    assert "frozen models" not in said and not out.exists()
+    assert run(*ask, tmp_path / "all")[0] == 0
     links, state = ((tmp_path / "all" / name).stat().st_size
                     for name in ("outer_12.safetensors", "state.pt"))
     assert state > 2.5 * links
     room(2 * links)
-    code, _, errors = run(train_outer, *OUTER, "--save_dir", tmp_path / "out")
+    code, _, errors = run(*ask, out)
     room(resource.RLIM_INFINITY)
-    assert code == 2 and len(errors) == 1 and str(tmp_path / "out/state.pt") in errors[0]
-    for name in ("outer_12", "outer_23", "outer_31"):
-        assert ((tmp_path / f"out/{name}.safetensors").read_bytes()
-                == (tmp_path / f"all/{name}.safetensors").read_bytes())
-    assert not list((tmp_path / "out").glob("*.part")) and not (tmp_path / "out/state.pt").exists()
+    assert code == 2 and len(errors) == 1 and str(out / "state.pt") in errors[0]
+    assert links_of(out) == links_of(tmp_path / "all")
+    assert not list(out.glob("*.part")) and not (out / "state.pt").exists()
 
 
 @pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640)])
@@ -309,8 +295,7 @@ def test_a_state_without_its_parts_is_one_line(tmp_path, run):
 
 def test_foreign_lines_in_parts_are_asked_again(tmp_path, run):
     """Each part is damaged in another way. The answers come out the same."""
-    damages = ['{"lines": [1]}', '{"lines": ["x"]}', '{"lines": [null]}', '{"lines": 3}',
-               '{"lines": null}', "[1]", "{torn", '{"lines": [{"question": "x"}]}']
+    damages = (DATA / "foreign_parts.txt").read_text().splitlines()
     ask = [evaluate, *ASK, "--num_samples", len(damages), "--batch_size", 1, "--out", tmp_path]
 
     def outputs():

@@ -1,22 +1,16 @@
-"""The pictures of docs/pictures are whole, and docs/pictures.py shows what the project computes.
-
-"""
+"""docs/pictures are whole pictures, and docs/pictures.py shows what the project computes."""
 import math
 import re
-import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers import PROJECT, tiny_in_float64
 from PIL import Image
 
 import evaluate
 import reference
+from docs import pictures
 from tasks import get_task
-
-sys.path.insert(0, str(PROJECT / "docs"))
-import pictures  # noqa: E402
 
 FOLDER = PROJECT / "docs" / "pictures"
 MEASURED, DIAGRAMS = ("accuracy", "thoughts", "gradients"), ("method", "links", "rounds")
@@ -38,22 +32,17 @@ def drawn(shipped, tmp_path_factory):
     return folder, figures
 
 
-# ---- whole pictures -----------------------------------------------------------------------------
-
 def test_pictures_are_whole(drawn):
     """The shipped ones, and the measured ones as they are drawn now: PNG files of the same size."""
     for folder, names in ((FOLDER, MEASURED + DIAGRAMS), (drawn[0], MEASURED)):
-        assert {path.name for path in folder.iterdir()} >= {f"{name}.png" for name in names}
-        for name in names:
-            with Image.open(folder / f"{name}.png") as image, \
-                    Image.open(FOLDER / f"{name}.png") as shipped:
+        for file in (f"{name}.png" for name in names):
+            with Image.open(folder / file) as image, Image.open(FOLDER / file) as shipped:
                 assert image.format == "PNG" and len(image.convert("RGB").getcolors(2**20)) > 20
                 assert image.size == shipped.size and image.width == 1200
     assert re.findall(r"^    (\w+)\.png", pictures.__doc__, re.M) == [*MEASURED, *DIAGRAMS]
 
 
 def test_pages_show_pictures_that_exist():
-    """The pictures in Markdown, and every picture of docs/pictures that a page names."""
     shown = []
     for page in (PROJECT / "README.md", *sorted(PROJECT.glob("docs/*.md"))):
         text = page.read_text()
@@ -66,18 +55,13 @@ def test_pages_show_pictures_that_exist():
 def test_the_script_draws_where_it_is_told(run, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(pictures, "draw_all", lambda mas, out: asked.append((mas.style.name, out)))
-    for options in (["--out", tmp_path], []):
-        assert run(pictures, *options)[0] == 0
-    assert asked == [("tiny", tmp_path), ("tiny", FOLDER)]
+    codes = [run(pictures, *options)[0] for options in (["--out", tmp_path], [])]
+    assert codes == [0, 0] and asked == [("tiny", tmp_path), ("tiny", FOLDER)]
 
-
-# ---- what they show -----------------------------------------------------------------------------
 
 def test_the_thoughts_are_those_of_show(drawn, run):
-    """Turn by turn as evaluate.py --show 1 prints them."""
     _, printed, _ = run(evaluate, "--show", 1)
     turns = re.findall(r"^  round (\d)  (\w+) +(thinks|writes)  (.*)$", printed, re.MULTILINE)
-    assert len(turns) == 9
     axes, = drawn[1]["thoughts"].axes
     lines = [[] for _ in turns]                                  # words from left to right
     for text in sorted(axes.texts, key=lambda text: text.get_position()[0]):
@@ -108,27 +92,24 @@ def test_the_bars_are_shares_of_right_answers(drawn, shipped):
     line, = (line for line in axes.lines if line.get_label().startswith("single"))
     assert line.get_ydata()[0] == pytest.approx(share("single", 1))
     # A perfect system does four events a round, and guesses one in ten of the rest.
-    lengths = [example.question.count(" s") for example in examples]
-    dashes = [one.get_segments()[0] for one in axes.collections[-3:]]
-    for rounds, dash in enumerate(dashes, start=1):
-        done = sum(length <= 4 * rounds for length in lengths)
-        best = (done + (QUESTIONS - done) / 10) / QUESTIONS
-        assert dash[0][1] == dash[1][1] == pytest.approx(best)
+    for rounds, dash in enumerate(axes.collections[-3:], start=1):
+        (_, left), (_, right) = dash.get_segments()[0]
+        done = sum(one.question.count(" s") <= 4 * rounds for one in examples)
+        assert left == right == pytest.approx((done + (QUESTIONS - done) / 10) / QUESTIONS)
 
 
 def plain_gradients(mas, row):
     """{(round, edge key): |dL/d(message)|} of one row by reference.py."""
     def prompt(role, heard):
-        said = list(heard.values()) or ["none"]
-        return [f"<bos> <|user|> {row['question']} <|notes|>", *said, "<|assistant|>"]
+        return [f"<bos> <|user|> {row['question']} <|notes|>", *(heard.values() or ["none"]),
+                "<|assistant|>"]
 
     agent, embeds, sent = reference.recurse(mas, prompt, 3, 6)
     for message in sent.values():
         message.retain_grad()
     gold = torch.tensor(agent.tokenizer.convert_tokens_to_ids(row["answer"][2].split()))
-    x = torch.cat([embeds, agent.embedding(gold[:-1])])
-    states = reference.hidden_states(agent, x)[-len(gold):]
-    F.cross_entropy(agent.head(states).float(), gold).backward()
+    states = reference.hidden_states(agent, torch.cat([embeds, agent.embedding(gold[:-1])]))
+    torch.nn.functional.cross_entropy(agent.head(states[-len(gold):]).float(), gold).backward()
     return {which: message.grad.norm().item() for which, message in sent.items()}
 
 
@@ -151,7 +132,6 @@ def test_the_gradients_drawn_are_those_measured(drawn, shipped):
     for line, weight in zip(axes.lines, (0.0, 1.0), strict=True):
         sizes = pictures.measure_gradients(shipped, rows, weight)
         assert list(line.get_ydata()) == pytest.approx(list(sizes.values()), rel=1e-6)
-    ends = {"outer_12": "planner to critic", "outer_23": "critic to solver",
-            "outer_31": "solver to planner"}
+    ends = {edge.key: f"{edge.src} to {edge.dst}" for edge in shipped.style.edges}
     assert [" ".join(tick.get_text().split()) for tick in axes.get_xticklabels()] == [
         f"{ends[key]} round {number}" for number, key in sizes] and axes.get_yscale() == "log"

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers import PROJECT, run_ranks, start_ranks, tiny_in_float64
+from helpers import PROJECT, log_of, run_ranks, start_ranks, tiny_in_float64
 
 import evaluate
 import train_inner
@@ -18,72 +18,23 @@ OUTER = ["--eval_samples", 0, "--num_samples", 64, "--warm_start_steps", 0, "--r
          "--num_recursive_rounds", 2, "--log_every", 1, "--latent_length", 2, "--max_steps", 3]
 INNER = ["--num_samples", 20, "--held_out", 4, "--log_every", 1, "--latent_length", 2,
          "--max_steps", 4]
-# train_outer.py in float64. Rank 1 may begin with other links, have a NaN in step 2, or get Ctrl-C
-# there, as it takes its loss or as it adds up the gradients. Both ranks leave their last links.
-ODD = """
-import os, signal, sys
-import torch
-import train_outer
-from helpers import tiny_in_float64
-from support import flags
-from support.ranks import rank
-
-mas, outer_loss, all_reduce, steps = (
-    tiny_in_float64(), train_outer.outer_loss, torch.distributed.all_reduce, [])
-odd = sys.argv.pop() if rank() else sys.argv.pop() and "nothing"
-train_outer.new_system = lambda *_: mas
-for weight in mas.outer.parameters():
-    weight.data += odd == "nan"
-
-def may_happen(what):
-    global odd
-    if odd == what and len(steps) == 2:
-        odd = "nothing more"
-        os.kill(os.getpid(), signal.SIGINT)
-
-def loss(*given):
-    steps.append(outer_loss(*given))
-    steps[-1].loss = steps[-1].loss * (float("nan") if odd == "nan" and len(steps) == 2 else 1)
-    may_happen("stop in the loss")
-    return steps[-1]
-
-def sum_up(*given):
-    may_happen("stop in the sum")
-    return all_reduce(*given)
-
-train_outer.outer_loss, torch.distributed.all_reduce = loss, sum_up
-try:
-    flags.run(train_outer.main)
-finally:
-    torch.save(mas.outer.state_dict(), f"FOLDER/links_{rank()}.pt")
-"""
-
-
-@pytest.fixture
-def odd(tmp_path):
-    script = tmp_path / "odd.py"
-    script.write_text(ODD.replace("FOLDER", str(tmp_path)))
-    return script
-
-
-def log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+ODD = "tests/data/odd_rank.txt"
 
 
 @pytest.mark.parametrize("script, flags, rounding", [(train_outer, OUTER, 1e-5),
                                                      (train_inner, INNER, 1e-4)])
-def test_two_ranks_are_one_process_with_the_double_batch(script, flags, rounding, odd, tmp_path,
-                                                         run, monkeypatch):
+def test_two_ranks_are_one_process_with_the_double_batch(script, flags, rounding, tmp_path, run,
+                                                         monkeypatch):
     """All losses are the same. Batches of 3 that one rank accumulates twice hold as many rows as
     batches of 3 on two ranks, and give the same too. The ranks decide which rows make a step, so
     another number of ranks cannot go on with the run."""
-    started, more = (odd, ["nothing"]) if script is train_outer else ("train_inner.py", [])
+    started, more = (ODD, ["nothing"]) if script is train_outer else ("train_inner.py", [])
     both = start_ranks(2, started, *flags, "--batch_size", 3, "--save_dir", tmp_path / "two", *more)
     monkeypatch.setattr(train_outer, "new_system", lambda *_: tiny_in_float64())
     for name, size in (("one", [6]), ("halves", [3, "--grad_accum_steps", 2])):
         assert run(script, *flags, "--batch_size", *size, "--save_dir", tmp_path / name)[0] == 0
     assert [one.wait() for one in both] == [0, 0], both[0].stderr() + both[1].stderr()
-    two, one, halves = (log(tmp_path / name) for name in ("two", "one", "halves"))
+    two, one, halves = (log_of(tmp_path / name) for name in ("two", "one", "halves"))
     assert len(two) == len({line["loss"] for line in two}) == flags[-1]
     for a, b, c in zip(two, one, halves, strict=True):
         assert a == pytest.approx(b, rel=rounding) and a == pytest.approx(c, rel=rounding)
@@ -127,13 +78,13 @@ def test_ranks_evaluate_to_the_same_results(tmp_path, run):
         assert told("two") == told("one")
 
 
-def test_a_rank_that_skips_keeps_nobody_waiting(odd, tmp_path):
+def test_a_rank_that_skips_keeps_nobody_waiting(tmp_path):
     """After a NaN on one rank, both leave the step out and go on. Both begin with the links of rank
     0, and end with the same ones."""
-    codes, said = run_ranks(2, odd, *OUTER, "--batch_size", 2, "--save_dir", tmp_path, "nan")
+    codes, said = run_ranks(2, ODD, *OUTER, "--batch_size", 2, "--save_dir", tmp_path, "nan")
     assert codes == [0, 0], said
-    assert [line["skipped"] for line in log(tmp_path)] == [0, 1, 1]
-    assert [line["grad_norm"] is None for line in log(tmp_path)] == [False, True, False]
+    assert [line["skipped"] for line in log_of(tmp_path)] == [0, 1, 1]
+    assert [line["grad_norm"] is None for line in log_of(tmp_path)] == [False, True, False]
     ours, theirs = (torch.load(tmp_path / f"links_{i}.pt") for i in range(2))
     start = tiny_in_float64().outer.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in start)
@@ -141,15 +92,15 @@ def test_a_rank_that_skips_keeps_nobody_waiting(odd, tmp_path):
 
 
 @pytest.mark.parametrize("moment, done", [("loss", 2), ("sum", 3)])
-def test_an_interrupt_of_one_rank_stops_all(moment, done, odd, tmp_path):
+def test_an_interrupt_of_one_rank_stops_all(moment, done, tmp_path):
     """All of them after the same step, which is saved. Ctrl-C may come when rank 1 has already told
     the others that it goes on. Then they stop after the next step."""
-    both = start_ranks(2, odd, *OUTER[:-1], 9, "--batch_size", 1, "--save_steps", 0, "--save_dir",
+    both = start_ranks(2, ODD, *OUTER[:-1], 9, "--batch_size", 1, "--save_steps", 0, "--save_dir",
                        tmp_path, f"stop in the {moment}")
     assert [one.wait() for one in both] == [130, 130]
     assert "Traceback" not in both[0].stderr() + both[1].stderr()
     assert str(tmp_path) in both[0].stderr().splitlines()[-1]
-    assert torch.load(tmp_path / "state.pt")["done"] == log(tmp_path)[-1]["step"] == done
+    assert torch.load(tmp_path / "state.pt")["done"] == log_of(tmp_path)[-1]["step"] == done
     ours, theirs = (torch.load(tmp_path / f"links_{i}.pt") for i in range(2))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -191,6 +142,6 @@ def test_torchrun(tmp_path):
          "train_outer.py", *map(str, OUTER), "--batch_size", "2", "--save_dir", tmp_path],
         cwd=PROJECT, capture_output=True, text=True, timeout=240, env=dict(os.environ))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(log(tmp_path)) == OUTER[-1]
+    assert len(log_of(tmp_path)) == OUTER[-1]
     assert json.loads((tmp_path / "train_args.json").read_text())["batch_size"] == 2
     assert torch.load(tmp_path / "state.pt")["settings"]["ranks"] == 2

@@ -10,17 +10,20 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import nothing_in_float32, outer_args, outer_gradients, tiny_in_float64
+from helpers import (PROJECT, lines_of, links_of, log_of, nothing_in_float32, outer_args,
+                     outer_gradients, tiny_in_float64)
+from safetensors.torch import load_file
 
 import reference
 import train_inner
 import train_outer
-from checkpoints import load_inner, load_outer
+from checkpoints import load_inner
 from evaluation.gradients import message_gradients
 from link import InnerLink, contrast, word_losses
 from styles.tiny import tiny as tiny_style
@@ -31,22 +34,25 @@ from training import warm_start
 from training.loop import micro_batches, number_of_steps
 
 ROWS = tiny.train_rows(3, 7)
-WIDTHS = {"outer_12": (96, 80), "outer_23": (80, 112), "outer_31": (112, 96)}
-OUTER = ["--num_samples", 12, "--batch_size", 2, "--latent_length", 2, "--num_recursive_rounds", 1,
-         "--warm_start_steps", 0, "--eval_samples", 0, "--log_every", 1]
-INNER = ["--num_samples", 12, "--batch_size", 2, "--latent_length", 2, "--held_out", 2,
-         "--log_every", 1]
+SHORT = ["--num_samples", 12, "--batch_size", 2, "--latent_length", 2, "--log_every", 1]
+FLAGS = {train_inner: [*SHORT, "--held_out", 2],
+         train_outer: [*SHORT, "--num_recursive_rounds", 1, "--warm_start_steps", 0,
+                       "--eval_samples", 0]}
+LOOPS = lines_of("training_loops.jsonl")
 
 
-def log_of(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def links_of(folder):
-    """{file: its bytes} of the links in a folder."""
-    found = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
-    assert found
-    return found
+@pytest.fixture
+def train(run, tmp_path):
+    """train(script, flags): a short training, and its log. With names=.., it must end with one line
+    of error that names this. Flags may be keywords too."""
+    def trained(script, *flags, into=tmp_path, names=None, **more):
+        flags += tuple(word for name, value in more.items() for word in (f"--{name}", value))
+        code, _, errors = run(script, *FLAGS[script], *flags, "--save_dir", into)
+        if names is None:
+            assert code == 0, errors
+            return log_of(into)
+        assert code == 2 and len(errors) == 1 and str(names) in errors[0]
+    return trained
 
 
 @pytest.fixture(scope="module")
@@ -104,13 +110,15 @@ def plain_outer_loss(mas, rows, rounds, args):
     return loss + (0.1 * sum(early) / len(early) if early else 0.0)
 
 
+@pytest.mark.parametrize("rerun", [0, 1])
 @pytest.mark.parametrize("rounds, changes", [
     (1, {}), (2, {}), (2, {"role_loss_weight": 0.5}), (2, {"supervise_final_only": 0}),
     (3, {"role_loss_weight": 0.5, "supervise_final_only": 0})])
-def test_outer_loss_and_gradients_equal_the_plain_unrolling(rounds, changes, double):
-    """Rows with prompts and answers of unequal length."""
+def test_outer_loss_and_gradients_equal_the_plain_unrolling(rounds, changes, rerun, double):
+    """Rows with prompts and answers of unequal length. --gradient_checkpointing changes nothing."""
     short = [text.split(" ", 3)[0] for text in ROWS[1]["answer"]]
-    rows, args = [ROWS[0], {**ROWS[1], "answer": short}], outer_args(**changes)
+    rows = [ROWS[0], {**ROWS[1], "answer": short}]
+    args = outer_args(gradient_checkpointing=rerun, **changes)
     loss, gradients = outer_gradients(double, rows, rounds, args)
     double.outer.requires_grad_(True).zero_grad()
     plain = plain_outer_loss(double, rows, rounds, args)
@@ -128,43 +136,30 @@ def test_outer_loss_and_gradients_equal_the_plain_unrolling(rounds, changes, dou
     assert outcome.loss == outcome.final and outcome.tokens == 6 + 1
 
 
-@pytest.mark.parametrize("changes", [{}, {"role_loss_weight": 1.0}, {"supervise_final_only": 0},
-                                     {"latents": "teacher"}, {"latents": "teacher_aligned"}])
-def test_checkpointing_of_turns_changes_nothing(double, changes):
-    kept = outer_gradients(double, ROWS, 2, outer_args(**changes))
-    again = outer_gradients(double, ROWS, 2, outer_args(gradient_checkpointing=1, **changes))
-    assert kept[0] == again[0] and kept[1].keys() == again[1].keys()
-    for name in kept[1]:
-        assert_same(again[1][name], kept[1][name])
-
-
-@pytest.mark.parametrize("latents", ["teacher", "teacher_aligned"])
-def test_a_batch_of_teacher_latents_is_the_mean_of_its_rows(double, latents):
-    """Rows of one answer length, but prompts of different length."""
-    args = outer_args(latents=latents)
-    loss, gradients = outer_gradients(double, ROWS, 2, args)
-    single = [outer_gradients(double, [row], 2, args) for row in ROWS]
-    assert loss == pytest.approx(sum(one[0] for one in single) / len(ROWS), rel=1e-9)
-    for name in gradients:
-        assert_same(gradients[name], sum(one[1][name] for one in single) / len(ROWS))
-
-
-@pytest.mark.parametrize("latents", ["rollout", "teacher"])
-def test_logged_gradients_are_the_means_of_the_rows_alone(latents, double):
-    """Gold answers of one length. Oracle: each row alone, by autograd."""
-    args, alone = outer_args(latents=latents, log_gradients=1), []
-    double.outer.requires_grad_(True)
-    outcome = train_outer.outer_loss(double, ROWS, 2, args)
-    (outcome.loss * 8.0).backward()                               # as a scaler in fp16 would do
-    logged = message_gradients(outcome.sent, len(ROWS), 8.0)
+@pytest.mark.parametrize("rerun", [0, 1])
+@pytest.mark.parametrize("latents", ["rollout", "teacher", "teacher_aligned"])
+def test_loss_gradients_and_log_are_the_means_of_the_rows_alone(latents, rerun, double):
+    """Prompts of different length, gold answers of one length. Oracle: each row by autograd."""
+    args = outer_args(latents=latents, log_gradients=1, gradient_checkpointing=rerun)
+    alone, links = [], double.outer
+    links.requires_grad_(True).zero_grad()
+    batch = train_outer.outer_loss(double, ROWS, 2, args)
+    (batch.loss * 8.0).backward()                                 # as a scaler in fp16 would do
+    logged = message_gradients(batch.sent, len(ROWS), 8.0)
     for row in ROWS:
         outcome = train_outer.outer_loss(double, [row], 2, args)
         messages = [one if torch.is_tensor(one) else one[0] for one in outcome.sent.values()]
-        alone.append([g.norm().item() for g in torch.autograd.grad(outcome.loss, messages)])
-    double.outer.requires_grad_(False).zero_grad()
+        found = torch.autograd.grad(outcome.loss, [*messages, *links.parameters()])
+        alone.append((outcome.loss, [g.norm() for g in found[:len(messages)]],
+                      found[len(messages):]))
+    losses, norms, gradients = zip(*alone)
+    assert_same(batch.loss, sum(losses) / len(ROWS))
+    for weight, *rows in zip(links.parameters(), *gradients, strict=True):
+        assert_same(weight.grad / 8, sum(rows) / len(ROWS))
     assert logged == pytest.approx({
-        f"gradient_{key}_{round}": sum(norms) / len(ROWS)
-        for (round, key), *norms in zip(outcome.sent, *alone)}, rel=1e-9)
+        f"gradient_{key}_{round}": sum(rows).item() / len(ROWS)
+        for (round, key), *rows in zip(batch.sent, *norms, strict=True)}, rel=1e-9)
+    links.requires_grad_(False).zero_grad()
 
 
 @pytest.mark.parametrize("latents, wanted", [("teacher", slice(-6, -2)),
@@ -190,27 +185,25 @@ def test_word_losses_are_the_equations(shipped):
     cosine, mse = word_losses(got, tokens, embedding)
     surely = contrast(got, tokens, embedding)
     wanted = embedding(tokens)
-    dots = (got * wanted).sum(-1) / (got.norm(dim=-1) * wanted.norm(dim=-1))
+    dots = F.cosine_similarity(got, wanted)
     assert cosine.item() == pytest.approx(1 - dots.mean().item(), abs=1e-5)
     assert mse.item() == pytest.approx((got - wanted).pow(2).mean().item(), rel=1e-5)
-    losses = []
-    for output, right in zip(got, tokens.tolist()):
-        near = {token: torch.cosine_similarity(output, embedding.weight[token], 0) / 0.05
-                for token in {3, 8, 20, 30}}
-        losses.append(torch.stack(list(near.values())).logsumexp(0) - near[right])
-    assert surely.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+    words = embedding(torch.tensor([3, 8, 20, 30]))
+    near = F.cosine_similarity(got[:, None], words, dim=-1) / 0.05                  # (5, 4)
+    wanted = F.cross_entropy(near, torch.tensor([0, 1, 2, 1, 3]))
+    assert surely.item() == pytest.approx(wanted.item(), rel=1e-5)
 
 
 def test_shared_tokens_match_strings_not_ids():
-    class Vocabulary:
-        def __init__(self, *words):
-            ids = {word: i for i, word in enumerate(words)}
-            self.tokenizer = argparse.Namespace(get_vocab=lambda: ids)
+    def shared(*vocabularies):
+        return warm_start.shared_tokens(*(
+            argparse.Namespace(tokenizer=argparse.Namespace(
+                get_vocab=lambda words=words: {word: i for i, word in enumerate(words.split())}))
+            for words in vocabularies))
 
-    found = warm_start.shared_tokens(Vocabulary("a", "b", "c"), Vocabulary("c", "x", "a"))
-    assert found == [(0, 2), (2, 0)]
-    found = warm_start.shared_tokens(Vocabulary("Ġthe", "the"), Vocabulary("x", "the", "▁the"))
-    assert found == [(0, 2), (1, 1)]        # both our words: with a blank in front, and without
+    assert shared("a b c", "c x a") == [(0, 2), (2, 0)]
+    # Both our words: with a blank in front, and without.
+    assert shared("Ġthe the", "x the ▁the") == [(0, 2), (1, 1)]
 
 
 def test_the_warm_start_hears_noise_and_learns_cosine_and_contrast(shipped, capsys):
@@ -243,16 +236,6 @@ def plain_states(agent, one):
     with torch.no_grad():
         embeds = torch.cat([reference.embed(agent, [prompt]), gold])
         return reference.hidden_states(agent, embeds)[-len(gold) - 1:-1], gold
-
-
-def test_hidden_states_along_a_text_equal_a_plain_run(double):
-    agent, role = double.agents["critic"], double.style.role("critic")
-    texts = data.role_texts_of(double.style, role, ROWS, "math")[:3]
-    tokens = agent.tokenize([one.text for one in texts])
-    found = train_inner.states_along(agent, texts, tokens)
-    for one, row, states in zip(texts, tokens, found, strict=True):
-        assert one.kind == "math" and agent.tokenizer.decode(row) == one.text
-        assert_same(states, plain_states(agent, one)[0])
 
 
 # ---- the loop of both scripts -------------------------------------------------------------------
@@ -288,17 +271,6 @@ def train_by_hand(weights, token_losses, items, args, lr):
     return log
 
 
-LOOPS = [dict(batch_size=4, grad_accum_steps=1, lr_scheduler_type="cosine", warmup_steps=1,
-              weight_decay=0.0, max_grad_norm=0.05, max_steps=4, seed=5),
-         dict(batch_size=1, grad_accum_steps=3, lr_scheduler_type="constant", warmup_steps=2,
-              weight_decay=0.3, max_grad_norm=0.0, max_steps=4, seed=5)]
-
-
-def as_flags(settings):
-    """A command line of {flag: value}."""
-    return [word for name, value in settings.items() for word in (f"--{name}", value)]
-
-
 @pytest.fixture
 def uneven(tmp_path):
     """Rows whose texts have three to six words, in a file."""
@@ -321,29 +293,31 @@ def assert_trained_alike(links, plain_links, start, log, by_hand):
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_outer_training_is_the_loop_by_hand(loop, uneven, double, tmp_path, run, monkeypatch):
+def test_outer_training_is_the_loop_by_hand(loop, uneven, double, tmp_path, train, monkeypatch):
     """The feedback link, which one round does not use, stays as it was."""
     trained, plain = (dataclasses.replace(double, outer=copy.deepcopy(double.outer))
                       for _ in range(2))
     monkeypatch.setattr(train_outer, "new_system", lambda *_: trained)
-    assert run(train_outer, *OUTER, *as_flags(loop), "--dataset_name", tmp_path / "rows.json",
-               "--role_loss_weight", 0, "--outer_lr", 1e-3, "--save_dir", tmp_path)[0] == 0
+    log = train(train_outer, **loop, dataset_name=tmp_path / "rows.json", role_loss_weight=0,
+                outer_lr=1e-3)
     weights = dict(plain.outer.requires_grad_(True).named_parameters())
     by_hand = train_by_hand(weights, lambda row: plain_losses(plain, row, 1, 2)["solver", 1],
                             uneven, argparse.Namespace(**loop), 1e-3)
-    assert_trained_alike(trained.outer, plain.outer, double.outer, log_of(tmp_path), by_hand)
+    assert_trained_alike(trained.outer, plain.outer, double.outer, log, by_hand)
     for name, value in trained.outer["outer_31"].state_dict().items():
         assert torch.equal(value, double.outer["outer_31"].state_dict()[name])
 
 
-@pytest.mark.parametrize("loop", LOOPS)
-def test_inner_training_is_the_loop_by_hand(loop, uneven, double, tmp_path, run, monkeypatch):
-    agent, role = double.agents["planner"], tiny_style.role("planner")
+@pytest.mark.parametrize("name, loop", zip(("planner", "critic"), LOOPS))
+def test_inner_training_is_the_loop_by_hand(name, loop, uneven, double, tmp_path, train,
+                                            monkeypatch):
+    """The states come from a plain run. A critic's prompt holds the planner's text."""
+    agent, role = double.agents[name], tiny_style.role(name)
     trained, plain, start = (copy.deepcopy(agent.inner).requires_grad_(True) for _ in range(3))
     monkeypatch.setattr(train_inner, "frozen_agent", lambda *_: copy.copy(agent))
     monkeypatch.setattr(train_inner, "new_link", lambda *_: trained)
-    assert run(train_inner, *INNER, *as_flags(loop), "--dataset_name", tmp_path / "rows.json",
-               "--adapter_mse_weight", 30, "--adapter_lr", 1e-3, "--save_dir", tmp_path)[0] == 0
+    log = train(train_inner, **loop, dataset_name=tmp_path / "rows.json", mas_role=name,
+                adapter_mse_weight=30, adapter_lr=1e-3)
 
     def token_losses(one):
         states, gold = plain_states(agent, one)
@@ -351,21 +325,20 @@ def test_inner_training_is_the_loop_by_hand(loop, uneven, double, tmp_path, run,
         return 1 - F.cosine_similarity(got, gold, dim=-1) + 30 * (got - gold).pow(2).mean(-1)
 
     texts = data.role_texts_of(tiny_style, role, uneven, "math")[2:]         # two are held out
+    assert {one.kind for one in texts} == {"math"}
     by_hand = train_by_hand(dict(plain.named_parameters()), token_losses, texts,
                             argparse.Namespace(**loop), 1e-3)
-    log = log_of(tmp_path)
     assert_trained_alike(trained, plain, start, log, by_hand)
     assert all(line["loss"] == pytest.approx(line["cosine"] + 30 * line["mse"]) for line in log)
     shares = json.loads((tmp_path / "readability.json").read_text())
     assert shares["before"][0] == shares["after"][0] == 1.0     # no link comes before thought 1
 
 
-def test_new_links_begin_at_the_length_of_embeddings(shipped, tmp_path, run):
+def test_new_links_begin_at_the_length_of_embeddings(shipped, tmp_path, train):
     """Drawn by the seed; their last gain is the embeddings' RMS (link.py says why)."""
     agent = shipped.agents["planner"]
     for match, gain in ((1, agent.embedding_rms), (0, 1.0)):
-        assert run(train_inner, *INNER, "--max_steps", 1, "--adapter_lr", 0, "--scale_match", match,
-                   "--seed", 5, "--save_dir", tmp_path)[0] == 0
+        train(train_inner, "--max_steps", 1, "--adapter_lr", 0, "--scale_match", match, "--seed", 5)
         torch.manual_seed(5)
         for name, value in InnerLink(96, gain=gain).state_dict().items():
             assert torch.equal(load_inner(tmp_path, 96).state_dict()[name], value)
@@ -386,33 +359,54 @@ def counted(monkeypatch, script, before=lambda call: None):
     return calls
 
 
-@pytest.mark.parametrize("script, flags", [(train_outer, OUTER), (train_inner, INNER)])
-def test_a_step_takes_the_rows_that_the_flags_say(script, flags, tmp_path, run, monkeypatch):
-    """Two epochs of micro-batches of 3 rows, two for each step, and logged every second step."""
-    calls = counted(monkeypatch, script)
-    assert run(script, *flags, "--batch_size", 3, "--grad_accum_steps", 2, "--max_steps", 0,
-               "--num_train_epochs", 2, "--log_every", 2, "--save_dir", tmp_path)[0] == 0
-    steps = math.ceil(2 * len({id(row) for rows in calls for row in rows}) / 6)
-    assert [len(rows) for rows in calls] == [3] * 2 * steps
-    lines = [*range(2, steps, 2), steps]
-    assert [line["step"] for line in log_of(tmp_path)] == lines
-
-
-def test_all_micro_batches_of_a_step_have_the_same_rounds(tmp_path, run, monkeypatch):
-    """With --random_rounds 1 .. R are drawn, each for a whole step. The log has their number."""
-    drawn = []
+def scripted_losses(monkeypatch, *values):
+    """train_outer's loss as a list: one factor for each micro-batch. "flat" is an infinite loss
+    with a gradient of 0, "steep" a loss of 0 with an infinite one. Returns the (rounds, weights)
+    of each call."""
+    seen, values = [], list(values)
 
     def loss(mas, rows, rounds, args):
-        drawn.append(rounds)
-        total = mas.outer["outer_12"].proj1.bias.sum()
+        link = mas.outer["outer_12"].proj1
+        seen.append((rounds, link.weight.detach().clone()))
+        value = values.pop(0)
+        total = ((link.weight * 0).sum() + math.inf if value == "flat" else
+                 (link.weight * 0).sum().sqrt() if value == "steep" else
+                 ((link.weight - 1) ** 2).sum() * value)
         return train_outer.Outcome(total, total, 6, {})
 
     monkeypatch.setattr(train_outer, "outer_loss", loss)
-    assert run(train_outer, *OUTER, "--random_rounds", 1, "--num_recursive_rounds", 3,
-               "--grad_accum_steps", 2, "--batch_size", 1, "--max_steps", 10, "--save_dir",
-               tmp_path)[0] == 0
+    return seen
+
+
+@pytest.mark.parametrize("script", FLAGS)
+def test_a_step_takes_the_rows_that_the_flags_say(script, train, monkeypatch):
+    """Two epochs of micro-batches of 3 rows, two for each step, and logged every second step."""
+    calls = counted(monkeypatch, script)
+    log = train(script, "--batch_size", 3, "--grad_accum_steps", 2, "--max_steps", 0,
+                "--num_train_epochs", 2, "--log_every", 2)
+    steps = math.ceil(2 * len({id(row) for rows in calls for row in rows}) / 6)
+    assert [len(rows) for rows in calls] == [3] * 2 * steps
+    assert [line["step"] for line in log] == [*range(2, steps, 2), steps]
+
+
+def test_all_micro_batches_of_a_step_have_the_same_rounds(train, monkeypatch):
+    """With --random_rounds 1 .. R are drawn, each for a whole step. The log has their number."""
+    seen = scripted_losses(monkeypatch, *[1.0] * 20)
+    log = train(train_outer, "--random_rounds", 1, "--num_recursive_rounds", 3,
+                "--grad_accum_steps", 2, "--batch_size", 1, "--max_steps", 10)
+    drawn = [rounds for rounds, _ in seen]
     assert set(drawn) == {1, 2, 3} and drawn[0::2] == drawn[1::2]
-    assert [line["rounds"] for line in log_of(tmp_path)] == pytest.approx(drawn[0::2])
+    assert [line["rounds"] for line in log] == pytest.approx(drawn[0::2])
+
+
+def test_a_last_role_that_has_heard_nobody_trains_nothing(tmp_path, train):
+    """In a single round, a solver that hears only itself has heard no link. The loss has no graph
+    then, and the step is taken all the same."""
+    shutil.copy(PROJECT / "tests/data/hears_itself.txt", tmp_path / "hears_itself.py")
+    log = train(train_outer, "--style", tmp_path / "hears_itself.py", "--max_steps", 2,
+                "--role_loss_weight", 0)
+    assert [(line["grad_norm"], line["skipped"]) for line in log] == [(0, 0)] * 2
+    assert all(line["loss"] > 0 for line in log)
 
 
 def test_batches_cover_every_row_once_an_epoch(monkeypatch):
@@ -437,100 +431,72 @@ def test_batches_cover_every_row_once_an_epoch(monkeypatch):
 
 # ---- stopped, and gone on with ------------------------------------------------------------------
 
-class Killed(BaseException):
-    """A run breaks off without any cleaning up."""
-
-
 @pytest.mark.parametrize("script, flags", [
-    (train_outer, [*OUTER, "--warm_start_steps", 2, "--max_steps", 4, "--save_steps", 2]),
-    (train_inner, [*INNER, "--max_steps", 6, "--save_steps", 3])])
-def test_a_resumed_run_equals_an_uninterrupted_one(script, flags, tmp_path, run, monkeypatch):
-    rows = tiny.train_rows(12, 3)
+    (train_outer, ["--warm_start_steps", 2, "--max_steps", 4, "--save_steps", 2]),
+    (train_inner, ["--max_steps", 6, "--save_steps", 3])])
+def test_a_resumed_run_equals_an_uninterrupted_one(script, flags, tmp_path, train, monkeypatch):
+    rows, whole, halves = tiny.train_rows(12, 3), tmp_path / "whole", tmp_path / "halves"
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    flags = [*flags, "--grad_accum_steps", 2, "--dataset_name", tmp_path / "rows.json"]
+    flags = [script, *flags, "--grad_accum_steps", 2, "--dataset_name", tmp_path / "rows.json"]
     calls = counted(monkeypatch, script)
-    assert run(script, *flags, "--save_dir", tmp_path / "whole")[0] == 0
+    train(*flags, into=whole)
     last = len(calls)
 
     def kill(call):
         if call == last:                                  # of the last step, which is not saved
-            raise Killed
+            raise BaseException("killed without any cleaning up")
 
-    with monkeypatch.context() as broken, pytest.raises(Killed):
+    with monkeypatch.context() as broken, pytest.raises(BaseException, match="killed"):
         counted(broken, script, before=kill)
-        run(script, *flags, "--save_dir", tmp_path / "halves")
-    assert run(script, *flags, "--save_dir", tmp_path / "halves", "--resume")[0] == 0
-    assert links_of(tmp_path / "whole") == links_of(tmp_path / "halves")
+        train(*flags, into=halves)
+    train(*flags, "--resume", into=halves)
+    assert links_of(whole) == links_of(halves)
     for name in ("log.jsonl", *["readability.json"] * (script is train_inner)):
-        assert ((tmp_path / "whole" / name).read_text()
-                == (tmp_path / "halves" / name).read_text())
+        assert (whole / name).read_text() == (halves / name).read_text()
     assert not list(tmp_path.rglob("hidden_states*")), "the mapped file is left behind"
     (tmp_path / "rows.json").write_text(json.dumps(rows[1:] + rows[:1]))
-    code, _, errors = run(script, *flags, "--save_dir", tmp_path / "whole", "--resume")
-    assert code == 2 and len(errors) == 1 and "data" in errors[0]
+    train(*flags, "--resume", into=whole, names="data")
 
 
-def test_no_run_goes_on_from_a_state_that_is_not_its_own(tmp_path, run):
+def test_no_run_goes_on_from_a_state_that_is_not_its_own(tmp_path, train):
     """With other flags, in another folder, or by the other script."""
-    assert run(train_outer, *OUTER, "--max_steps", 1, "--save_dir", tmp_path / "mine")[0] == 0
-    for asked, folder, named in (
-            ((train_outer, *OUTER, "--max_steps", 1, "--outer_lr", 1e-5), "mine", "outer_lr"),
-            ((train_outer, *OUTER, "--max_steps", 1), "new", tmp_path / "new"),
-            ((train_inner, *INNER, "--max_steps", 1), "mine", tmp_path / "mine")):
-        code, _, errors = run(*asked, "--save_dir", tmp_path / folder, "--resume")
-        assert code == 2 and len(errors) == 1 and str(named) in errors[0]
+    mine, new, flags = tmp_path / "mine", tmp_path / "new", ["--max_steps", 1, "--resume"]
+    train(train_outer, *flags[:2], into=mine)
+    train(train_outer, *flags, "--outer_lr", 1e-5, into=mine, names="outer_lr")
+    train(train_outer, *flags, into=new, names=new)
+    train(train_inner, *flags, into=mine, names=mine)
 
 
-def test_a_run_that_is_told_to_stop_saves_first(tmp_path, run, monkeypatch):
+def test_a_run_that_is_told_to_stop_saves_first(tmp_path, run, train, monkeypatch):
     """Ctrl-C in the middle of step 2 of 3, where nothing was saved yet; the rest gives the same."""
-    flags = [*OUTER, "--max_steps", 3, "--save_steps", 0]
+    flags = [train_outer, "--max_steps", 3, "--save_steps", 0]
     numbers = [signal.SIGINT, signal.SIGTERM]
     before = [signal.getsignal(one) for one in numbers]
-    assert run(train_outer, *flags, "--save_dir", tmp_path / "whole")[0] == 0
+    train(*flags, into=tmp_path / "whole")
     for number in numbers:
         halves = tmp_path / number.name
         with monkeypatch.context() as told:
             counted(told, train_outer, lambda call: call == 2 and os.kill(os.getpid(), number))
-            assert run(train_outer, *flags, "--save_dir", halves)[0] == 130
+            assert run(*flags, *FLAGS[train_outer], "--save_dir", halves)[0] == 130
         assert before == [signal.getsignal(one) for one in numbers]
         assert torch.load(halves / "state.pt", weights_only=True)["done"] == 2
-        assert run(train_outer, *flags, "--save_dir", halves, "--resume")[0] == 0
+        train(*flags, "--resume", into=halves)
         assert links_of(tmp_path / "whole") == links_of(halves)
 
 
 # ---- what goes wrong ----------------------------------------------------------------------------
 
-def scripted_losses(monkeypatch, *values):
-    """train_outer's loss as a list: one factor for each step. "flat" is an infinite loss with a
-    gradient of 0, "steep" a loss of 0 with an infinite one. Returns the weights that each step
-    began with."""
-    seen, values = [], list(values)
-
-    def loss(mas, rows, rounds, args):
-        link = mas.outer["outer_12"].proj1
-        seen.append(link.weight.detach().clone())
-        value = values.pop(0)
-        total = ((link.weight * 0).sum() + math.inf if value == "flat" else
-                 (link.weight * 0).sum().sqrt() if value == "steep" else
-                 ((link.weight - 1) ** 2).sum() * value)
-        return train_outer.Outcome(total, total, 6, {})
-
-    monkeypatch.setattr(train_outer, "outer_loss", loss)
-    return seen
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_bad_loss_skips_the_step_and_ten_in_a_row_stop(dtype, tmp_path, run, monkeypatch):
+def test_a_bad_loss_skips_the_step_and_ten_in_a_row_stop(dtype, tmp_path, train, monkeypatch):
     """An infinite loss may have a gradient of 0, where logits are clipped. In float16 the scaler's
     factor becomes smaller after a bad gradient, and changes nothing that is learnt."""
     bad = [math.nan] * 9 + [1.0, "steep", math.inf, "flat", 1.0] + [math.nan] * 10
     seen = scripted_losses(monkeypatch, *bad, 1.0)
-    flags = [*OUTER, "--max_steps", 30, "--save_steps", 1, "--warmup_steps", 0, "--save_dir",
-             tmp_path]
-    code, _, errors = run(train_outer, *flags, "--dtype", dtype)
-    assert code == 2 and len(errors) == 1 and "learning rate" in errors[0]
+    flags = [train_outer, "--save_steps", 1, "--warmup_steps", 0]
+    train(*flags, "--max_steps", 30, "--dtype", dtype, names="learning rate")
     assert len(seen) == len(bad), "ten in a row end the run, and nine do not"
-    moved = [not torch.equal(a, b) for a, b in zip(seen, seen[1:])]
+    weights = [one for _, one in seen]
+    moved = [not torch.equal(a, b) for a, b in zip(weights, weights[1:])]
     assert [i for i, one in enumerate(moved) if one] == [9, 13]
     log = log_of(tmp_path)
     assert [line["skipped"] for line in log] == [*range(1, 10), 9, 10, 11, 12, 12, *range(13, 23)]
@@ -540,66 +506,58 @@ def test_a_bad_loss_skips_the_step_and_ten_in_a_row_stop(dtype, tmp_path, run, m
         warmup_steps=0, max_steps=30, lr_scheduler_type="cosine"), 1e-3) for i in range(len(bad))]
     assert [line["lr"] for line in log] == pytest.approx(rates)
     state = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert torch.equal(state["links"]["outer_12.proj1.weight"], seen[-1])
+    assert torch.equal(state["links"]["outer_12.proj1.weight"], weights[-1])
     assert state["scaler"].get("scale") == {"float16": 2.0 ** (10 - 21)}.get(dtype)
     plain = scripted_losses(monkeypatch, 1.0, 1.0)
-    assert run(train_outer, *flags[:-4], "--max_steps", 2, "--warmup_steps", 0, "--save_dir",
-               tmp_path / "plain", "--lr_scheduler_type", "constant")[0] == 0
-    assert torch.equal(plain[1], seen[10])
+    train(*flags, "--max_steps", 2, "--lr_scheduler_type", "constant", into=tmp_path / "plain")
+    assert torch.equal(plain[1][1], weights[10])
 
 
-def test_weights_that_blow_up_stop_the_run(tmp_path, run):
+def test_weights_that_blow_up_stop_the_run(tmp_path, train):
     """A learning rate of 1e30 ruins the links in the first update."""
-    code, _, errors = run(train_outer, *OUTER, "--outer_lr", 1e30, "--max_steps", 30,
-                          "--batch_size", 1, "--warmup_steps", 0, "--save_dir", tmp_path)
-    assert code == 2 and "learning rate" in errors[0]
+    train(train_outer, "--outer_lr", 1e30, "--max_steps", 30, "--batch_size", 1,
+          "--warmup_steps", 0, names="learning rate")
     assert not list(tmp_path.glob("outer_*"))
 
 
-FULL = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),
-        RuntimeError("CUDA error: out of memory"),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")]
-
-
-@pytest.mark.parametrize("script, flags", [(train_outer, OUTER), (train_inner, INNER)])
-def test_a_full_card_is_one_line(script, flags, tmp_path, run, monkeypatch):
+@pytest.mark.parametrize("script", FLAGS)
+def test_a_full_card_is_one_line(script, train, monkeypatch):
     """It says which flag to lower. A bug stays a traceback."""
-    assert all(map(out_of_memory, FULL)) and not out_of_memory(RuntimeError("a bug"))
-    problems = [RuntimeError("a bug"), *(FULL if script is train_outer else FULL[:1])]
+    kinds = [torch.OutOfMemoryError, RuntimeError, RuntimeError, RuntimeError]
+    said = (PROJECT / "tests/data/full_card.txt").read_text().splitlines()
+    full = [kind(line) for kind, line in zip(kinds, said, strict=True)]
+    assert all(map(out_of_memory, full)) and not out_of_memory(RuntimeError("a bug"))
+    problems = [RuntimeError("a bug"), *(full if script is train_outer else full[:1])]
 
     def fail(call):
         raise problems[-1]
 
     counted(monkeypatch, script, before=fail)
     while len(problems) > 1:
-        code, _, errors = run(script, *flags, "--save_dir", tmp_path)
-        assert code == 2 and len(errors) == 1 and "--batch_size" in errors[0]
+        train(script, names="--batch_size")
         problems.pop()
     with pytest.raises(RuntimeError, match="a bug"):
-        run(script, *flags, "--save_dir", tmp_path)
+        train(script)
 
 
 def test_odd_rows_are_left_out_and_counted(capsys):
-    rows = [ROWS[0], {}, None, "x", {"question": "x", "answer": []},
-            {"question": "x", "answer": [None]}, {"question": 3, "answer": "y"},
-            {"question": "x", "answer": " "}]
+    odd = lines_of("odd_rows.jsonl")
+    rows, faults = [ROWS[0], *(one["row"] for one in odd)], [one["fault"] for one in odd]
     assert data.keep_usable(rows, [tiny_style.role("solver")]) == [ROWS[0]]
     said = capsys.readouterr().out
-    assert said.startswith("left out 7 of 8 rows: no column question (1), no column answer (1), ")
-    for fault, count in (("object", 2), ("answer is empty or not", 3), ("question is a number", 1)):
-        assert f"({count})" in said.split(fault)[1].split(",")[0]
+    assert said.startswith(f"left out {len(odd)} of {len(odd) + 1} rows: no column question (1), ")
+    for fault in faults:
+        assert f"({faults.count(fault)})" in said.split(fault)[1].split(",")[0]
 
 
 # ---- what comes out -----------------------------------------------------------------------------
 
-def test_untrained_is_what_this_run_began_with(tmp_path, run, monkeypatch):
+def test_untrained_is_what_this_run_began_with(train, monkeypatch):
     """Same kind, scale and seed as the trained links, not some default."""
     seen = []
     monkeypatch.setattr(train_outer.evaluate, "evaluate", lambda *given, **_: seen.extend(given))
-    assert run(train_outer, *OUTER, "--max_steps", 1, "--warm_start_steps", 2, "--seed", 5,
-               "--num_recursive_rounds", 2, "--outer_adapter_type", "1layer_res", "--eval_samples",
-               2, "--save_dir", tmp_path)[0] == 0
+    train(train_outer, "--max_steps", 1, "--warm_start_steps", 2, "--num_recursive_rounds", 2,
+          "--outer_adapter_type", "1layer_res", "--eval_samples", 2, "--seed", 5)
     after, before, *_ = seen
     fresh = after.with_fresh_outer({key: "1layer_res" for key in after.outer}, True, 5)
     for key, link in before.outer.items():
@@ -608,15 +566,14 @@ def test_untrained_is_what_this_run_began_with(tmp_path, run, monkeypatch):
         assert not torch.equal(link.proj1.weight, after.outer[key].proj1.weight)
 
 
-def test_half_precision_trains_float32_links(tmp_path, run):
-    """Half precision starts at the float32 loss, skips no step, and leaves the links float32."""
-    first = {}
+def test_half_precision_trains_float32_links(tmp_path, train):
+    """It starts at the loss of float32, and skips no step."""
+    first = []
     for dtype in ("float32", "bfloat16", "float16"):
-        assert run(train_outer, *OUTER, "--warm_start_steps", 10, "--max_steps", 2, "--dtype",
-                   dtype, "--save_dir", tmp_path / dtype)[0] == 0
-        log = log_of(tmp_path / dtype)
+        log = train(train_outer, "--warm_start_steps", 10, "--max_steps", 2, "--dtype", dtype,
+                    into=tmp_path / dtype)
         assert log[-1]["skipped"] == 0 and all(math.isfinite(line["loss"]) for line in log)
-        first[dtype] = log[0]["loss"]
-        links = load_outer(tmp_path / dtype, WIDTHS)
-        assert {p.dtype for link in links.values() for p in link.parameters()} == {torch.float32}
-    assert list(first.values()) == pytest.approx([first["float32"]] * 3, abs=0.2)
+        first.append(log[0]["loss"])
+        for path in (tmp_path / dtype).glob("*.safetensors"):
+            assert {weight.dtype for weight in load_file(path).values()} == {torch.float32}
+    assert first == pytest.approx([first[0]] * 3, abs=0.2)

@@ -93,7 +93,7 @@ def run_python(code, stdin="", timeout_s=10, memory_mb=MEMORY_MB):
 def passes(code, test, timeout_s=10):
     """Run `code` as a module, then `test` in it -> Run. Status ok means: both ran to the end.
     Raises SandboxError."""
-    return confined_run(code, "", timeout_s, CHECK_MEMORY_MB, test)
+    return confined_run(code, "", timeout_s, CHECK_MEMORY_MB, test=test)
 
 
 def call_function(code, function, arguments, timeout_s=6):
@@ -103,7 +103,7 @@ def call_function(code, function, arguments, timeout_s=6):
     list. Raises SandboxError."""
     found = f"getattr(globals().get('Solution', object)(), {function!r}, None) or {function}"
     call = f"_value = ({found})(*__import__('json').loads({json.dumps(arguments)!r}))"
-    return confined_run(code, "", timeout_s, CHECK_MEMORY_MB, call)
+    return confined_run(code, "", timeout_s, CHECK_MEMORY_MB, test=call)
 
 
 def confined_run(code, stdin, timeout_s, memory_mb, test=None, layers=None):

@@ -96,7 +96,7 @@ def post(url, key, body, timeout_s, read):
             if response.status_code == 200:
                 return 200, read(response.json())
         except Exception as problem:            # a foreign reply may make `read` raise anything
-            raise ServiceError(f"{url}: no reply that one can read "
+            raise ServiceError(f"{url}: the reply cannot be read "
                                f"({type(problem).__name__})") from None
     text = response.text.replace(key[:], "<key>")                     # a server may quote it
     return response.status_code, " ".join(text.split())[:200]
@@ -138,7 +138,7 @@ def search_web(query, keys, max_results=MAX_RESULTS, base_url=TAVILY, timeout_s=
     body = {"query": query, "max_results": max_results, "search_depth": "basic"}
     read, problem = functools.partial(results_text, max_results=max_results), "no key is left"
     for key in random.sample(keys, len(keys)):
-        status, reply = post(f"{base_url}/search", key, body, timeout_s, read)
+        status, reply = post(f"{base_url}/search", key, body, timeout_s, read=read)
         if status == 200:
             return reply
         problem = f"HTTP {status} {reply}"

@@ -228,7 +228,7 @@ class State:
 
 def move_training_aside(folder, task):
     """Move an earlier training in this folder aside. But an agent may have two inner links in one
-    folder, for code and for all other questions. A link for another task stays."""
+    folder, for code and for all other questions. A link for another task is not moved."""
     manifest = folder / "outerlink_config.json"
     with blame(f"{manifest} is not {{adapters: [{{filename: name}}]}}"):
         outer = [Path(link["filename"]).name for link in read_json(manifest).get("adapters", [])]

@@ -106,7 +106,7 @@ def fault(row, columns):
 class RoleText:
     """One turn of a role in words: what it is asked, what it has heard, and what it says."""
     style: object = field(repr=False)       # a fingerprint of texts leaves its settings out
-    role: object
+    role: object = field(repr=False)        # (a run knows its role anyway)
     question: str
     kind: str
     heard: dict                 # {role heard: its text}

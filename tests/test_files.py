@@ -1,6 +1,6 @@
 """A folder belongs to one run, files are whole or not there, and a full disk is found early.
 
-The scripts run in processes of their own where a lock is concerned, as two users would start them.
+Where a lock is concerned, scripts run in processes of their own, as two users would start them.
 """
 import dataclasses
 import fcntl
@@ -25,7 +25,6 @@ from styles import get_style
 from support import files
 
 SHORT = ["--num_samples", 8, "--batch_size", 2, "--max_steps", 2, "--latent_length", 2]
-INNER = [*SHORT, "--held_out", 2]
 OUTER = [*SHORT, "--warm_start_steps", 1, "--eval_samples", 0, "--num_recursive_rounds", 1]
 DATA = PROJECT / "tests/data"
 ASK = ["--num_samples", 4, "--method", "latent", "--num_recursive_rounds", 1]
@@ -50,8 +49,7 @@ def nothing_stays_claimed():
     ("train_outer.py", [*OUTER, "--save_steps", 1, "--max_steps", 10**4], "--save_dir"),
     ("evaluate.py", ["--num_samples", 200, "--batch_size", 2], "--out")])
 def test_two_processes_in_one_folder(script, options, folder, tmp_path):
-    """Started at once, one is refused. The other one goes on, and when it is stopped, it says where
-    it goes on."""
+    """One is refused. The other one goes on, and when it is stopped, it says where it goes on."""
     folder, options = tmp_path / "out", [*options, folder, tmp_path / "out"]
     both = [Script(script, *options) for _ in range(2)]
     multiprocessing.connection.wait([one.process.sentinel for one in both], 240)
@@ -97,8 +95,7 @@ def test_what_this_run_has_saved_is_told_without_the_clock(name, tmp_path):
 
 
 def test_a_dead_process_leaves_no_lock(tmp_path):
-    folder = tmp_path / "out"
-    process = owner_of(folder)
+    process, folder = owner_of(tmp_path / "out"), tmp_path / "out"
     with pytest.raises(ValueError, match=str(folder)):
         files.claim(folder)
     process.send(signal.SIGKILL)
@@ -119,8 +116,7 @@ def test_a_lock_that_was_deleted_is_not_given_back(tmp_path):
 
 
 def test_a_lock_that_is_released_while_we_open_it_is_not_ours(tmp_path, monkeypatch):
-    """Between our opening of the file and our lock on it, its owner releases it (so the file is
-    deleted), and a third run makes a new file of that name."""
+    """After we open the file, its owner deletes it, and a third run makes one of that name."""
     flock, third = fcntl.flock, []
 
     def late(file, how):
@@ -157,8 +153,7 @@ def test_links_without_notes_and_odd_manifests_are_moved_aside_too(tmp_path, run
 def test_a_training_moves_the_earlier_one_aside(tmp_path, run):
     """All of it, and nothing else. --resume moves nothing."""
     ask = [train_outer, *OUTER, "--save_dir", tmp_path]
-    mine = tmp_path / "my_notes.txt"
-    mine.write_text("keep me")
+    (tmp_path / "my_notes.txt").write_text("keep me")
     (tmp_path / "parts").mkdir()
     assert run(*ask)[0] == 0
     (tmp_path / "earlier_1").rename(tmp_path / "earlier_7")
@@ -171,7 +166,7 @@ def test_a_training_moves_the_earlier_one_aside(tmp_path, run):
     del first["my_notes.txt"]
     aside = {path.name: path.read_bytes() for path in (tmp_path / "earlier_8").iterdir()}
     assert aside == first
-    assert mine.exists() and not list(tmp_path.glob("*.safetensors"))
+    assert (tmp_path / "my_notes.txt").exists() and not list(tmp_path.glob("*.safetensors"))
     assert run(*ask, "--seed", 1, "--save_format", "pt", "--resume")[0] == 0
     assert not (tmp_path / "earlier_9").exists()
 
@@ -179,8 +174,7 @@ def test_a_training_moves_the_earlier_one_aside(tmp_path, run):
 def test_links_for_two_tasks_share_a_folder(tmp_path, run):
     """An agent may have an inner link for code beside the one for all other questions."""
     style = shutil.copy(DATA / "by_task.txt", tmp_path / "by_task.py")
-    ask = ["--style", style, *INNER, "--dataset_name", "tiny", "--text", "gold", "--save_dir",
-           tmp_path / "link"]
+    ask = ["--style", style, *SHORT, "--held_out", 2, "--save_dir", tmp_path / "link"]
     for kind in ("math", "code", "code"):
         assert run(train_inner, *ask, "--mas_task", kind)[0] == 0
     links = {str(path.relative_to(tmp_path / "link")) for path in tmp_path.rglob("adapter(*")}
@@ -194,16 +188,15 @@ def test_links_know_their_prompts_and_their_m(tmp_path, capsys, run):
     """A style with other words, asked with these links, is told apart in one line. These links sent
     whole texts, so their m is the style's (6), and neither 3 nor the flag's default (32)."""
     assert run(train_outer, *OUTER, "--latents", "teacher", "--latent_length", 3, "--save_dir",
-               tmp_path / "links")[0] == 0
+               tmp_path)[0] == 0
     planner, critic, solver = get_style("tiny").roles
     for other in lines_of("other_words.jsonl"):
         roles = planner, dataclasses.replace(critic, **other["critic"]), solver
         mas = load_mas_system(dataclasses.replace(get_style("tiny"), roles=roles),
-                              ckpt_override={"outer": tmp_path / "links"})
+                              ckpt_override={"outer": tmp_path})
         assert mas.latent_length == 6
-        warned = f"{tmp_path / 'links'} were trained with" in capsys.readouterr().out
-        assert warned == other["told"]
-    code, said, _ = run(evaluate, "--ckpt_override", f"outer={tmp_path / 'links'}", "--num_samples",
+        assert (f"{tmp_path} were trained with" in capsys.readouterr().out) == other["told"]
+    code, said, _ = run(evaluate, "--ckpt_override", f"outer={tmp_path}", "--num_samples",
                         2, "--method", "single", "--out", tmp_path / "asked")
     settings = json.loads((tmp_path / "asked/summary.json").read_text())["settings"]
     assert code == 0 and settings["latent_length"] == 6
@@ -213,7 +206,7 @@ def test_links_know_their_prompts_and_their_m(tmp_path, capsys, run):
 # ---- folders that cannot be written to ----------------------------------------------------------
 
 @pytest.mark.parametrize("script, options", [
-    (train_outer, [*OUTER, "--save_dir"]), (train_inner, [*INNER, "--save_dir"]),
+    (train_outer, [*OUTER, "--save_dir"]), (train_inner, [*SHORT, "--save_dir"]),
     (evaluate, [*ASK, "--out"])])
 def test_no_folder_is_one_line_before_the_work(script, options, tmp_path, run):
     (tmp_path / "file").write_text("no folder")
@@ -282,12 +275,10 @@ def test_a_file_is_whole_or_not_there(tmp_path):
 def test_a_state_without_its_parts_is_one_line(tmp_path, run):
     ask = [train_outer, *OUTER, "--save_dir", tmp_path]
     assert run(*ask)[0] == 0
-    right = (tmp_path / "state.pt").read_bytes()
-    for damage in (lambda state: state.pop("optimizer"), lambda state: state.pop("done"),
-                   lambda state: state.update(links={}), lambda state: state.update(settings=3)):
-        (tmp_path / "state.pt").write_bytes(right)
-        state = torch.load(tmp_path / "state.pt")
-        damage(state)
+    right = torch.load(tmp_path / "state.pt")
+    lacking = [{name: right[name] for name in right if name != gone}
+               for gone in ("optimizer", "done")]
+    for state in (*lacking, right | {"links": {}}, right | {"settings": 3}):
         torch.save(state, tmp_path / "state.pt")
         code, _, errors = run(*ask, "--resume")
         assert code == 2 and len(errors) == 1 and str(tmp_path / "state.pt") in errors[0], errors

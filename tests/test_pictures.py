@@ -10,7 +10,7 @@ from PIL import Image
 import evaluate
 import reference
 from docs import pictures
-from tasks import get_task
+from tasks import tiny
 
 FOLDER = PROJECT / "docs" / "pictures"
 MEASURED, DIAGRAMS = ("accuracy", "thoughts", "gradients"), ("method", "links", "rounds")
@@ -76,13 +76,12 @@ def test_the_thoughts_are_those_of_show(drawn, run):
 
 def test_the_bars_are_shares_of_right_answers(drawn, shipped):
     """Asked and scored here one method at a time, in the order of evaluate.py's batches."""
-    task = get_task("tiny")
-    examples = sorted(task.load(QUESTIONS), key=lambda example: len(example.question))
+    examples = sorted(tiny.load(QUESTIONS), key=lambda example: len(example.question))
 
     def share(method, rounds):
         answers = shipped.answer([one.question for one in examples], rounds, 6, method=method,
                                  max_new_tokens=32, batch_size=QUESTIONS)
-        return sum(task.score(*pair).correct for pair in zip(examples, answers)) / QUESTIONS
+        return sum(tiny.score(*pair).correct for pair in zip(examples, answers)) / QUESTIONS
 
     axes, = drawn[1]["accuracy"].axes
     for method, bars in zip(("latent", "text", "shuffle"), axes.containers):
@@ -115,7 +114,7 @@ def plain_gradients(mas, row):
 
 def test_gradients_equal_the_plain_unrolling():
     """In float64 (but for the cross-entropy), with new links, so that the loss is large."""
-    mas, rows = tiny_in_float64(), get_task("tiny").train_rows(BATCH, seed=0)
+    mas, rows = tiny_in_float64(), tiny.train_rows(BATCH, seed=0)
     ours = pictures.measure_gradients(mas, rows, 0.0)
     assert not any(p.requires_grad or p.grad is not None for p in mas.outer.parameters())
     mas.outer.requires_grad_(True)
@@ -128,9 +127,8 @@ def test_gradients_equal_the_plain_unrolling():
 def test_the_gradients_drawn_are_those_measured(drawn, shipped):
     """Two curves: with the last answer's loss alone, and with a loss for every role."""
     axes, = drawn[1]["gradients"].axes
-    rows = get_task("tiny").train_rows(BATCH, seed=0)
     for line, weight in zip(axes.lines, (0.0, 1.0), strict=True):
-        sizes = pictures.measure_gradients(shipped, rows, weight)
+        sizes = pictures.measure_gradients(shipped, tiny.train_rows(BATCH, seed=0), weight)
         assert list(line.get_ydata()) == pytest.approx(list(sizes.values()), rel=1e-6)
     ends = {edge.key: f"{edge.src} to {edge.dst}" for edge in shipped.style.edges}
     assert [" ".join(tick.get_text().split()) for tick in axes.get_xticklabels()] == [

@@ -293,7 +293,7 @@ def assert_trained_alike(links, plain_links, start, log, by_hand):
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_outer_training_is_the_loop_by_hand(loop, uneven, double, tmp_path, train, monkeypatch):
+def test_outer_training_is_a_loop_by_hand(loop, uneven, double, tmp_path, train, monkeypatch):
     """The feedback link, which one round does not use, stays as it was."""
     trained, plain = (dataclasses.replace(double, outer=copy.deepcopy(double.outer))
                       for _ in range(2))
@@ -308,15 +308,14 @@ def test_outer_training_is_the_loop_by_hand(loop, uneven, double, tmp_path, trai
         assert torch.equal(value, double.outer["outer_31"].state_dict()[name])
 
 
-@pytest.mark.parametrize("name, loop", zip(("planner", "critic"), LOOPS))
-def test_inner_training_is_the_loop_by_hand(name, loop, uneven, double, tmp_path, train,
-                                            monkeypatch):
+@pytest.mark.parametrize("who, loop", [*zip(("planner", "critic"), LOOPS)])
+def test_inner_training_is_a_loop_by_hand(who, loop, uneven, double, tmp_path, train, monkeypatch):
     """The states come from a plain run. A critic's prompt holds the planner's text."""
-    agent, role = double.agents[name], tiny_style.role(name)
+    agent, role = double.agents[who], tiny_style.role(who)
     trained, plain, start = (copy.deepcopy(agent.inner).requires_grad_(True) for _ in range(3))
     monkeypatch.setattr(train_inner, "frozen_agent", lambda *_: copy.copy(agent))
     monkeypatch.setattr(train_inner, "new_link", lambda *_: trained)
-    log = train(train_inner, **loop, dataset_name=tmp_path / "rows.json", mas_role=name,
+    log = train(train_inner, **loop, dataset_name=tmp_path / "rows.json", mas_role=who,
                 adapter_mse_weight=30, adapter_lr=1e-3)
 
     def token_losses(one):
@@ -403,8 +402,7 @@ def test_a_last_role_that_has_heard_nobody_trains_nothing(tmp_path, train):
     """In a single round, a solver that hears only itself has heard no link. The loss has no graph
     then, and the step is taken all the same."""
     shutil.copy(PROJECT / "tests/data/hears_itself.txt", tmp_path / "hears_itself.py")
-    log = train(train_outer, "--style", tmp_path / "hears_itself.py", "--max_steps", 2,
-                "--role_loss_weight", 0)
+    log = train(train_outer, style=tmp_path / "hears_itself.py", max_steps=2, role_loss_weight=0)
     assert [(line["grad_norm"], line["skipped"]) for line in log] == [(0, 0)] * 2
     assert all(line["loss"] > 0 for line in log)
 
@@ -515,8 +513,7 @@ def test_a_bad_loss_skips_the_step_and_ten_in_a_row_stop(dtype, tmp_path, train,
 
 def test_weights_that_blow_up_stop_the_run(tmp_path, train):
     """A learning rate of 1e30 ruins the links in the first update."""
-    train(train_outer, "--outer_lr", 1e30, "--max_steps", 30, "--batch_size", 1,
-          "--warmup_steps", 0, names="learning rate")
+    train(train_outer, outer_lr=1e30, max_steps=30, batch_size=1, warmup_steps=0, names="rate")
     assert not list(tmp_path.glob("outer_*"))
 
 
@@ -569,11 +566,10 @@ def test_untrained_is_what_this_run_began_with(train, monkeypatch):
 def test_half_precision_trains_float32_links(tmp_path, train):
     """It starts at the loss of float32, and skips no step."""
     first = []
-    for dtype in ("float32", "bfloat16", "float16"):
-        log = train(train_outer, "--warm_start_steps", 10, "--max_steps", 2, "--dtype", dtype,
-                    into=tmp_path / dtype)
+    for name in ("float32", "bfloat16", "float16"):
+        log = train(train_outer, warm_start_steps=10, max_steps=2, dtype=name, into=tmp_path / name)
         assert log[-1]["skipped"] == 0 and all(math.isfinite(line["loss"]) for line in log)
         first.append(log[0]["loss"])
-        for path in (tmp_path / dtype).glob("*.safetensors"):
+        for path in (tmp_path / name).glob("*.safetensors"):
             assert {weight.dtype for weight in load_file(path).values()} == {torch.float32}
     assert first == pytest.approx([first[0]] * 3, abs=0.2)

@@ -264,6 +264,8 @@ def nothing_in_float32():
         def __getattr__(self, name):
             return getattr(torch, name)
 
+    for family in FAMILIES:
+        new_model(family)                # the library imports a family when it is first asked for
     with pytest.MonkeyPatch.context() as patch:
         for name, module in list(sys.modules.items()):
             if name.startswith("transformers.models.") and ".modeling_" in name:

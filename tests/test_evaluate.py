@@ -270,7 +270,7 @@ def test_runs_are_merged(finished, tmp_path, run):
         assert entry["seconds"] == pytest.approx((one["seconds"] + two["seconds"]) / 2)
         assert entry["errors"] == two["errors"] and f"{low:.3f} - {high:.3f}" in said
     assert (both / "summary.png").read_bytes()[:4] == b"\x89PNG"
-    with pytest.raises(ValueError, match="rows"):
+    with pytest.raises(ValueError, match="summary.json"):
         merge.merge([runs[0], runs[1][:1]])
     code, _, errors = run(merge, tmp_path / "1", tmp_path)
     assert code == 2 and "summary.json" in errors[0]

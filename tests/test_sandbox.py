@@ -21,10 +21,11 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from helpers import refuses
+from helpers import PROJECT, refuses
 
 from tools import sandbox
 from tools.sandbox import (SandboxError, call_function, passes, require_sandbox, run_python,
@@ -87,20 +88,7 @@ class Outside:
         """No folder and no process is left. What a program starts inherits HOME, a folder of ours,
         by which we know it. What was killed may need a moment to go."""
         assert list(self.sandboxes.iterdir()) == []
-        late = time.monotonic() + 2
-        while (left := self.processes_left()) and time.monotonic() < late:
-            time.sleep(0.02)
-        assert left == []
-
-    def processes_left(self):
-        left = []
-        for file in Path("/proc").glob("[0-9]*/environ"):
-            try:
-                if str(self.sandboxes).encode() in file.read_bytes():
-                    left.append((file.parent / "cmdline").read_bytes()[-200:])
-            except OSError:
-                continue               # gone meanwhile, or another user's
-        return left
+        assert within(2, lambda: not processes_of(self.sandboxes)), processes_of(self.sandboxes)
 
     def close(self):
         for listener in self.listeners:
@@ -108,6 +96,24 @@ class Outside:
         make_mutable(self.sandboxes)
         self.victim.kill()
         self.victim.wait()
+
+
+def processes_of(folder):
+    """The command lines of the processes whose environment names a folder."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):            # gone meanwhile, or another user's
+            if str(folder).encode() in file.read_bytes():
+                found.append((file.parent / "cmdline").read_bytes()[-200:])
+    return found
+
+
+def within(seconds, condition):
+    """Whether condition() becomes true within so many seconds."""
+    late = time.monotonic() + seconds
+    while not (fulfilled := condition()) and time.monotonic() < late:
+        time.sleep(0.02)
+    return fulfilled
 
 
 def make_mutable(folder):
@@ -369,7 +375,7 @@ def test_output_and_files_are_bounded(outside):
 def test_the_folder_goes_whatever_is_in_it(name, set_name, outside, monkeypatch):
     use_layers(monkeypatch, set_name)
     monkeypatch.setattr(sandbox, "CLEAN_UP_S", 100)
-    run_python(with_imports(*FOLDERS[name]), timeout_s=3)
+    run_python(outside.fill(with_imports(*FOLDERS[name])), timeout_s=3)
     outside.check()
 
 
@@ -383,12 +389,49 @@ def test_a_slow_removal_holds_up_nobody(outside, monkeypatch, tmp_path_factory):
     slow.chmod(0o755)
     monkeypatch.setenv("PATH", f"{slow.parent}:{os.environ['PATH']}")
     monkeypatch.setattr(sandbox, "CLEAN_UP_S", 0.2)
-    assert run_python("print(5)").status == "ok"
+    assert run_python("open('a', 'w')").status == "ok"
     assert len(list(outside.sandboxes.iterdir())) == 1
     (slow.parent / "go").touch()
-    late = time.monotonic() + 20
-    while list(outside.sandboxes.iterdir()) and time.monotonic() < late:
-        time.sleep(0.02)
+    within(20, lambda: not list(outside.sandboxes.iterdir()))
+    outside.check()
+
+
+def start_and_sleep(outside, before=""):
+    """(a process that runs a program which sleeps, the program's folder)"""
+    code = f"{before}\nopen('begun', 'w')\nimport time\ntime.sleep(60)"
+    there, layers = set(outside.sandboxes.iterdir()), sandbox.sandbox_layers()
+    parent = subprocess.Popen([sys.executable, "-c", f"""if True:
+        import tempfile
+        tempfile.tempdir = {str(outside.sandboxes)!r}
+        from tools import sandbox
+        sandbox.confined_run({code!r}, "", 60, 99, layers={layers})"""], cwd=PROJECT)
+    assert within(60, lambda: set(outside.sandboxes.glob("*/begun")) - {
+        folder / "begun" for folder in there})
+    return parent, *set(outside.sandboxes.iterdir()) - there
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("before, set_name", [
+    case("", "all", fast=["all"]), case("", LIMITS, fast=[LIMITS]), case("", SPACES, fast=[]),
+    case("import ctypes\nctypes.CDLL(None).prctl(1, 0)", SPACES, fast=[SPACES]),
+    case("import ctypes\nctypes.CDLL(None).prctl(1, 0)", SECCOMP, fast=[])])
+def test_nothing_outlives_a_parent_that_is_killed(before, set_name, number, outside, monkeypatch):
+    """Not even a program that asks the kernel to let it live. The next run removes its folder, and
+    leaves the folder of a living run alone."""
+    use_layers(monkeypatch, set_name)
+    (killed, left), (living, used) = [start_and_sleep(outside, before) for _ in range(2)]
+    killed.send_signal(number)
+    killed.wait()
+    assert within(2, lambda: not processes_of(left)) and processes_of(used)
+    for folder in left, used:
+        os.utime(folder, (1, 1))
+    sandbox_layers.__wrapped__()
+    assert within(20, lambda: not left.exists()) and used.exists()
+    living.kill()
+    living.wait()
+    assert within(2, lambda: not processes_of(used))
+    sandbox_layers.__wrapped__()
+    within(20, lambda: not used.exists())
     outside.check()
 
 

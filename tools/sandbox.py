@@ -8,16 +8,18 @@ table names is enough to stop the attack.
     read your environment and its keys                      the start (it gets another one)
     read the environment or memory of other processes       namespaces, landlock
     open, list, write or remove your files                  landlock
+    leave files elsewhere, for example in /dev/shm          landlock
     change modes, owners, times or flags of your files      seccomp
     see the names of files that others make                 seccomp
     reach the network or abstract sockets of this machine   namespaces, seccomp
     reach sockets of this machine that have a path          seccomp
     signal, trace or slow down your processes               namespaces, seccomp
     leave processes or shared memory behind                 namespaces, seccomp
+    live on if our own process is killed                    namespaces, seccomp
     start other programs                                    landlock, seccomp
     set the clock, make devices, lift its limits, as root   namespaces, capabilities
     take all memory or processor time, fill a file          process limits
-    take memory without an address (memfd, sockets)         seccomp
+    take memory without an address (sockets, shared maps)   seccomp
     run for ever, or leave a folder that takes ages to go   timeout_s, CLEAN_UP_S
     pass by an early exit or a printed verdict              a random number (see perform)
 
@@ -30,14 +32,16 @@ Some attacks are not stopped:
   `call_function`: it can return an object that equals everything, patch a module that the test
   imports, or find our files through frames or descriptors. So right answers stay out of the process
   where possible.
-- No layer sees `stat`, which tells the size of a file by its name.
+- No layer sees `stat` and `readlink`, which tell the size of a file and the aim of a link by name.
+  No layer sees a read lock on a file of the system that the program may read.
 - No layer counts files. Many files of 32 MB fill the disk, or the memory if the temporary folder is
-  there.
-- The kernel does not count root's threads. The memory limit alone bounds them.
+  there. (Without landlock, a shared map of /dev/zero is such a file of any size.)
+- The kernel does not count root's threads. 10,000 threads can share one stack. Then each of them
+  takes 16 kB or more of the kernel's memory, and the memory limit does not see it.
 """
 import ctypes
+import fcntl
 import functools
-import inspect
 import json
 import os
 import re
@@ -45,25 +49,30 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
-import types
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryFile, mkdtemp
+from tempfile import TemporaryFile, gettempdir, mkdtemp
+
+from tools import confined
 
 LAYERS = ("process limits", "capabilities", "namespaces", "landlock", "seccomp")
+# The kernel kills a process that setpriv started when the thread that wanted it dies. sh looks
+# whether that happened even earlier. unshare passes the death on to the namespaces' first process.
+KILLED_WITH_US = ["setpriv", "--pdeathsig", "KILL", "sh", "-c", '[ $PPID = "$0" ] && exec "$@"']
 UNSHARE = "unshare --map-current-user --ipc --net --pid --kill-child --mount-proc".split()
 OUTPUT_CAP = 8_000_000      # bytes kept of stdout, of stderr and of a function's value
 MEMORY_MB = 1024            # for the data of a program
 CHECK_MEMORY_MB = 4096      # the same in a check: evalplus's cap, because Mbpp/255 takes 2200
 FOR_PYTHON_MB = 512         # address space beside the data: interpreter + numpy peak at 140 MB
-OUT_OF_MEMORY = 113         # exit code of a program that raised MemoryError
 CLEAN_UP_S = 10             # how long we wait for the removal of a folder
+FOLDER = "recursivemas-sandbox-"        # so begin the names of our folders
 # The system calls of an ordinary program (64 bits). They change only the program itself and the
 # files that landlock leaves to it. We also tried a list of forbidden calls. But libseccomp 2.5 has
 # no names for the newest calls (setxattrat, file_setattr), so they stayed open.
-CALLS = Path(__file__).with_name("system_calls.txt").read_text()
+CALLS = Path(__file__).with_name("system_calls.txt").read_text().split()
+# The new process gets our second file as a text. Importing this one would take it 30 ms more.
+INSIDE = Path(confined.__file__).read_text(encoding="utf-8")
 
 
 class SandboxError(RuntimeError):
@@ -73,7 +82,8 @@ class SandboxError(RuntimeError):
 @dataclass
 class Run:
     """How a program ended. status: ok | error (an exception, or an exit code other than 0) |
-    timeout | memory (it raised MemoryError) | killed (by a signal, its own or the kernel's)."""
+    timeout | memory (it raised MemoryError) | killed (by a signal, its own or the kernel's, or with
+    an exit code over 128, as a shell shows signals)."""
     status: str
     stdout: str
     stderr: str
@@ -112,8 +122,10 @@ def confined_run(code, stdin, timeout_s, memory_mb, test=None, layers=None):
     nonce, start = os.urandom(16).hex(), time.monotonic()
     layers = sandbox_layers() if layers is None else layers
     with ExitStack() as stack:
-        folder = mkdtemp(prefix="sandbox-")
+        folder = mkdtemp(prefix=FOLDER)
         stack.callback(remove, folder)
+        with suppress(OSError):                 # a file system may know no locks
+            stack.callback(os.close, lock(folder))
         Path(folder, "program.py").write_bytes(code.encode("utf-8", "replace"))
         # Files, because nobody has to read or write them while the program runs, unlike pipes.
         # The input lies in the folder: only there may the program open it again, as /dev/stdin.
@@ -123,11 +135,14 @@ def confined_run(code, stdin, timeout_s, memory_mb, test=None, layers=None):
             file.write(text.encode("utf-8", "replace"))
             file.seek(0)
         job = {"layers": layers, "memory": memory_mb + FOR_PYTHON_MB << 20, "err": err.fileno(),
-               "seconds": int(timeout_s) + 2, "check": None if test is None else check.fileno()}
-        command = [sys.executable, "-I", "-c", LAUNCHER, json.dumps(job)]
+               "seconds": int(timeout_s) + 2, "check": None if test is None else check.fileno(),
+               "calls": CALLS, "parent": os.getpid()}
+        command = [sys.executable, "-I", "-c", INSIDE, json.dumps(job)]
+        if "namespaces" in layers:
+            command = [*KILLED_WITH_US, str(os.getpid()), *UNSHARE, *command]
         process = subprocess.Popen(
-            UNSHARE + command if "namespaces" in layers else command, cwd=folder, stdin=given,
-            stdout=out, stderr=log, pass_fds=(check.fileno(), err.fileno()), start_new_session=True,
+            command, cwd=folder, stdin=given, stdout=out, stderr=log,
+            pass_fds=(check.fileno(), err.fileno()), start_new_session=True,
             # One thread: numpy reserves memory for each, and on 64 cores more than the limit.
             env={"PATH": "/usr/bin:/bin:/run/current-system/sw/bin", "LANG": "C.UTF-8",
                  "HOME": folder, "OMP_NUM_THREADS": "1"})
@@ -136,8 +151,9 @@ def confined_run(code, stdin, timeout_s, memory_mb, test=None, layers=None):
         proof, stdout, stderr, said = map(read_output, (check, out, err, log))
     if in_time and "layers are on" not in said:
         raise SandboxError(f"the sandbox did not start: {said.strip()[-300:]}")
-    ended = {0: "ok", OUT_OF_MEMORY: "memory"}.get(
-        process.returncode, "error" if process.returncode > 0 else "killed")
+    code = process.returncode
+    ended = {0: "ok", confined.OUT_OF_MEMORY: "memory"}.get(
+        code, "error" if 0 < code <= 128 else "killed")
     run = Run(ended if in_time else "timeout", stdout, stderr, seconds)
     if test is not None and run.status == "ok":
         try:
@@ -169,19 +185,47 @@ def wait_and_end(process, timeout_s, namespaced):
 
 def read_output(file):
     """The output of a program as a text, with U+FFFD for nulls and for bytes that are not UTF-8."""
-    import fcntl
     fcntl.fcntl(file, fcntl.F_SETFL, 0)     # it may have set O_DIRECT, with which pread fails
     written = os.pread(file.fileno(), OUTPUT_CAP + 1, 0)
     text = written[:OUTPUT_CAP].decode("utf-8", "replace").replace("\0", "\ufffd")
     return text + "\n[output cut here]" if len(written) > OUTPUT_CAP else text
 
 
-def remove(folder):
-    """Remove a folder, however deep or locked it is. After CLEAN_UP_S seconds we stop waiting, and
-    rm continues in the background."""
-    script = 'rm -rf "$0" 2> /dev/null || { chmod -R u+rwx "$0"; rm -rf "$0"; }'
+def remove(folder, wait_s=None):
+    """Remove a folder, however deep or locked it is. After wait_s (CLEAN_UP_S) seconds we stop
+    waiting, and rm continues in the background."""
+    with suppress(OSError):                     # most programs leave no file of their own
+        Path(folder, "program.py").unlink()
+        os.rmdir(folder)
+        return
+    # Modes of folders only: `chmod -R` would change a file outside that the program has linked.
+    unlock = "find \"$0\" -type d -execdir chmod u+rwx {} ';'"
+    script = f'rm -rf "$0" 2> /dev/null || {{ {unlock} 2> /dev/null; rm -rf "$0"; }}'
     with suppress(subprocess.TimeoutExpired):               # shutil.rmtree fails on deep folders
-        subprocess.Popen(["sh", "-c", script, folder], start_new_session=True).wait(CLEAN_UP_S)
+        subprocess.Popen(["sh", "-c", script, folder], start_new_session=True).wait(
+            CLEAN_UP_S if wait_s is None else wait_s)
+
+
+def lock(folder):
+    """Lock a folder while we live -> the descriptor that holds the lock. Raises OSError if another
+    process holds it."""
+    held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(held)
+        raise
+    return held
+
+
+def remove_left_behind():
+    """Remove the folders of our user's runs that were killed: nobody holds their lock any more."""
+    for folder in Path(gettempdir()).glob(FOLDER + "*"):
+        with suppress(OSError):
+            about = folder.lstat()
+            if about.st_uid == os.geteuid() and time.time() - about.st_mtime > 10:
+                os.close(lock(folder))          # a newer one may not be locked yet
+                remove(folder, wait_s=0)
 
 
 @functools.cache
@@ -193,9 +237,10 @@ def sandbox_layers():
             run = confined_run("import numpy\nprint(numpy)", "", 30, MEMORY_MB, layers=layers)
             return run.stdout
 
+    remove_left_behind()
     bare, active = printed([]), []
-    for name in LAYERS:
-        if bare and printed([*active, name]) == bare:
+    for name in LAYERS:             # twice, because a machine may be full or busy for a moment
+        if bare and any(printed([*active, name]) == bare for _ in range(2)):
             active.append(name)
     if sys.platform == "linux" and bare and not {"namespaces", "landlock"} & set(active):
         # /proc shows our environment to every process of this user, unless we forbid it.
@@ -216,88 +261,3 @@ def require_sandbox(allow_unsafe=False):
         if set(stops.split(", ")) <= set(LAYERS) - set(layers):
             print(f"sandbox WITHOUT {stops}: a program can {risk}", flush=True)
     return layers
-
-
-def confine(layers, memory, seconds):
-    """Put layers on this process. Nothing takes them off again. Raises an error of any kind if a
-    layer does not work."""
-    libc = ctypes.CDLL(None)
-    if "process limits" in layers:
-        import resource
-        if sys.platform == "linux":
-            libc.prctl(38, 1, 0, 0, 0)      # PR_SET_NO_NEW_PRIVS: set-uid programs give no rights
-        # NPROC counts all threads of this user (before Linux 5.14 also outside the namespace), so
-        # it cannot be small. CPU is a second clock, in case our own process dies while it waits.
-        for name, most in {"AS": memory, "CPU": seconds, "FSIZE": 32 << 20, "NOFILE": 128,
-                           "NPROC": 1024, "CORE": 0}.items():
-            with suppress(ValueError):      # the user's own limit is lower, and stays
-                resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
-    if "capabilities" in layers and libc.capset((ctypes.c_uint * 2)(0x20080522, 0), bytes(24)):
-        raise OSError("capset failed")      # capset gives up the rights that only root has
-    if "landlock" in layers:                # it leaves no way into /home, /proc, /tmp or /dev/shm
-        from landlock import FSAccess as To, Ruleset
-        rules = Ruleset()
-        rules.allow(".", rules=To.all() & ~(To.EXECUTE | To.MAKE_CHAR | To.MAKE_BLOCK))
-        rules.allow("/dev/null", rules=To.READ_FILE | To.WRITE_FILE)
-        for path in filter(os.path.exists, (
-                sys.prefix, sys.base_prefix, "/usr", "/lib", "/lib64", "/nix/store", "/dev/urandom",
-                "/etc/ld.so.cache", "/etc/localtime")):
-            rules.allow(path, rules=To.READ_FILE | To.READ_DIR * os.path.isdir(path))
-        rules.apply()
-    if "seccomp" in layers:                 # other calls fail with 38 (ENOSYS: "not implemented")
-        import termios
-        # pyseccomp asks ctypes.util for its library, which would start ldconfig (10 ms). So we
-        # answer in its place.
-        ctypes.util = sys.modules["ctypes.util"] = types.SimpleNamespace(
-            find_library={"seccomp": "libseccomp.so.2"}.get)
-        from pyseccomp import ALLOW, EQ, ERRNO, LE, MASKED_EQ, Arg, SyscallFilter
-        del sys.modules["ctypes.util"]
-        rules, me, thread = SyscallFilter(ERRNO(38)), os.getpid(), 0x10000
-        for name in CALLS.split():
-            rules.add_rule(ALLOW, name)
-        for name, *condition in (           # on one argument, counted from 0
-                ("clone", 0, MASKED_EQ, thread, thread), ("kill", 0, EQ, me), ("tgkill", 0, EQ, me),
-                ("prlimit64", 0, EQ, 0), ("socketpair", 0, EQ, 1), ("sendto", 4, EQ, 0),
-                ("ioctl", 1, EQ, termios.FIONBIO), ("ioctl", 1, EQ, termios.FIOCLEX),
-                ("fcntl", 1, LE, 7), ("fcntl", 1, EQ, 1030)):   # flags, locks; F_DUPFD_CLOEXEC
-            rules.add_rule(ALLOW, name, Arg(*condition))
-        rules.load()
-
-
-def perform(layers, memory, seconds, err, check):
-    """Put the layers on, run program.py and, in a check, the test in the file `check`.
-
-    Exit code 0 proves nothing (`os._exit(0)`), and neither does printed text. So we read a random
-    number only after the program has ended, and write it back only after the test."""
-    confine(layers, memory, seconds)
-    os.write(2, b"layers are on\n")             # from now on, a failure is the program's own
-    os.dup2(err, 2)                             # the program cannot reach our log, and unshare's
-    sys.argv = ["program.py"]
-    name = "program" if check else "__main__"   # a check does not run the program's demonstration
-    module = sys.modules[name] = types.ModuleType(name)
-    try:
-        with open("program.py", encoding="utf-8") as file:
-            source = file.read()
-        exec(compile(source, "program.py", "exec"), vars(module))
-        if check:
-            with os.fdopen(check, "r+", encoding="utf-8") as file:
-                nonce, test = json.load(file)
-                exec(compile(test, "test.py", "exec"), vars(module))
-                value = json.dumps(getattr(module, "_value", None), default=lambda x: x.tolist())
-                file.seek(0)
-                file.truncate()
-                file.write(nonce + value)
-            sys.stdout.flush()
-            os._exit(0)                         # no thread and no atexit can change it now
-    except MemoryError:                         # too little may be left for a traceback
-        os.write(2, b"MemoryError: more than the allowed memory\n")
-        os._exit(OUT_OF_MEMORY)
-    except Exception as problem:                # shown without our own line in the traceback
-        traceback.print_exception(type(problem), problem, problem.__traceback__.tb_next)
-        sys.exit(1)
-
-
-# The new process runs the source text of two functions. Importing this file would take 30 ms more.
-LAUNCHER = f"""import ctypes, json, os, sys, traceback, types\nfrom contextlib import suppress
-{OUT_OF_MEMORY=}\n{CALLS=}\n{inspect.getsource(confine)}\n{inspect.getsource(perform)}
-perform(**json.loads(sys.argv[1]))"""

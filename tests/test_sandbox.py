@@ -319,6 +319,7 @@ def test_how_a_program_ends(name, outside):
     assert status in (run.status, "any"), run
     assert run.stdout == ast.literal_eval(printed)
     assert status != "timeout" or run.stderr == ""      # what it printed, not what unshare says
+    assert "<string>" not in run.stderr                 # a traceback has no line of our own
     assert run.seconds < 20
     outside.check()
 

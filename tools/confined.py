@@ -109,7 +109,8 @@ def perform(layers, memory, seconds, calls, err, check, parent):
         os.write(2, b"MemoryError: more than the allowed memory\n")
         os._exit(OUT_OF_MEMORY)
     except Exception as problem:                # shown without our own line in the traceback
-        sys.__excepthook__(type(problem), problem, problem.__traceback__.tb_next)
+        problem.__traceback__ = problem.__traceback__.tb_next
+        sys.__excepthook__(type(problem), problem, problem.__traceback__)
         sys.exit(1)
 
 

@@ -510,6 +510,17 @@ def test_a_layer_that_does_not_work_is_left_out(lacking, tmp_path, monkeypatch):
         libc.prctl(4, before, 0, 0, 0)
 
 
+def test_a_layer_gets_a_second_try(tmp_path, monkeypatch):
+    """Here every other start of python fails, as on a machine that is full for a moment."""
+    available, failed = sandbox_layers(), tmp_path / "failed"
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nmkdir {failed} && exit 1\nrmdir {failed}\n"
+                      f'exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    assert sandbox_layers.__wrapped__() == available
+
+
 def test_nothing_of_this_process_changes():
     """A run changes no limit and no mode of this process, and leaves no file open."""
     names = [name for name in dir(resource) if name.startswith("RLIMIT_")]

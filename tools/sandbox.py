@@ -233,14 +233,16 @@ def sandbox_layers():
     """The LAYERS that work here: with each, a small program still prints what it should. Tested
     once per process."""
     def printed(layers):
-        with suppress(SandboxError, OSError):
-            run = confined_run("import numpy\nprint(numpy)", "", 30, MEMORY_MB, layers=layers)
-            return run.stdout
+        for _ in range(2):              # a machine may be full or busy for a moment
+            with suppress(SandboxError, OSError):
+                run = confined_run("import numpy\nprint(numpy)", "", 30, MEMORY_MB, layers=layers)
+                if run.status == "ok":
+                    return run.stdout
 
     remove_left_behind()
     bare, active = printed([]), []
-    for name in LAYERS:             # twice, because a machine may be full or busy for a moment
-        if bare and any(printed([*active, name]) == bare for _ in range(2)):
+    for name in LAYERS:
+        if bare and printed([*active, name]) == bare:
             active.append(name)
     if sys.platform == "linux" and bare and not {"namespaces", "landlock"} & set(active):
         # /proc shows our environment to every process of this user, unless we forbid it.

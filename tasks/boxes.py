@@ -52,7 +52,8 @@ def last_box(text):
             opened.append(None)
         elif mark[0].endswith("{") and len(mark[0]) > 2:     # \boxed{
             # A box that was left open before we asked once more is dropped. It would hold ours.
-            opened = [mark.end()] if mark[1] else [*opened, mark.end()]
+            opened = [] if mark[1] else opened
+            opened.append(mark.end())
     if found is None or found[1] - found[0] > LONGEST_ANSWER:
         return None
     return re.sub(r"\\(?:boxed|fbox)|\0", "", text[slice(*found)]).strip() or None

@@ -23,6 +23,7 @@ import re
 from support.errors import need
 from tasks import BOXED_RETRY, Example, RowTask, Score, Unusable, column, last_box, without_fonts
 from tasks.boxes import STEPS, replaced
+from tasks.worker import in_time
 
 GPQA_OPTIONS = ("Correct Answer", *(f"Incorrect Answer {number}" for number in (1, 2, 3)))
 LETTERS = "ABCDEFGHIJ"
@@ -69,16 +70,7 @@ class Choice(RowTask):
     @staticmethod
     def score(example, text):
         """The letter chosen in `text` against example.gold."""
-        options, box = [without_fonts(option) for option in example.row["options"]], last_box(text)
-        words = without_fonts(box or "")
-        letter = letter_in(words.upper() if len(words) == 1 else words, options)
-        if not letter:
-            after = re.split("boxed|fbox", text)[-1] if box else text
-            after = IS_RIGHT.sub(r"answer: \1;", replaced(after, STEPS))
-            for found in STATED.finditer(after):
-                said = after[found.end():found.end() + 200].partition("\n")[0]
-                letter = letter_in(said, options) or letter
-        return Score(letter == example.gold, letter)
+        return in_time(chosen, text, example.row["options"], example.gold)
 
 
 score = Choice.score
@@ -114,6 +106,20 @@ def right_text(source, row, options):
     if answer not in meant and bare not in meant:
         raise Unusable(f"{source} has the answer '{answer[:40]}', which is not an option")
     return meant.get(answer, meant.get(bare))
+
+
+def chosen(text, options, gold):
+    """The Score of the letter that a text chooses among the options' texts."""
+    options, box = list(map(without_fonts, options)), last_box(text)
+    words = without_fonts(box or "")
+    letter = letter_in(words.upper() if len(words) == 1 else words, options)
+    if not letter:
+        after = re.split("boxed|fbox", text)[-1] if box else text
+        after = IS_RIGHT.sub(r"answer: \1;", replaced(after, STEPS))
+        for found in STATED.finditer(after):
+            said = after[found.end():found.end() + 200].partition("\n")[0]
+            letter = letter_in(said, options) or letter
+    return Score(letter == gold, letter)
 
 
 def letter_in(said, options):

@@ -47,15 +47,18 @@ import zlib
 
 from support.errors import blame, need
 from tasks import CODE_RETRY, Example, RowTask, Score, Unusable, column, parse_json
+from tasks.worker import found, in_time
 from tools.sandbox import call_function, passes, require_sandbox, run_python
 
 SCRIPT_SECONDS, LIVE_SECONDS = 10, 6       # a script, a test
 # ``` or ~~~ on a line of its own, maybe after the mark of a list, maybe with a language.
-FENCE = re.compile(r"^[ \t]*(?:(?:[-*+]|\d+[.)])[ \t]+)?(`{3,}|~{3,})[ \t]*(\w*)[^`\n]*$", re.M)
+# (A line with another ` is none. The lookahead finds it once: trying all ways would be quadratic.)
+FENCE = re.compile(r"^[ \t]*(?:(?:[-*+]|\d+[.)])[ \t]+)?(`{3,}(?!`)|~{3,}(?!~))(?=[^`\n]*$)"
+                   r"[ \t]*(\w*).*", re.M)
 LATE_FENCE = re.compile(r"^([^#`~\n]*[^#`~\s])[ \t]*(```+|~~~+)[ \t]*$", re.M)    # after some code
-DEFINES = re.compile(r"^\s*(?:async )?(?:def|class) ", re.M)
-BEGINS = re.compile(r"(?:#.*\s+)*(import \w|from [\w.]+ import |def \w+\(|class \w+|@\w)")
-NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,9})?", re.ASCII)
+DEFINES = re.compile(r"^[ \t]*(?:async )?(?:def|class) ", re.M)
+BEGINS = re.compile(r"(?:#.*\n\s*)*(import \w|from [\w.]+ import |def \w+\(|class \w+|@\w)")
+NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,9})?", re.ASCII)
 # LiveCodeBench's programs may use these modules without an import. builtins is the last, because
 # math has another pow.
 MODULES = "bisect collections copy functools heapq itertools math operator random re string typing"
@@ -94,9 +97,11 @@ class Coding(RowTask):
     @staticmethod
     def score(example, text):
         """Run the program in `text` against the tests. Raises ValueError if those are damaged."""
-        code = program_in(text, defines="test" in example.row or bool(example.row["function"]))
+        defines = "test" in example.row or bool(example.row["function"])
+        score = in_time(found, program_in, text, defines)
+        code = score.parsed
         if code is None:
-            return Score(False, None)
+            return score
         if "test" in example.row:
             test = "__name__ = '__main__'\n" + example.row["test"]      # or it may wait for that
             fault = fault_of(passes(after(example.row["head"], code), test, SCRIPT_SECONDS))

@@ -11,28 +11,16 @@ is \frac{5}{6}, and 0.7 is not 1/2. An answer without a box, or with a box that 
 unparsed and wrong. Like math-verify we accept 10 for 10\%, a missing unit, a sum not added up (3+2
 for 5), a decimal that agrees to six digits, and the set {1,2} for (1,2).
 
-math-verify hands the answer to sympy, which may think about \boxed{9^{9^{9^9}}} for ever. So one
-worker, a process of its own, compares all answers. A comparison that takes longer than SECONDS is
-ended together with the worker, and the next one gets a new worker.
+math-verify hands the answer to sympy, which may think about \boxed{9^{9^{9^9}}} for ever. So it runs
+under a clock (tasks/worker.py).
 """
-import contextlib
 import logging
-import multiprocessing
-import os
 import re
-import signal
-import threading
-from concurrent.futures import wait
-from pathlib import Path
-
-import pebble
 
 from support.errors import need
 from tasks import BOXED_RETRY, Example, RowTask, Score, Unusable, column, last_box
 from tasks.formulas import plain
-
-SECONDS, MEMORY_MB = 4, 4096    # the most that one comparison may take
-POOLS, LOCK = [], threading.Lock()
+from tasks.worker import found, in_time
 
 
 class Maths(RowTask):
@@ -53,20 +41,10 @@ class Maths(RowTask):
     @staticmethod
     def score(example, text):
         """Is the last box of `text` equal to example.gold? Thread-safe."""
-        answer, pool = last_box(text), worker()
-        if answer is None:
-            return Score(False, None)
-        asked = pool.schedule(compare, (example.gold, answer), {}, SECONDS)
-        while pool.active and not asked.done():        # a pool that breaks may forget a question
-            wait([asked], 1)
-        need(asked.done(), "the process that compares answers was ended", RuntimeError)
-        try:
-            found, correct = asked.result(0)
-        except TimeoutError:
-            return Score(False, answer, f"no verdict in {SECONDS} s")
-        except Exception as problem:       # sympy may raise anything over a model's words
-            return Score(False, None, type(problem).__name__)
-        return Score(correct, answer if found else None)
+        read = in_time(found, last_box, text, prepare=load_grammar)
+        if read.parsed is None:
+            return read
+        return in_time(compare, example.gold, read.parsed, parsed=read.parsed)
 
     def ready(self, allow_unsafe=False):
         """Raise ValueError, before anything is generated, if answers cannot be compared."""
@@ -84,45 +62,17 @@ class Aime(Maths):
 score = Maths.score
 
 
-def worker():
-    """The pool with the one process that compares, for all threads.
-
-    It is forked, so it has sympy loaded, and the user's script is not started again. (Where there
-    is no fork, on Windows, it is spawned.) After 100 comparisons a new process goes on, so what
-    sympy keeps in memory cannot pile up."""
-    with LOCK:
-        if not POOLS or not POOLS[-1].active:      # the system may kill a process that is idle
-            import math_verify
-            logging.getLogger("math_verify").setLevel(logging.ERROR)    # it warns: we keep the time
-            math_verify.parse("$1$", parsing_timeout=None)       # loads its grammar, once for all
-            way = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
-            POOLS.append(pebble.ProcessPool(1, max_tasks=100, initializer=confine, context=way))
-        return POOLS[-1]
-
-
-def confine():
-    """In the worker, when it starts: limit its data to MEMORY_MB more than it was forked with. (As
-    far as the system has such limits.) And let it end at once when it is told to."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    with contextlib.suppress(ImportError, AttributeError, OSError, ValueError):
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        import resource
-        used_kb = re.search(r"VmData:\s*(\d+)", Path("/proc/self/status").read_text())[1]
-        limit = int(used_kb) * 2**10 + MEMORY_MB * 2**20
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+def load_grammar():
+    """Load math-verify with its grammar. Both take a second."""
+    import math_verify
+    logging.getLogger("math_verify").setLevel(logging.ERROR)    # it warns: we keep the time
+    math_verify.parse("$1$", parsing_timeout=None)
 
 
 def compare(gold, answer):
-    """In the worker: (can the answer be read, is it equal to gold).
-
-    If the main process dies, a worker that waits ends, because its pipe is closed. A worker that
-    compares is ended by an alarm."""
-    alarm = getattr(signal, "alarm", int)      # Windows has no alarm
-    alarm(2 * SECONDS)
-    try:
-        return equal(gold, answer)
-    finally:
-        alarm(0)
+    """In the worker: the Score of an answer against gold. An answer that cannot be read is None."""
+    can_be_read, correct = equal(gold, answer)
+    return Score(correct, answer if can_be_read else None)
 
 
 def equal(gold, answer):

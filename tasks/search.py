@@ -20,6 +20,9 @@ import unicodedata
 
 from support.errors import need
 from tasks import BOXED_RETRY, Example, RowTask, Score, Unusable, column, last_box, without_fonts
+from tasks.worker import in_time
+
+DIFFERS = "no exact match"
 
 
 class Search(RowTask):
@@ -44,17 +47,12 @@ class Search(RowTask):
         """The last box of `text` by exact match, else by the judge.
 
         Raises ValueError or ServiceError if a judge is configured and cannot be asked."""
-        boxed = last_box(text)
-        answer = without_fonts(boxed) if boxed else ""
-        if not normalise(answer):
-            return Score(False, None)
-        if normalise(answer) in [normalise(gold) for gold in example.row["answers"]]:
-            return Score(True, answer, "exact match")
+        score = in_time(exact_match, text, example.row["answers"])
         from tools.web import judge, judge_settings
-        if judge_settings() is None:
-            return Score(False, answer, "no exact match")
-        verdict = judge(example.question, example.row["answers"], answer)
-        return Score(verdict == "correct", answer, f"judge: {verdict}")
+        if score.note != DIFFERS or judge_settings() is None:
+            return score
+        verdict = judge(example.question, example.row["answers"], score.parsed)
+        return Score(verdict == "correct", score.parsed, f"judge: {verdict}")
 
     def ready(self, allow_unsafe=False):
         """Print how answers without an exact match will be scored."""
@@ -65,6 +63,15 @@ class Search(RowTask):
 
 
 score = Search.score
+
+
+def exact_match(text, answers):
+    """The Score of the last box of a text by exact match with one of the gold answers."""
+    answer = without_fonts(last_box(text) or "")
+    if not normalise(answer):
+        return Score(False, None)
+    same = normalise(answer) in map(normalise, answers)
+    return Score(same, answer, "exact match" if same else DIFFERS)
 
 
 def normalise(text):

@@ -19,7 +19,7 @@ import pytest
 from helpers import (GPQA, HUMAN, MBPP, MEDQA, PROJECT, ROWS, live_row, packed, stdin_test,
                      write_rows)
 
-import tasks
+import tasks.worker
 from support import files
 from tasks import (Example, Score, Source, choice, coding, generated_task, get_task, last_box,
                    maths, read_rows, search, task_names)
@@ -200,7 +200,7 @@ def test_one_process_compares_many_answers():
 
 def test_a_hang_costs_one_answer(monkeypatch):
     """Answers of other threads wait for their turn, and their clocks have not begun."""
-    monkeypatch.setattr(maths, "SECONDS", 2)
+    monkeypatch.setattr(tasks.worker, "SECONDS", 2)
     started = time.perf_counter()
     with ThreadPoolExecutor(24) as pool:
         scores = list(pool.map(compared, ["5"] * 100, [POISON, *["5", "6"] * 49, "5"]))
@@ -212,7 +212,7 @@ def test_a_hang_costs_one_answer(monkeypatch):
 def test_the_clock_stops_with_the_comparison(monkeypatch):
     """A process may wait for longer than a comparison may take."""
     with monkeypatch.context() as patch:
-        patch.setattr(maths, "SECONDS", 1)
+        patch.setattr(tasks.worker, "SECONDS", 1)
         pid = new_worker()
         time.sleep(2.5)
         assert worker() == pid and compared("5", "5").correct
@@ -246,14 +246,14 @@ def test_an_answer_that_breaks_sympy_is_wrong_and_the_next_is_scored(monkeypatch
 
 def take_memory(gold, answer):
     """Take `answer` MB. (An answer like 2^{2^{40}} takes them too, but slowly.)"""
-    return bool(bytearray(int(answer) * 2**20)), True
+    return Score(bool(bytearray(int(answer) * 2**20)), answer)
 
 
 @needs_proc
 def test_an_answer_that_takes_all_memory_does_no_harm(monkeypatch):
     """It may take 100 MB here. The process goes on, and its limit stays."""
     with monkeypatch.context() as patch:
-        patch.setattr(maths, "MEMORY_MB", 100)
+        patch.setattr(tasks.worker, "MEMORY_MB", 100)
         patch.setattr(maths, "compare", take_memory)
         pid = new_worker()
         for _ in range(3):
@@ -272,7 +272,7 @@ def alive(pid):
 
 def compare_and_tell(answer, folder, pipe):
     """In a process of its own, which writes to `folder`: the id of the process that compares."""
-    maths.SECONDS = 1
+    tasks.worker.SECONDS = 1
     files.claim(folder)
     in_background(answer)
     pipe.send(worker())

@@ -14,8 +14,11 @@ RESULT_CAP = 6000                        # characters of a tool's result
 
 def next_call(text):
     """(tool, body) if `text` ends in <python> .. </python> or <search> .. </search>, else None."""
-    found = re.fullmatch(r".*<(python|search)>(.*)</\1>\s*", text, re.DOTALL)
-    return found.groups() if found else None
+    text = text.rstrip()
+    for tool in ("python", "search"):
+        _, opened, body = text.removesuffix(f"</{tool}>").rpartition(f"<{tool}>")
+        if opened and text.endswith(f"</{tool}>"):
+            return tool, body
 
 
 def run_tool(tool, body, search=None):

@@ -1,0 +1,100 @@
+r"""The clock of the scorers: one process that reads and compares answers, and may be ended.
+
+    in_time(function, *arguments)      the Score that function(*arguments) returns, in that process
+
+A model may write anything. sympy may think about \boxed{9^{9^{9^9}}} for ever, and so may a regular
+expression about a text that nobody had tried. In our own process nothing could end it, not even
+Ctrl-C. So one worker, a process of its own, reads and compares all answers. A call that takes
+longer than SECONDS is ended together with the worker, and the next call gets a new worker. So a
+hang costs one answer. A call costs about a millisecond. (Thousands of answers of the tiny task and
+the relays are read by str.split alone, so these two need no clock.)
+
+The worker is confined to little memory, and a killed worker leaves its children behind. So nothing
+that starts programs or asks a service runs in it.
+"""
+import contextlib
+import multiprocessing
+import os
+import re
+import signal
+import threading
+from concurrent.futures import wait
+from pathlib import Path
+
+import pebble
+
+from support.errors import need
+from tasks import Score
+
+SECONDS, MEMORY_MB = 4, 4096    # the most that one call may take
+POOLS, PREPARED, LOCK = [], set(), threading.Lock()
+
+
+def in_time(function, *arguments, parsed=None, prepare=None):
+    """The Score of function(*arguments), called in the worker. Thread-safe.
+
+    If there is none in SECONDS, it is Score(False, parsed, "no verdict in 4 s"). If the function
+    raises anything, its name is the note. function: of a module, because it is pickled. prepare:
+    called here before the worker is forked, so that it need not load the same again. Raises
+    RuntimeError if the worker was ended from outside before it began."""
+    pool = worker(prepare)
+    asked = pool.schedule(guarded, (function, arguments), {}, SECONDS)
+    while pool.active and not asked.done():        # a pool that breaks may forget a question
+        wait([asked], 1)
+    need(asked.done(), "the process that compares answers was ended", RuntimeError)
+    try:
+        return asked.result(0)
+    except TimeoutError:
+        return Score(False, parsed, f"no verdict in {SECONDS} s")
+    except Exception as problem:       # sympy may raise anything over a model's words
+        return Score(False, None, type(problem).__name__)
+
+
+def found(read, *arguments):
+    """What read(*arguments) finds in a text, as a Score that says nothing of right or wrong."""
+    return Score(False, read(*arguments))
+
+
+def worker(prepare):
+    """The pool with the one process, forked after prepare(), for all threads.
+
+    It is forked, so it has sympy loaded, and the user's script is not started again. (Where there
+    is no fork, on Windows, it is spawned.) After 200 calls a new process goes on, so what sympy
+    keeps in memory cannot pile up."""
+    with LOCK:
+        runs = POOLS and POOLS[-1].active          # the system may kill a process that is idle
+        if not runs or prepare not in PREPARED:
+            if prepare:
+                prepare()
+            PREPARED.add(prepare)
+            if runs:                               # it was forked before this
+                POOLS[-1].stop()
+                POOLS[-1].join()
+            way = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
+            POOLS.append(pebble.ProcessPool(1, max_tasks=200, initializer=confine, context=way))
+        return POOLS[-1]
+
+
+def confine():
+    """In the worker, when it starts: limit its data to MEMORY_MB more than it was forked with. (As
+    far as the system has such limits.) And let it end at once when it is told to."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with contextlib.suppress(ImportError, AttributeError, OSError, ValueError):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        import resource
+        used_kb = re.search(r"VmData:\s*(\d+)", Path("/proc/self/status").read_text())[1]
+        limit = int(used_kb) * 2**10 + MEMORY_MB * 2**20
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+def guarded(function, arguments):
+    """In the worker: function(*arguments).
+
+    If the main process dies, a worker that waits ends, because its pipe is closed. A worker that
+    works is ended by an alarm."""
+    alarm = getattr(signal, "alarm", int)      # Windows has no alarm
+    alarm(2 * SECONDS)
+    try:
+        return function(*arguments)
+    finally:
+        alarm(0)

@@ -63,6 +63,9 @@ def read_weights(path):
     if path.suffix == ".pt":
         state = torch.load(path, map_location="cpu", weights_only=True)   # a pickle could run code
     else:
+        with open(path, "rb") as file:     # 300,000 tensors would take a minute, a link has ten
+            size = int.from_bytes(file.read(8), "little")
+        need(size < 100_000, f"its list of tensors has {size} bytes")
         state = safetensors.torch.load_file(path)
     return {name: value.float() for name, value in state.items()}
 
@@ -208,6 +211,8 @@ def load_agent(folder, device, dtype, trust_remote_code=False, thinking=False, o
     tokenizer.name_or_path = str(folder)
     agent = Agent(model if offload else model.to(device), tokenizer, thinking=thinking)
     agent.device = device
+    size = len(agent.render("s", "u"))                   # a template is a program
+    need(size < 100_000, f"the chat template of {folder} writes {size} characters around two")
     return agent
 
 

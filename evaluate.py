@@ -12,10 +12,9 @@ last agent hears its own text, for as many turns as all agents have together). C
 All share loop, decoding and scoring. All but the `single` ones share the prompts, so a difference
 among them is a difference in what travels between the agents.
 
-OUT is the folder of --out. OUT/parts gets a file for each batch and method when that batch is
-done. A run that was stopped goes on with the missing files (--resume), and under torchrun each rank
-writes its own share. From the parts come OUT/results.jsonl (a line for each question and method),
-OUT/summary.json and OUT/summary.png.
+OUT is the folder of --out. OUT/parts gets a file for each finished batch and method. A stopped run
+goes on with the missing files (--resume), and under torchrun each rank writes its own share. From
+the parts come OUT/results.jsonl (a line per question and method), OUT/summary.json and summary.png.
 """
 import contextlib
 import random
@@ -36,6 +35,7 @@ from support.files import (RESULTS, claim, fingerprint, move_aside, read_json, w
 from support.ranks import rank, ranks, wait_for_ranks
 from tasks import get_task, task_names
 from tools.web import search_tool
+from training.rows import need_room
 from writing import Sampling, Writing
 
 # A resumed run may change these flags, because they do not change an answer.
@@ -236,14 +236,14 @@ def main():
         print(f"asked with {args.latent_length} latent thoughts per turn, but the links were "
               f"trained with {mas.latent_length}", flush=True)
     task.check_m(mas.agents[style.roles[0].name], args.latent_length)
+    need_room(mas.agents.values(), {one.id: (one.question, one.gold) for one in examples})
     if "search" in style.tools:
         mas.search = search_tool(args.tavily_keys_file)
     if args.show:
         return show(mas, examples[:args.show], plan)
     fresh = mas.with_fresh_outer(seed=args.seed)
     links = [*mas.outer.values(), *(agent.inner for agent in mas.agents.values())]
-    settings["links_prompts_data"] = fingerprint(links, style.roles, style.edges, [
-        (example.id, example.question, example.gold, example.row) for example in examples])
+    settings["links_prompts_data"] = fingerprint(links, style.roles, style.edges, examples)
     if args.resume:
         need_as_before(args.out, settings)
 

@@ -14,6 +14,7 @@ import torch
 from evaluation.answers import Job
 from recurse import recurse
 from support.batches import chunks, progress
+from support.errors import shown
 from support.files import write_json
 from training.rows import read_role_texts
 from writing import write_turn
@@ -41,9 +42,9 @@ def in_words(mas, example, plan):
 def show(mas, examples, plan):
     """Print problems with the latents of every turn, in words."""
     for example in examples:
-        print(f"\n{example.question}    (gold: {example.gold})")
+        print(shown(f"\n{example.question}    (gold: {example.gold})"))
         for round, role, does, words in in_words(mas, example, plan):
-            print(f"  round {round}  {role:10s} {does}  {' '.join(words)}")
+            print(shown(f"  round {round}  {role:10s} {does}  {' '.join(words)}"))
 
 
 @torch.no_grad()

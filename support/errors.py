@@ -26,6 +26,8 @@ def blame(what, kind=ValueError, hide="\0"):
         if type(problem) in (FileNotFoundError, PermissionError) and kind is not OSError:
             raise
         says = " ".join(str(problem).split()).replace(hide, "..")[:400]
+        if "weights_only" in says:                     # torch advises to switch this check off
+            says = "reading it could run code: take the weights as .safetensors"
         name = "" if type(problem) is kind else f"{type(problem).__name__}: "
         raise kind(f"{what}: {name}{says}") from problem
 
@@ -42,6 +44,15 @@ def need_same(path, theirs, ours):
     odd = [name for name in ours if theirs.get(name) != ours[name]]
     need(not odd, f"{path} is of another run ({', '.join(odd)} differ): use the same "
          "flags, links, prompts and data, or another folder")
+
+
+def shown(text):
+    """A text as a terminal may get it: control characters are written out, like \\x1b.
+
+    A row, a model or a server may have chosen the text, and such characters can move the cursor,
+    change colours or rename the window."""
+    return "".join(sign if sign.isprintable() or sign in "\n\t" else repr(sign)[1:-1]
+                   for sign in str(text))
 
 
 @functools.cache

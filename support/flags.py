@@ -18,7 +18,7 @@ import transformers
 
 from support.batches import out_of_memory
 from support.devices import DTYPES
-from support.errors import need
+from support.errors import need, shown
 from support.files import release, saved
 from support.ranks import join_ranks, leave_ranks, rank
 
@@ -142,7 +142,7 @@ def run(main):
     try:
         main()
     except (ValueError, OSError, RuntimeError) as problem:
-        says, memory = " ".join(str(problem).split()), out_of_memory(problem)
+        says, memory = shown(" ".join(str(problem).split())), out_of_memory(problem)
         if os.environ.get("TRACEBACK") or isinstance(problem, RuntimeError) and not memory:
             raise
         if memory:

@@ -20,8 +20,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from support.errors import blame, need
+from support.errors import blame, need, shown
 from tasks.boxes import last_box, without_fonts    # noqa: F401: what scorers are made of
+from tools import worker
 
 ID_COLUMNS = ("unique_id", "id", "_id", "problem_idx", "Record ID", "task_id", "question_id")
 # The text put after an answer that cannot be read, and how many tokens may follow it, as published.
@@ -108,6 +109,26 @@ def generated_task(name):
     return task if task and task.train_rows else None
 
 
+def in_time(function, *arguments, parsed=None, prepare=None):
+    """The Score that function(*arguments) returns, under the clock of tools/worker.py.
+
+    Scorers read a model's text in this way, because a pattern may take ages over it. (tiny and the
+    relays split theirs, and need no clock.) Without a verdict it is Score(False, parsed, why). If
+    the function raises anything, the note is that error's name."""
+    asked = worker.in_worker(function, *arguments, prepare=prepare)
+    try:
+        return asked.result(0)
+    except TimeoutError:
+        return Score(False, parsed, f"no verdict in {worker.SECONDS} s")
+    except Exception as problem:       # sympy may raise anything over a model's words
+        return Score(False, None, type(problem).__name__)
+
+
+def found(read, *arguments):
+    """What read(*arguments) finds in a text, as a Score that is not yet decided."""
+    return Score(False, read(*arguments))
+
+
 def pass_at_k(n, c, k):
     """Unbiased estimate of P(at least one of k samples is right), from c right ones among n.
 
@@ -163,7 +184,8 @@ class RowTask(Task):
             if len(examples) == limit:         # before another row is read: it may be megabytes
                 break
         if left_out:
-            print(f"left out {len(left_out)} of the rows: {'; '.join(left_out[:5])}", flush=True)
+            print(shown(f"left out {len(left_out)} of the rows: {'; '.join(left_out[:5])}"),
+                  flush=True)
         need(examples, f"{self.path or self.name} holds no question that can be scored")
         return list(examples.values())
 
@@ -217,6 +239,15 @@ def column(source, row, *names):
     name = next((name for name in names if name in row), None)
     need(name, f"{source} has no column {' or '.join(map(repr, names))}; its columns are "
          f"{', '.join(map(str, row)) or 'none'}")
-    text = str(row[name]).strip() if isinstance(row[name], (str, int, float)) else ""
+    text = cell_text(source, row[name])
     need(text, f"{source} has no text in '{name}'", Unusable)
     return text
+
+
+def cell_text(source, cell):
+    """A cell as a string without outer blanks, "" if it is neither a text nor a number.
+
+    Raises ValueError for NaN and Infinity, which Python's JSON allows: they answer nothing."""
+    need(not isinstance(cell, float) or math.isfinite(cell),
+         f"{source} has the value {cell}: correct or remove it")
+    return str(cell).strip() if isinstance(cell, (str, int, float)) else ""

@@ -46,8 +46,8 @@ import textwrap
 import zlib
 
 from support.errors import blame, need
-from tasks import CODE_RETRY, Example, RowTask, Score, Unusable, column, parse_json
-from tasks.worker import found, in_time
+from tasks import (CODE_RETRY, Example, RowTask, Score, Unusable, column, found, in_time,
+                   parse_json)
 from tools.sandbox import call_function, passes, require_sandbox, run_python
 
 SCRIPT_SECONDS, LIVE_SECONDS = 10, 6       # a script, a test

@@ -11,16 +11,16 @@ is \frac{5}{6}, and 0.7 is not 1/2. An answer without a box, or with a box that 
 unparsed and wrong. Like math-verify we accept 10 for 10\%, a missing unit, a sum not added up (3+2
 for 5), a decimal that agrees to six digits, and the set {1,2} for (1,2).
 
-math-verify hands the answer to sympy, which may think about \boxed{9^{9^{9^9}}} for ever. So it runs
-under a clock (tasks/worker.py).
+math-verify hands the answer to sympy, which may think about \boxed{9^{9^{9^9}}} for ever. So it
+runs under the clock of tools/worker.py.
 """
 import logging
 import re
 
 from support.errors import need
-from tasks import BOXED_RETRY, Example, RowTask, Score, Unusable, column, last_box
+from tasks import (BOXED_RETRY, Example, RowTask, Score, Unusable, column, found, in_time,
+                   last_box)
 from tasks.formulas import plain
-from tasks.worker import found, in_time
 
 
 class Maths(RowTask):

@@ -19,10 +19,8 @@ import string
 import unicodedata
 
 from support.errors import need
-from tasks import BOXED_RETRY, Example, RowTask, Score, Unusable, column, last_box, without_fonts
-from tasks.worker import in_time
-
-DIFFERS = "no exact match"
+from tasks import (BOXED_RETRY, Example, RowTask, Score, Unusable, cell_text, column, in_time,
+                   last_box, without_fonts)
 
 
 class Search(RowTask):
@@ -37,7 +35,7 @@ class Search(RowTask):
         answers = row.get("Answer", row.get("answer"))
         if not isinstance(answers, list):
             answers = [column(source, row, "Answer", "answer")]
-        answers = [str(answer).strip() for answer in answers if str(answer).strip()]
+        answers = [text for text in (cell_text(source, one) for one in answers) if text]
         need(answers, f"{source} has no answer", Unusable)
         return Example("", column(source, row, "Question", "question"), " or ".join(answers),
                        kind="search", row={"answers": answers})
@@ -49,7 +47,7 @@ class Search(RowTask):
         Raises ValueError or ServiceError if a judge is configured and cannot be asked."""
         score = in_time(exact_match, text, example.row["answers"])
         from tools.web import judge, judge_settings
-        if score.note != DIFFERS or judge_settings() is None:
+        if score.correct or not score.parsed or judge_settings() is None:
             return score
         verdict = judge(example.question, example.row["answers"], score.parsed)
         return Score(verdict == "correct", score.parsed, f"judge: {verdict}")
@@ -71,7 +69,7 @@ def exact_match(text, answers):
     if not normalise(answer):
         return Score(False, None)
     same = normalise(answer) in map(normalise, answers)
-    return Score(same, answer, "exact match" if same else DIFFERS)
+    return Score(same, answer, "exact match" if same else "no exact match")
 
 
 def normalise(text):

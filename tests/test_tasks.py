@@ -19,12 +19,12 @@ import pytest
 from helpers import (GPQA, HUMAN, MBPP, MEDQA, PROJECT, ROWS, live_row, packed, stdin_test,
                      write_rows)
 
-import tasks.worker
+import tasks
 from support import files
 from tasks import (Example, Score, Source, choice, coding, generated_task, get_task, last_box,
                    maths, read_rows, search, task_names)
 from tasks.boxes import without_fonts
-from tools import web
+from tools import web, worker as clock
 from tools.web import JudgeSettings, Key
 
 HUGE = "so we go on. " * 15_000                         # 200 kB of talk
@@ -200,7 +200,7 @@ def test_one_process_compares_many_answers():
 
 def test_a_hang_costs_one_answer(monkeypatch):
     """Answers of other threads wait for their turn, and their clocks have not begun."""
-    monkeypatch.setattr(tasks.worker, "SECONDS", 2)
+    monkeypatch.setattr(clock, "SECONDS", 2)
     started = time.perf_counter()
     with ThreadPoolExecutor(24) as pool:
         scores = list(pool.map(compared, ["5"] * 100, [POISON, *["5", "6"] * 49, "5"]))
@@ -212,7 +212,7 @@ def test_a_hang_costs_one_answer(monkeypatch):
 def test_the_clock_stops_with_the_comparison(monkeypatch):
     """A process may wait for longer than a comparison may take."""
     with monkeypatch.context() as patch:
-        patch.setattr(tasks.worker, "SECONDS", 1)
+        patch.setattr(clock, "SECONDS", 1)
         pid = new_worker()
         time.sleep(2.5)
         assert worker() == pid and compared("5", "5").correct
@@ -253,7 +253,7 @@ def take_memory(gold, answer):
 def test_an_answer_that_takes_all_memory_does_no_harm(monkeypatch):
     """It may take 100 MB here. The process goes on, and its limit stays."""
     with monkeypatch.context() as patch:
-        patch.setattr(tasks.worker, "MEMORY_MB", 100)
+        patch.setattr(clock, "MEMORY_MB", 100)
         patch.setattr(maths, "compare", take_memory)
         pid = new_worker()
         for _ in range(3):
@@ -272,7 +272,7 @@ def alive(pid):
 
 def compare_and_tell(answer, folder, pipe):
     """In a process of its own, which writes to `folder`: the id of the process that compares."""
-    tasks.worker.SECONDS = 1
+    clock.SECONDS = 1
     files.claim(folder)
     in_background(answer)
     pipe.send(worker())

@@ -14,11 +14,9 @@ RESULT_CAP = 6000                        # characters of a tool's result
 
 def next_call(text):
     """(tool, body) if `text` ends in <python> .. </python> or <search> .. </search>, else None."""
-    text = text.rstrip()
-    for tool in ("python", "search"):
-        _, opened, body = text.removesuffix(f"</{tool}>").rpartition(f"<{tool}>")
-        if opened and text.endswith(f"</{tool}>"):
-            return tool, body
+    end = re.search(r"</(python|search)>\s*$", text)
+    _, opened, body = text[:end.start()].rpartition(f"<{end[1]}>") if end else ("", "", "")
+    return (end[1], body) if opened else None
 
 
 def run_tool(tool, body, search=None):

@@ -86,6 +86,18 @@ def keep_usable(rows, roles):
     return usable
 
 
+def need_room(agents, texts):
+    """Raise ValueError, before any work, for a text with more tokens than a model has positions.
+
+    texts: {name of a row: its texts}. Reading such a text takes minutes and gives nonsense."""
+    agent = min(agents, key=lambda agent: agent.positions)
+    for name, text in ((name, text) for name in texts for text in texts[name]):
+        # Short texts need not be tokenised.
+        count = len(text) > agent.positions and len(agent.tokenize([text])[0])
+        need(count <= agent.positions, f"row {name}: '{text[:30]} ..' has {count} tokens, but "
+             f"{agent.name} was made for {agent.positions}: shorten the text or leave it out")
+
+
 def is_text(cell):
     """Whether a cell holds a text with something in it."""
     return isinstance(cell, str) and bool(cell.strip())

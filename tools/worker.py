@@ -1,16 +1,15 @@
-r"""The clock of the scorers: one process that reads and compares answers, and may be ended.
+r"""One process that reads and compares answers for us, with a clock.
 
-    in_time(function, *arguments)      the Score that function(*arguments) returns, in that process
+    in_worker(function, *arguments).result(0)      what function(*arguments) returns
 
 A model may write anything. sympy may think about \boxed{9^{9^{9^9}}} for ever, and so may a regular
-expression about a text that nobody had tried. In our own process nothing could end it, not even
+expression about a text that nobody has tried. In our own process nothing could end it, not even
 Ctrl-C. So one worker, a process of its own, reads and compares all answers. A call that takes
 longer than SECONDS is ended together with the worker, and the next call gets a new worker. So a
-hang costs one answer. A call costs about a millisecond. (Thousands of answers of the tiny task and
-the relays are read by str.split alone, so these two need no clock.)
+hang costs one answer. A call costs about a millisecond.
 
-The worker is confined to little memory, and a killed worker leaves its children behind. So nothing
-that starts programs or asks a service runs in it.
+A worker that is ended leaves its own children behind. So nothing that starts a program or asks a
+service runs in it.
 """
 import contextlib
 import multiprocessing
@@ -24,35 +23,24 @@ from pathlib import Path
 import pebble
 
 from support.errors import need
-from tasks import Score
 
 SECONDS, MEMORY_MB = 4, 4096    # the most that one call may take
 POOLS, PREPARED, LOCK = [], set(), threading.Lock()
 
 
-def in_time(function, *arguments, parsed=None, prepare=None):
-    """The Score of function(*arguments), called in the worker. Thread-safe.
+def in_worker(function, *arguments, prepare=None):
+    """A Future that is done: function(*arguments), called in the worker. Thread-safe.
 
-    If there is none in SECONDS, it is Score(False, parsed, "no verdict in 4 s"). If the function
-    raises anything, its name is the note. function: of a module, because it is pickled. prepare:
-    called here before the worker is forked, so that it need not load the same again. Raises
-    RuntimeError if the worker was ended from outside before it began."""
+    Its result(0) raises TimeoutError if the call took longer than SECONDS, or whatever the function
+    raised. function: of a module, because it is pickled. prepare: called here before the worker is
+    forked, so that the worker need not load the same again. Raises RuntimeError if the worker was
+    ended from outside before the call."""
     pool = worker(prepare)
     asked = pool.schedule(guarded, (function, arguments), {}, SECONDS)
     while pool.active and not asked.done():        # a pool that breaks may forget a question
         wait([asked], 1)
     need(asked.done(), "the process that compares answers was ended", RuntimeError)
-    try:
-        return asked.result(0)
-    except TimeoutError:
-        return Score(False, parsed, f"no verdict in {SECONDS} s")
-    except Exception as problem:       # sympy may raise anything over a model's words
-        return Score(False, None, type(problem).__name__)
-
-
-def found(read, *arguments):
-    """What read(*arguments) finds in a text, as a Score that says nothing of right or wrong."""
-    return Score(False, read(*arguments))
+    return asked
 
 
 def worker(prepare):

@@ -1,0 +1,111 @@
+"""Texts that nobody would write: what reads them stays quick, and what shows them is safe."""
+import math
+import multiprocessing
+import signal
+import time
+
+import pytest
+import safetensors.torch
+import torch
+from helpers import ROWS, new_agent, refuses, write_rows
+
+import checkpoints
+import evaluate
+from link import InnerLink
+from support.errors import shown
+from tasks import Score, Source, choice, coding, get_task, last_box, maths, search
+from tools import calls, web
+from tools import worker as clock
+
+FORK = multiprocessing.get_context("fork")
+READERS = {                         # what reads a model's text, or the output of its program
+    "last_box": last_box, "verdict": web.read_verdict, "next_call": calls.next_call,
+    "choice": lambda text: choice.chosen(text, ["iron", "zinc"], "A"),
+    "search": lambda text: search.exact_match(text, ["zinc"]),
+    "program": lambda text: coding.program_in(text, defines=True),
+    "printed": lambda text: coding.same_output(text, "1"),
+    "result": lambda text: calls.run_tool("search", text, search=str)}
+SIGNS = ("# ", "# \n", "\n", " ", "1", "1,", "{", "{}", "(", "```\n", "\\boxed ", "\\frac", "\\text{",
+         '\\"', "<python>", "<search></python>", "answer is (", "1 1.", "x(", "- ")
+TEXTS = [sign * (100_000 // len(sign)) + "x" for sign in SIGNS] + ["\\boxed{" * 140_000] + [
+    before + sign * 100_000 + after for before, sign, after in (
+        ("```", " ", "`"), ("```", "a", "`"), ("~~~", "~", "`"), ("```python\n", "\n", "x\n```"))]
+
+
+def read_all(file):
+    """In a process of its own: read each text. A timer ends the process if one of them takes 4 s of
+    the processor. Each takes .4 s or less. `file` tells which one was read last."""
+    for name, read in READERS.items():
+        for text in TEXTS:
+            file.write_text(f"{name}: {text[:30]!r} .. {text[-30:]!r}")
+            signal.setitimer(signal.ITIMER_VIRTUAL, 4)
+            read(text)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+
+def test_no_text_takes_ages(tmp_path):
+    process = FORK.Process(target=read_all, args=[tmp_path / "at"])
+    process.start()
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "at").read_text()
+
+
+def sleep(*texts):
+    time.sleep(60)
+
+
+def score_slowly(name, reader, pipe):
+    """In a process of its own: the Score of a text over which its reader sleeps."""
+    clock.SECONDS, task = 1, get_task(name, "x.json")
+    setattr({"gpqa": choice, "bamboogle": search, "mbppplus": coding, "gsm8k": maths}[name],
+            reader, sleep)
+    pipe.send(task.score(task.make_example(Source("x.json", 1), ROWS[name]), "text"))
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("name, reader", [("gpqa", "chosen"), ("bamboogle", "exact_match"),
+                                          ("mbppplus", "program_in"), ("gsm8k", "last_box")])
+def test_a_text_that_takes_ages_costs_one_answer(name, reader):
+    ours, theirs = multiprocessing.Pipe()
+    process = FORK.Process(target=score_slowly, args=[name, reader, theirs])
+    process.start()
+    assert ours.poll(30) and ours.recv() == Score(False, None, "no verdict in 1 s")
+    process.kill()
+
+
+def test_control_characters_are_shown_and_not_obeyed(run, tmp_path):
+    assert shown("a\x1b[2J\x07\u202eb\ud800 é\n") == "a\\x1b[2J\\x07\\u202eb\\ud800 é\n"
+    file = write_rows(tmp_path / "a\x1b[2J.jsonl", [
+        {"problem": "start 3 s1 x7 \x1b[31m", "answer": "1"}, {"problem": "x", "answer": ""}])
+    code, out, _ = run(evaluate, "--dataset", file, "--task", "maths", "--show", 1)
+    assert code == 0 and "x7 \\x1b[31m" in out and "\x1b" not in out
+    code, out, errors = run(evaluate, "--dataset", file, "--task", "maths", "--dataset_split", "x")
+    assert code == 2 and "a\\x1b[2J" in errors[0] and "\x1b" not in errors[0] + out
+
+
+@pytest.mark.parametrize("name, gold", [("maths", math.inf), ("search", [math.nan])])
+def test_a_gold_that_is_no_number_is_refused(name, gold, tmp_path):
+    file = write_rows(tmp_path / "rows.jsonl", [{"question": "q", "answer": gold}])
+    with refuses(file, "row 1"):
+        get_task(name, file).load()
+
+
+@pytest.mark.parametrize("column", ["problem", "answer"])
+def test_a_text_beyond_the_models_positions_is_refused(run, column, tmp_path):
+    row = {"problem": "start 3", "answer": "3", "id": "long", column: "s1 x7 " * 150_000}
+    code, _, errors = run(evaluate, "--dataset", write_rows(tmp_path / "rows.jsonl", [row]),
+                          "--task", "maths", "--out", tmp_path / "out")
+    assert code == 2 and "long" in errors[0] and "300000" in errors[0]
+
+
+def test_floods_in_what_is_loaded_are_refused(tmp_path):
+    """A list of too many tensors, and a template that writes too much."""
+    file = tmp_path / "adapter.safetensors"
+    safetensors.torch.save_file({f"k{i}": torch.zeros(1) for i in range(2000)}, file)
+    with refuses(file, "list of tensors"):
+        checkpoints.load_weights(InnerLink(8), file)
+    agent = new_agent("qwen3", template="{{ messages[0].content }}{{ 'a' * 200000 }}")
+    agent.model.save_pretrained(tmp_path)
+    agent.tokenizer.save_pretrained(tmp_path)
+    with refuses(tmp_path, "chat template", "2000"):
+        checkpoints.load_agent(tmp_path, "cpu", torch.float32)

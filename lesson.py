@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure      # draws into files, so no window is needed
 
 import reference
+from evaluation.report import save_figure
 from link import InnerLink, OuterLink, contrast, word_losses
 from recurse import load_mas_system
 from tasks import get_task
@@ -23,8 +24,7 @@ from tasks import get_task
 # Three frozen models. Each has another width: 96, 80 and 112. (The style sets one thread, because
 # its matrices are too small for more.)
 torch.manual_seed(0)
-OUT = Path("out/lesson")
-OUT.mkdir(parents=True, exist_ok=True)
+PICTURE = Path("out/lesson/lesson.png")
 mas = load_mas_system("tiny", device="cpu")
 planner, critic, solver = mas.agents.values()
 task = get_task("tiny")
@@ -325,5 +325,5 @@ middle.set(ylim=(0, 1.05), ylabel="accuracy", title="6, 7: rounds and controls")
 middle.tick_params(axis="x", rotation=45)
 right.barh(list(sizes), list(sizes.values()))
 right.set(xscale="log", title="8: |dL/d(message)|")
-figure.savefig(OUT / "lesson.png", dpi=120)
-print(f"the picture is {OUT / 'lesson.png'}")
+save_figure(figure, PICTURE)
+print(f"the picture is {PICTURE}")

@@ -37,7 +37,7 @@ from support import flags
 from support.batches import by_length, progress
 from support.devices import pick_device, settle
 from support.errors import need
-from support.files import claim, fingerprint, read_lines
+from support.files import claim, fingerprint, read_lines, write_lines
 from support.ranks import rank
 from training import rows as data
 from training.loop import (State, mean_over_tokens, micro_batches, new_schedule, number_of_steps)
@@ -103,11 +103,12 @@ def own_tokens(agent, texts, args):
 
     Written in batches into a file of --save_dir. A run that is started again goes on with it."""
     file = Path(args.save_dir) / f"own_texts.rank{rank()}.jsonl"
-    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = read_lines(file)
+    write_lines(file, lines)      # not through a link, and without a line that a crash has cut off
     keys = [text_seed(agent.name, one.role, one.question, one.kind, one.heard, one.row,
                       args.own_length, args.own_temperature, args.seed, agent.thinking, agent.dtype)
             for one in texts]
-    written = {line["key"]: line["tokens"] for line in read_lines(file)}
+    written = {line["key"]: line["tokens"] for line in lines}
     todo = list({key: i for i, key in enumerate(keys) if key not in written}.values())
     batches = by_length([len(texts[i].question) for i in todo], args.batch_size)
     for batch in progress(batches, "own texts"):
@@ -118,7 +119,7 @@ def own_tokens(agent, texts, args):
         with open(file, "a") as out:
             for i, text in zip(numbers, tokens):
                 written[keys[i]] = text
-                out.write("\n" + json.dumps({"key": keys[i], "tokens": text}))
+                out.write(json.dumps({"key": keys[i], "tokens": text}) + "\n")
     return [[token for token in written[key] if token not in agent.end_tokens] for key in keys]
 
 
@@ -139,6 +140,7 @@ def hidden_states(agent, texts, tokens, args):
     returns, so the system frees it when the process ends, even by a crash."""
     lengths, file = list(map(len, tokens)), Path(args.save_dir) / f"hidden_states.rank{rank()}.bin"
     file.parent.mkdir(parents=True, exist_ok=True)
+    file.unlink(missing_ok=True)         # a link would lead the states into another file
     size = sum(lengths) * agent.width * agent.embedding.weight.element_size()
     need(shutil.disk_usage(file.parent).free > 1.1 * size, f"there is no room for {file} "
          f"({size / 1e9:.1f} GB): lower --num_samples, or use another --save_dir")

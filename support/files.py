@@ -1,9 +1,11 @@
 """Atomic files, one run per folder, and a fingerprint of what a run was about."""
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import secrets
+import stat
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -12,6 +14,8 @@ from support.errors import blame, need
 from support.ranks import rank
 
 RESULTS = ("results.jsonl", "summary.json", "summary.png", "parts")      # of an evaluation
+HALF_WRITTEN = f"*.{'[0-9a-f]' * 8}.part"                                # see write_whole
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)                   # of a file system
 HELD = {}          # {the lock of this run's folder: (its inode, what was saved at the beginning)}
 
 
@@ -26,6 +30,7 @@ def write_whole(path, write):
     try:
         with blame(f"{path} could not be written", OSError):      # torch says RuntimeError
             path.parent.mkdir(parents=True, exist_ok=True)
+            beside.touch(exist_ok=False)         # a link of this name would lead to another file
             write(beside)
             os.replace(beside, path)
     finally:
@@ -64,30 +69,61 @@ def claim(folder):
     rank 0 holds the lock for all.)
 
     Raises ValueError if another run writes to it, OSError if nothing can be written. The system
-    unlocks the folder of a process that dies."""
+    unlocks the folder of a process that dies, and the next run removes its half-written files."""
     if rank() > 0:
         return
     release()
     need(str(folder), "the name of the folder to write to is empty: name one")
     folder = Path(folder)
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder / ".lock", fallback_to_soft=False)
     with blame(f"{folder} cannot be written to: name another folder, or make room", OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(Timeout):
-            lock.acquire(timeout=0)
-        if lock.is_locked:
+        need_no_links(folder)
+        mine = locked(lock)
+        if mine:
             HELD[lock] = os.stat(lock.lock_file).st_ino, saved_in(folder)
+            halves = [*folder.glob(HALF_WRITTEN), *folder.glob(f"parts/{HALF_WRITTEN}")]
+            for half in halves if lock.is_locked else ():
+                half.unlink()
             # A full disk still has room for an empty lock. So we try whether 4 kB fit.
             write_whole(folder / ".room", lambda part: part.write_text("room?\n" * 700))
             (folder / ".room").unlink()
-    need(lock.is_locked,
-         f"another run writes to {folder}: wait for its end, or name another folder")
+    need(mine, f"another run writes to {folder}: wait for its end, or name another folder")
+
+
+def need_no_links(folder):
+    """Raise OSError where we would write, or lock, what a link in this folder leads to.
+
+    All other files are renamed into place, and that replaces a link."""
+    lock, parts = folder / ".lock", folder / "parts"
+    with contextlib.suppress(FileNotFoundError):
+        found = os.lstat(lock)
+        need(stat.S_ISREG(found.st_mode) and found.st_nlink < 2,
+             f"{lock} is a link, or not a plain file: remove it", OSError)
+    need(not parts.is_symlink(), f"{parts} is a link: remove it", OSError)
+
+
+def locked(lock):
+    """Whether this run may write to the lock's folder: nobody else holds the lock, or the file
+    system has no locks. (Those of some networks and containers have none.)"""
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    except OSError as problem:
+        if problem.errno not in NO_LOCKS:
+            raise
+        print(f"{Path(lock.lock_file).parent} lies on a file system without locks "
+              f"({problem.strerror}): start no second run into it", flush=True)
+    return True
 
 
 def saved_in(folder):
-    """What a run can go on from: {(file, time)} of state.pt and of an evaluation's parts."""
-    return {(path, path.stat().st_mtime_ns) for name in ("state.pt", "parts/*.json")
-            for path in folder.glob(name)}
+    """What a run can go on from, state.pt and an evaluation's parts: {(file, its inode, time)}.
+
+    A file that is written anew has another inode, even where the clock stands still."""
+    return {(path, path.lstat().st_ino, path.lstat().st_mtime_ns)
+            for name in ("state.pt", "parts/*.json") for path in folder.glob(name)}
 
 
 def saved():

@@ -17,13 +17,15 @@ goes on with the missing files (--resume), and under torchrun each rank writes i
 the parts come OUT/results.jsonl (a line per question and method), OUT/summary.json and summary.png.
 """
 import contextlib
+import json
 import random
 import time
 from pathlib import Path
 
 from checkpoints import notes_of
 from evaluation import report
-from evaluation.answers import METHODS, Job, Plan, answer_batch, in_batches, possible_methods
+from evaluation.answers import (METHODS, Job, Plan, answer_batch, finished, in_batches,
+                                possible_methods, write_again)
 from evaluation.in_words import show
 from recurse import load_mas_system
 from styles import get_style
@@ -138,23 +140,19 @@ def evaluate(mas, fresh, task, examples, plan, out, settings, resume=False):
     with contextlib.suppress(RuntimeError):     # the first call is slow (imports, choosing kernels)
         mas.respond([one.question for one in first[:2]], 1, 1, kind=first[0].kind,
                     writing=Writing(2), columns=[one.row for one in first[:2]])
-    for part, job in progress(todo[rank()::ranks()], f"evaluate, {len(first)} questions per batch"):
-        write_json(part, {"lines": answer_batch(fresh if job.method == "untrained" else mas, job)})
+    mine, answered = todo[rank()::ranks()], {}           # answered: {file: its lines}
+    try:
+        for part, job in progress(mine, f"evaluate, {len(first)} questions per batch"):
+            answered[part] = answer_batch(fresh if job.method == "untrained" else mas, job)
+            write_json(part, {"lines": answered[part]})
+    finally:
+        write_again(answered, out / "summary.json", settings)
     wait_for_ranks()
-    lines = [line for part in jobs for line in read_json(part)["lines"]]
+    lines = [line for part in jobs for line in json.loads(part.read_text())["lines"]]
     if rank() == 0:
         write_lines(out / "results.jsonl", lines)
         report.write_report(report.summarise(lines), out, settings, task=task, examples=examples)
     return lines
-
-
-def finished(part, job):
-    """Whether a part is there, with an answer to each question and without an error."""
-    try:
-        answered = [line["question"] for line in read_json(part)["lines"] if "error" not in line]
-    except (ValueError, LookupError, TypeError):         # missing, torn, or not ours: ask again
-        return False
-    return answered == [example.question for example in job.examples]
 
 
 def compare(mas, task, args, out):

@@ -24,6 +24,7 @@ from recurse import CONTROLS, recurse
 from support.batches import by_length
 from support.devices import Clock, peak_memory_mb, reset_peak_memory
 from support.errors import need
+from support.files import read_json, write_json
 from tasks import Score
 from training.rows import role_text
 from writing import Writing, go_on, insert, text_of
@@ -31,6 +32,9 @@ from writing import Writing, go_on, insert, text_of
 # The methods in the order of the table: baselines in words, controls, the system itself.
 METHODS = (*WORDS, "untrained", *CONTROLS, "latent")
 NOT_SCORED = "not scored"
+# What a line holds besides, where a question failed: the types are those of every line.
+NOTHING = {"outputs": [], "parsed": [], "correct": [], "notes": [], "retried": 0,
+           "decoded_tokens": 0, "latent_steps": 0, "seconds": 0.0, "peak_memory_mb": 0.0}
 
 
 @dataclass
@@ -82,6 +86,11 @@ class Job:
                            method="latent" if self.method == "untrained" else self.method,
                            columns=[one.row for one in self.examples])
 
+    def about(self, example):
+        """What a result line says of the question and of how it is asked."""
+        return {"dataset": self.task.name, "method": self.method, "rounds": self.rounds,
+                "id": example.id, "question": example.question, "gold": example.gold}
+
 
 def answer_batch(mas, job):
     """Answer and score a batch of Examples by one method: a line for each question.
@@ -102,12 +111,8 @@ def answer_batch(mas, job):
         torch.cuda.empty_cache()
         return [line for examples in (job.examples[:half], job.examples[half:])
                 for line in answer_batch(mas, replace(job, examples=examples))]
-    about = {"style": mas.style.name, "dataset": job.task.name, "method": job.method,
-             "rounds": job.rounds}
-    nothing = {"outputs": [], "parsed": [], "correct": [], "notes": [], "retried": 0,
-               "decoded_tokens": 0, "latent_steps": 0, "seconds": 0.0, "peak_memory_mb": 0.0}
-    return [{**about, "id": example.id, "question": example.question, "gold": example.gold,
-             **nothing, **value} for example, value in zip(job.examples, values)]
+    return [{"style": mas.style.name, **job.about(example), **NOTHING, **value}
+            for example, value in zip(job.examples, values)]
 
 
 def answers_to(mas, job):
@@ -181,6 +186,41 @@ def score(job, texts, numbers):
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         return list(pool.map(one, numbers))
+
+
+# ---- the parts on the disk ----------------------------------------------------------------------
+
+def finished(part, job):
+    """Whether a part is there, with a complete line for each question of the job."""
+    try:
+        lines = read_json(part)["lines"]
+        return len(lines) == len(job.examples) and all(map(
+            complete, lines, job.examples, [job] * len(lines)))
+    except (ValueError, LookupError, TypeError, AttributeError):     # missing, torn, or not ours
+        return False
+
+
+def complete(line, example, job):
+    """Whether a line answers this question without an error, and holds all that a report reads."""
+    samples, types = job.plan.writing.samples, {"style": "", **NOTHING}
+    scored = [*map(type, line["correct"])] == [bool] * samples and len(line["parsed"]) == samples
+    return ("error" not in line and job.about(example).items() <= line.items()
+            and all(type(line[name]) is type(least) and line[name] >= least    # a NaN is not
+                    for name, least in types.items())
+            and len(line["outputs"]) == samples
+            and (scored if job.plan.measure == "accuracy" else type(line["nats"]) is float))
+
+
+def write_again(parts, summary, settings):
+    """Write those of the parts {file: lines} anew that are missing, and `summary`, without which
+    --resume does not go on. They are missing if somebody has removed the folder during the run."""
+    for part, lines in parts.items():
+        if not part.is_file():
+            write_json(part, {"lines": lines})
+    if not summary.is_file():
+        write_json(summary, {"settings": settings, "rows": []})
+        print(f"{summary.parent} was removed during the run: its files are written again, as far "
+              "as this run has made them; --resume makes the rest", flush=True)
 
 
 @torch.no_grad()

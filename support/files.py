@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import secrets
-import stat
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -78,43 +77,35 @@ def claim(folder):
     lock = FileLock(folder / ".lock", fallback_to_soft=False)
     with blame(f"{folder} cannot be written to: name another folder, or make room", OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        need_no_links(folder)
+        # All other files are renamed into place, and that replaces a link.
+        for path, plain in ((folder / ".lock", Path.is_file), (folder / "parts", Path.is_dir)):
+            need(plain(path) and not path.is_symlink() or not os.path.lexists(path),
+                 f"{path} is a link, or not what a run writes: remove it", OSError)
         mine = locked(lock)
         if mine:
             HELD[lock] = os.stat(lock.lock_file).st_ino, saved_in(folder)
-            halves = [*folder.glob(HALF_WRITTEN), *folder.glob(f"parts/{HALF_WRITTEN}")]
-            for half in halves if lock.is_locked else ():
-                half.unlink()
             # A full disk still has room for an empty lock. So we try whether 4 kB fit.
             write_whole(folder / ".room", lambda part: part.write_text("room?\n" * 700))
             (folder / ".room").unlink()
     need(mine, f"another run writes to {folder}: wait for its end, or name another folder")
 
 
-def need_no_links(folder):
-    """Raise OSError where we would write, or lock, what a link in this folder leads to.
-
-    All other files are renamed into place, and that replaces a link."""
-    lock, parts = folder / ".lock", folder / "parts"
-    with contextlib.suppress(FileNotFoundError):
-        found = os.lstat(lock)
-        need(stat.S_ISREG(found.st_mode) and found.st_nlink < 2,
-             f"{lock} is a link, or not a plain file: remove it", OSError)
-    need(not parts.is_symlink(), f"{parts} is a link: remove it", OSError)
-
-
 def locked(lock):
-    """Whether this run may write to the lock's folder: nobody else holds the lock, or the file
-    system has no locks. (Those of some networks and containers have none.)"""
+    """Whether this run may write to the lock's folder: no other run does, or the file system has no
+    locks and cannot tell. (Some network file systems have none.) Half-written files of a process
+    that was killed are removed."""
+    folder = Path(lock.lock_file).parent
     try:
         lock.acquire(timeout=0)
+        for half in (*folder.glob(HALF_WRITTEN), *folder.glob(f"parts/{HALF_WRITTEN}")):
+            half.unlink()
     except Timeout:
         return False
     except OSError as problem:
         if problem.errno not in NO_LOCKS:
             raise
-        print(f"{Path(lock.lock_file).parent} lies on a file system without locks "
-              f"({problem.strerror}): start no second run into it", flush=True)
+        print(f"{folder} lies on a file system without locks ({problem.strerror}): start no second "
+              "run into it", flush=True)
     return True
 
 

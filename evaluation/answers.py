@@ -32,8 +32,9 @@ from writing import Writing, go_on, insert, text_of
 # The methods in the order of the table: baselines in words, controls, the system itself.
 METHODS = (*WORDS, "untrained", *CONTROLS, "latent")
 NOT_SCORED = "not scored"
-# What a line holds besides, where a question failed: the types are those of every line.
-NOTHING = {"outputs": [], "parsed": [], "correct": [], "notes": [], "retried": 0,
+# A line of a question that failed. Every line has these names, and values of these types.
+NOTHING = {"style": "", "dataset": "", "method": "", "rounds": 1, "id": "", "question": "",
+           "gold": "", "outputs": [], "parsed": [], "correct": [], "notes": [], "retried": 0,
            "decoded_tokens": 0, "latent_steps": 0, "seconds": 0.0, "peak_memory_mb": 0.0}
 
 
@@ -86,11 +87,6 @@ class Job:
                            method="latent" if self.method == "untrained" else self.method,
                            columns=[one.row for one in self.examples])
 
-    def about(self, example):
-        """What a result line says of the question and of how it is asked."""
-        return {"dataset": self.task.name, "method": self.method, "rounds": self.rounds,
-                "id": example.id, "question": example.question, "gold": example.gold}
-
 
 def answer_batch(mas, job):
     """Answer and score a batch of Examples by one method: a line for each question.
@@ -111,8 +107,10 @@ def answer_batch(mas, job):
         torch.cuda.empty_cache()
         return [line for examples in (job.examples[:half], job.examples[half:])
                 for line in answer_batch(mas, replace(job, examples=examples))]
-    return [{"style": mas.style.name, **job.about(example), **NOTHING, **value}
-            for example, value in zip(job.examples, values)]
+    about = {**NOTHING, "style": mas.style.name, "dataset": job.task.name, "method": job.method,
+             "rounds": job.rounds}
+    return [{**about, "id": example.id, "question": example.question, "gold": example.gold,
+             **value} for example, value in zip(job.examples, values)]
 
 
 def answers_to(mas, job):
@@ -191,24 +189,23 @@ def score(job, texts, numbers):
 # ---- the parts on the disk ----------------------------------------------------------------------
 
 def finished(part, job):
-    """Whether a part is there, with a complete line for each question of the job."""
+    """Whether a part is there, with an answer to each question and without an error, and with all
+    that the report reads."""
     try:
         lines = read_json(part)["lines"]
-        return len(lines) == len(job.examples) and all(map(
-            complete, lines, job.examples, [job] * len(lines)))
-    except (ValueError, LookupError, TypeError, AttributeError):     # missing, torn, or not ours
+        asked = [(line["question"], line["method"], line["rounds"]) for line in lines
+                 if "error" not in line and is_whole(line, job.plan)]
+    except (ValueError, LookupError, TypeError):         # missing, torn, or not ours: ask again
         return False
+    return asked == [(example.question, job.method, job.rounds) for example in job.examples]
 
 
-def complete(line, example, job):
-    """Whether a line answers this question without an error, and holds all that a report reads."""
-    samples, types = job.plan.writing.samples, {"style": "", **NOTHING}
-    scored = [*map(type, line["correct"])] == [bool] * samples and len(line["parsed"]) == samples
-    return ("error" not in line and job.about(example).items() <= line.items()
-            and all(type(line[name]) is type(least) and line[name] >= least    # a NaN is not
-                    for name, least in types.items())
-            and len(line["outputs"]) == samples
-            and (scored if job.plan.measure == "accuracy" else type(line["nats"]) is float))
+def is_whole(line, plan):
+    """Whether a line has all its values, of the right types, and no number below 0 or NaN."""
+    kinds = NOTHING if plan.measure == "accuracy" else {**NOTHING, "nats": 0.0}
+    return (all(type(line[name]) is type(least) and line[name] >= least
+                for name, least in kinds.items())
+            and [type(one) for one in line["correct"]] == [bool] * len(line["parsed"]))
 
 
 def write_again(parts, summary, settings):
@@ -219,8 +216,7 @@ def write_again(parts, summary, settings):
             write_json(part, {"lines": lines})
     if not summary.is_file():
         write_json(summary, {"settings": settings, "rows": []})
-        print(f"{summary.parent} was removed during the run: its files are written again, as far "
-              "as this run has made them; --resume makes the rest", flush=True)
+        print(f"{summary.parent} was removed during the run: it is written again", flush=True)
 
 
 @torch.no_grad()

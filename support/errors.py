@@ -43,9 +43,8 @@ def need_same(path, theirs, ours):
     """Raise ValueError if the settings of an earlier run, in `path`, are not those of this one."""
     theirs = theirs if isinstance(theirs, dict) else {}          # else the file is damaged
     odd = [name for name in ours if theirs.get(name) != ours[name]]
-    need("ranks" not in odd, f"{path} is of a run with {theirs.get('ranks')} ranks, and this one "
-         f"has {ours.get('ranks')}: start as many (torchrun --nproc_per_node N), or leave --resume "
-         "out")
+    need("ranks" not in odd, f"{path} is of {theirs.get('ranks')} ranks, and this run has "
+         f"{ours.get('ranks')}: start as many as before (torchrun --nproc_per_node)")
     need(not odd, f"{path} is of another run ({', '.join(odd)} differ): use the same "
          "flags, links, prompts and data, or another folder")
 

@@ -75,38 +75,29 @@ def claim(folder):
     need(str(folder), "the name of the folder to write to is empty: name one")
     folder = Path(folder)
     lock = FileLock(folder / ".lock", fallback_to_soft=False)
-    with blame(f"{folder} cannot be written to: name another folder, or make room", OSError):
+    says = f"{folder} cannot be written to: name another folder, or make room"
+    with blame(says, OSError):
         folder.mkdir(parents=True, exist_ok=True)
         # All other files are renamed into place, and that replaces a link.
         for path, plain in ((folder / ".lock", Path.is_file), (folder / "parts", Path.is_dir)):
             need(plain(path) and not path.is_symlink() or not os.path.lexists(path),
                  f"{path} is a link, or not what a run writes: remove it", OSError)
-        mine = locked(lock)
-        if mine:
-            HELD[lock] = os.stat(lock.lock_file).st_ino, saved_in(folder)
-            # A full disk still has room for an empty lock. So we try whether 4 kB fit.
-            write_whole(folder / ".room", lambda part: part.write_text("room?\n" * 700))
-            (folder / ".room").unlink()
-    need(mine, f"another run writes to {folder}: wait for its end, or name another folder")
-
-
-def locked(lock):
-    """Whether this run may write to the lock's folder: no other run does, or the file system has no
-    locks and cannot tell. (Some network file systems have none.) Half-written files of a process
-    that was killed are removed."""
-    folder = Path(lock.lock_file).parent
     try:
         lock.acquire(timeout=0)
         for half in (*folder.glob(HALF_WRITTEN), *folder.glob(f"parts/{HALF_WRITTEN}")):
-            half.unlink()
+            half.unlink()                                # of a process that was killed
     except Timeout:
-        return False
-    except OSError as problem:
-        if problem.errno not in NO_LOCKS:
-            raise
+        raise ValueError(f"another run writes to {folder}: wait for its end, or name another "
+                         "folder") from None
+    except OSError as problem:                           # some network file systems have no locks
+        need(problem.errno in NO_LOCKS, f"{says}: {problem}", OSError)
         print(f"{folder} lies on a file system without locks ({problem.strerror}): start no second "
               "run into it", flush=True)
-    return True
+    HELD[lock] = os.stat(lock.lock_file).st_ino, saved_in(folder)
+    with blame(says, OSError):
+        # A full disk still has room for an empty lock. So we try whether 4 kB fit.
+        write_whole(folder / ".room", lambda part: part.write_text("room?\n" * 700))
+        (folder / ".room").unlink()
 
 
 def saved_in(folder):

@@ -1,15 +1,18 @@
 """Web search and judge, against a real server on this machine.
 
-No test really waits. urllib3's sleep is replaced by a list of the waits that it asks for.
+No test waits between tries. urllib3's sleep is replaced by a list of the waits that it asks for.
 """
+import collections
 import contextlib
 import email.utils
+import gzip
 import http.server
 import json
 import os
 import socket
 import threading
 import time
+import tracemalloc
 import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,8 +21,12 @@ import pytest
 import urllib3
 from helpers import PROJECT, refuses
 
+from evaluation.answers import Job, Plan, score
+from tasks import get_task
+from tools import web
 from tools.web import (JudgeSettings, Key, ServiceError, judge, judge_settings, read_keys,
                        read_verdict, search_web, setting)
+from writing import Writing
 
 SECRET = "tvly-secret-0123456789"
 DATA = PROJECT / "tests/data"
@@ -101,6 +108,7 @@ def service(monkeypatch, tmp_path):
     """A running Service. Its clients note down what they should wait, in place of waiting. Tests
     work in a folder without a .env file, and without the keys of this machine."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(web, "FAILED", collections.Counter())
     for name in ("TAVILY_API_KEY", "API_KEY", "API_BASE_URL", "API_MODEL"):
         monkeypatch.delenv(name, raising=False)
     with Service() as there:
@@ -324,6 +332,89 @@ def test_what_does_not_pass_is_an_error_at_once(bad, client, good, wanted, servi
     assert len(service.asked) == 1 and service.slept == [] and not Path("cache").exists()
     service.replies = [answer(503, {}), good]
     assert client(service) == wanted
+
+
+# ---- services that do harm ----------------------------------------------------------------------
+
+HEAD = b"HTTP/1.1 200 OK\r\n"
+
+
+def drip(begin, again):
+    """A reply that begins like this, and then goes on, piece by piece, for 20 seconds."""
+    def reply(handler):
+        handler.wfile.write(begin)
+        for _ in range(200):
+            handler.wfile.write(again)
+            time.sleep(0.1)
+        handler.close_connection = True
+    return reply
+
+
+@pytest.mark.parametrize("client, slow", [
+    (ask, drip(b"", b"H")), (ask, drip(b"", b"HTTP/1.1 100 Continue\r\n\r\n")),
+    (ask, drip(HEAD + b"X: ", b"x")), (ask, drip(HEAD + b"\r\n", b" ")),
+    (ask, drip(b"HTTP/1.1 503 \r\n\r\n", b" ")), (search, drip(HEAD + b"\r\n", b" ")), (ask, None)],
+    ids=["status", "continue", "header", "body", "error", "search", "look-up"])
+def test_one_clock_for_all_tries(client, slow, service, monkeypatch):
+    """No thread stays with a service that sends a little now and then, or with its address."""
+    service.replies, look_up = [slow], socket.getaddrinfo
+    if not slow:
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: time.sleep(1) or look_up(*a, **k))
+    monkeypatch.setattr(web, "ALL_TRIES_S", 0.3)
+    before, started = set(threading.enumerate()), time.monotonic()
+    with fails(service.url, 0.3):
+        client(service)
+    while {one for one in threading.enumerate() if "process_request" not in one.name} - before:
+        time.sleep(0.05)
+    assert time.monotonic() - started < 15            # the service goes on for 20 s
+
+
+@pytest.mark.parametrize("size, reads", [(10**6, True), (10**6 + 1, False)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_reply_of_more_than_1_mb_is_refused(size, reads, packed, service):
+    """Its size is that after unpacking."""
+    text = json.dumps({"choices": [{"message": {"content": "correct"}}]}).ljust(size).encode()
+    service.replies = [answer(200, gzip.compress(text), {"Content-Encoding": "gzip"})
+                       if packed else answer(200, text)]
+    with contextlib.nullcontext() if reads else fails(service.url, "1 MB"):
+        assert ask(service) == "correct"
+
+
+def test_a_small_reply_that_unpacks_to_100_mb_takes_no_memory(service):
+    service.replies = [answer(200, gzip.compress(bytes(10**8)), {"Content-Encoding": "gzip"})]
+    tracemalloc.start()
+    with fails(service.url, "1 MB"):
+        ask(service)
+    assert tracemalloc.get_traced_memory()[1] < 20e6
+    tracemalloc.stop()
+
+
+def test_a_dead_judge_is_given_up_after_three_questions(service, monkeypatch, capsys):
+    """One line says so. Then it is not asked again, and what needs no judge is scored. A reply in
+    between begins the count anew, even one that says no."""
+    for name, value in (("API_KEY", SECRET), ("API_BASE_URL", service.url), ("API_MODEL", "m")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)              # one question at a time
+    Path("rows.jsonl").write_text('{"question": "who?", "answer": "Austen"}\n' * 10)
+    task, dead = get_task("search", "rows.jsonl"), [answer(503, {})] * 6
+    job = Job(task, Plan([], [], 1, 10, Writing()), "single", 1, task.load())
+    service.replies = [*dead, *dead, answer(404, {}), *dead, said("incorrect"), *dead]
+    texts = [f"\\boxed{{{name}}}" for name in "b c d e f g h i j Austen".split()]
+    notes = [one.note for one in score(job, texts, range(10))]
+    assert notes.pop(9) == "exact match" and notes.pop(4) == "judge: incorrect"
+    assert all(note.startswith("not scored") and service.url in note for note in notes)
+    assert len(service.asked) == 4 * 6 + 2 + 2 * 6                       # not for j
+    said_so = capsys.readouterr().out
+    assert service.url in said_so and said_so.count("\n") == 1
+
+
+def test_a_key_that_a_service_repeats_is_kept_nowhere(service):
+    service.replies = [said(f"{SECRET}\ncorrect")]
+    assert ask(service) == "correct"
+    kept, = Path("cache").iterdir()
+    assert SECRET not in kept.read_text()
+    service.replies = [answer(200, {"results": [], "answer": SECRET})]
+    assert SECRET not in search(service)
 
 
 def test_judge_settings(service, monkeypatch):

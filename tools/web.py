@@ -4,7 +4,9 @@
     word = judge("Who wrote Emma?", ["Jane Austen"], "Miss Austen")   correct, incorrect or invalid
 
 Keys come from the environment, from a .env file or from a file of keys. They travel in one header
-and never appear in a log, a result or an error. urllib3's Retry waits and tries again.
+and never appear in a log, a result or an error. urllib3's Retry waits and tries again. One question
+may take two minutes with all its tries, and a reply may have 1 MB. A service that fails three
+questions in a row is not asked again.
 
 The judge is any OpenAI-compatible endpoint: API_BASE_URL, API_MODEL, API_KEY. It is asked only
 where exact match fails. The answer that it grades comes from a model that wants to be right, so the
@@ -19,9 +21,13 @@ import json
 import os
 import random
 import re
+import socket
+import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import pebble
 import requests
 from requests.adapters import HTTPAdapter
 from urllib3.exceptions import InvalidHeader
@@ -33,6 +39,9 @@ from support.files import write_json
 TAVILY, MAX_RESULTS, LONGEST_QUERY = "https://api.tavily.com", 4, 400
 KEY_REFUSED = (401, 403, 432, 433)     # a wrong key, or one that is used up
 LONGEST_WAIT = 30                      # seconds, even if a service asks for more
+ALL_TRIES_S = 120                      # seconds for all tries of one question
+LARGEST_REPLY = 10**6                  # bytes
+FAILED, MAX_FAILED = Counter(), 3      # {address: how many questions in a row had no answer}
 MARKED = "utf-8-sig"                   # with or without a byte order mark: some editors write one
 
 
@@ -60,6 +69,33 @@ class Patience(Retry):
         return 0
 
 
+class Line(HTTPAdapter):
+    """The way to a service. cut() ends it at any moment.
+
+    A time limit of requests is for each single read. So a server that sends a byte now and then, of
+    a header too, would hold us for ever."""
+    newest, is_cut = None, False                                  # newest: the socket of this try
+
+    def get_connection_with_tls_context(self, *args, **options):
+        """The pool of urllib3, whose connections tell us their socket."""
+        line, pool = self, super().get_connection_with_tls_context(*args, **options)
+
+        class Connection(pool.ConnectionCls):
+            def connect(self):
+                super().connect()
+                line.newest = self.sock
+                need(not line.is_cut, "too late for another try", ServiceError)
+
+        pool.ConnectionCls = Connection
+        return pool
+
+    def cut(self):
+        """End the connection, and allow no other. A thread that waits for it goes on at once."""
+        self.is_cut = True
+        with contextlib.suppress(OSError, TypeError):          # it has ended, or has not begun
+            socket.socket.shutdown(self.newest, socket.SHUT_RDWR)
+
+
 def setting(name):
     """An environment variable, else its line in the file .env of the current folder, else ""."""
     file = Path(".env")
@@ -79,27 +115,46 @@ def usable_key(text, where):
     return Key(text)
 
 
-def post(url, key, body, timeout_s, read):
+def post(url, key, body, timeout_s, end, read):
     """POST `body` as JSON, signed with a key -> (200, read(the reply)), or (HTTP status, error).
 
     After too many requests, a server in trouble or a failed connection we try again, up to five
-    times, after 0, 2, 4, 8 and 16 s or as long as the service asks for. Raises ServiceError if no
-    reply comes, or if `read` fails on it."""
+    times, after 0, 2, 4, 8 and 16 s or as long as the service asks for. A try fails after timeout_s
+    without a byte, and all of them end at `end`, a time of time.monotonic(). Raises ServiceError if
+    no reply comes, if it is too large, or if `read` fails on it."""
+    says = f"{url} failed {MAX_FAILED} questions in a row: this run does not ask it again"
+    need(FAILED[url] < MAX_FAILED, says, ServiceError)
     retry = Patience(total=5, backoff_factor=1, status_forcelist=(408, 429, 500, 502, 503, 504),
                      allowed_methods=None, raise_on_status=False)
+    line, answers = Line(max_retries=retry), False
+    # In a thread of its own, because nothing ends a slow look-up of an address.
+    asked = pebble.concurrent.thread(send)(line, url, key, body, timeout_s)
+    try:
+        status, reply = asked.result(max(0, end - time.monotonic()))
+        answers = status not in retry.status_forcelist
+        if status == 200:
+            return 200, read(json.loads(reply))
+    except Exception as problem:            # a foreign reply may make `read` raise anything
+        raise ServiceError(f"{url}: no reply of at most 1 MB in {ALL_TRIES_S} s that can be read "
+                           f"({type(problem).__name__})") from None
+    finally:
+        line.cut()
+        FAILED[url] = 0 if answers else FAILED[url] + 1
+        if FAILED[url] == MAX_FAILED:
+            print(says, flush=True)
+    return status, " ".join(reply.decode(errors="replace").split())[:200]
+
+
+def send(line, url, key, body, timeout_s):
+    """The last of up to six tries: (HTTP status, the reply's bytes without the key)."""
     with requests.Session() as session:
-        for scheme in ("http://", "https://"):
-            session.mount(scheme, HTTPAdapter(max_retries=retry))
-        try:
-            response = session.post(url, json=body, auth=key, timeout=timeout_s,
-                                    allow_redirects=False)            # a key goes nowhere else
-            if response.status_code == 200:
-                return 200, read(response.json())
-        except Exception as problem:            # a foreign reply may make `read` raise anything
-            raise ServiceError(f"{url}: the reply cannot be read "
-                               f"({type(problem).__name__})") from None
-    text = response.text.replace(key[:], "<key>")                     # a server may quote it
-    return response.status_code, " ".join(text.split())[:200]
+        session.adapters = {"http": line}                             # and https
+        response = session.post(url, json=body, auth=key, timeout=timeout_s, stream=True,
+                                allow_redirects=False)                # a key goes nowhere else
+        # Of a compressed reply no more is unpacked than this.
+        reply = response.raw.read(LARGEST_REPLY + 1, decode_content=True)
+    need(len(reply) <= LARGEST_REPLY or response.status_code != 200, "too large", ServiceError)
+    return response.status_code, reply.replace(key[:].encode(), b"<key>")   # it may quote the key
 
 
 # ---- search -------------------------------------------------------------------------------------
@@ -137,8 +192,9 @@ def search_web(query, keys, max_results=MAX_RESULTS, base_url=TAVILY, timeout_s=
     need(query, "the search query is empty")
     body = {"query": query, "max_results": max_results, "search_depth": "basic"}
     read, problem = functools.partial(results_text, max_results=max_results), "no key is left"
+    end = time.monotonic() + ALL_TRIES_S
     for key in random.sample(keys, len(keys)):
-        status, reply = post(f"{base_url}/search", key, body, timeout_s, read=read)
+        status, reply = post(f"{base_url}/search", key, body, timeout_s, end, read=read)
         if status == 200:
             return reply
         problem = f"HTTP {status} {reply}"
@@ -209,6 +265,7 @@ def judge(question, gold, answer, settings=None, cache="out/judge", timeout_s=12
     body = {"model": settings.model, "messages": [{"role": "system", "content": JUDGE_PROMPT},
                                                   {"role": "user", "content": user}]}
     ask = functools.partial(post, settings.url, settings.key, timeout_s=timeout_s,
+                            end=time.monotonic() + ALL_TRIES_S,
                             read=lambda reply: reply["choices"][0]["message"]["content"])
     status, content = ask(body | {"temperature": 0, "max_tokens": 2048})
     # Some models refuse a temperature, or have another name for max_tokens. Their error names it.

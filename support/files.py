@@ -60,7 +60,8 @@ def read_lines(path):
     """The objects in a .jsonl file, or [] if the file is missing. A line that a crash has cut off
     is left out."""
     lines = Path(path).read_text().split("\n") if Path(path).is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    with blame(f"{path} is damaged: remove it"):
+        return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def claim(folder):

@@ -3,6 +3,7 @@
 Where a lock is concerned, scripts run in processes of their own, as two users would start them.
 """
 import dataclasses
+import errno
 import fcntl
 import json
 import multiprocessing.connection
@@ -10,10 +11,11 @@ import os
 import resource
 import shutil
 import signal
+from unittest.mock import Mock
 
 import pytest
 import torch
-from helpers import PROJECT, Script, lines_of, links_of
+from helpers import PROJECT, Script, lines_of, links_of, refuses
 
 import evaluate
 import train_inner
@@ -87,9 +89,10 @@ def test_what_this_run_has_saved_is_told_without_the_clock(name, tmp_path):
     files.claim(tmp_path / "out")
     other.write_text("nobody goes on from a log")
     assert files.saved() is None
-    file.write_text("of this run")
-    os.utime(file, (1, 1))
-    assert files.saved() == tmp_path / "out"
+    for seconds in (2e9, 1):                       # the clock stands still, or goes back
+        files.write_json(file, "of this run")
+        os.utime(file, (seconds, seconds))
+        assert files.saved() == tmp_path / "out"
     files.release()
     assert files.saved() is None
 
@@ -100,9 +103,36 @@ def test_a_dead_process_leaves_no_lock(tmp_path):
         files.claim(folder)
     process.send(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and (folder / ".lock").exists()
+    (folder / "state.pt.01234abc.part").write_text("half of it")
     files.claim(folder)
     files.release()
-    assert not folder.exists()                          # nothing was written there
+    assert not folder.exists()             # nothing was written there, and no half file is kept
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP])
+def test_a_file_system_without_locks_is_told_in_one_line(number, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(number, "no")))
+    files.claim(tmp_path / "out")
+    said = capsys.readouterr().out
+    assert str(tmp_path / "out") in said and "without locks" in said and said.count("\n") == 1
+    files.release()
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_outside_is_written_through_a_link(tmp_path, run):
+    """Two links are refused in one line, and all others are replaced by files."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "mine").write_text("mine")
+    for name in (".lock", "parts"):
+        link = tmp_path / "out" / name
+        link.symlink_to(tmp_path / "mine")
+        with refuses(link, kind=OSError):
+            files.claim(tmp_path / "out")
+        link.unlink()
+    for name in ("own_texts.rank0.jsonl", "hidden_states.rank0.bin", "log.jsonl", "state.pt"):
+        (tmp_path / "out" / name).symlink_to(tmp_path / "mine")
+    assert run(train_inner, *SHORT, "--text", "own", "--held_out", 2, "--save_dir",
+               tmp_path / "out")[0] == 0 and (tmp_path / "mine").read_text() == "mine"
 
 
 def test_a_lock_that_was_deleted_is_not_given_back(tmp_path):
@@ -285,7 +315,8 @@ def test_a_state_without_its_parts_is_one_line(tmp_path, run):
 
 
 def test_foreign_lines_in_parts_are_asked_again(tmp_path, run):
-    """Each part is damaged in another way. The answers come out the same."""
+    """Each part is damaged in another way: as a whole, or in a value of its line. The answers come
+    out the same."""
     damages = (DATA / "foreign_parts.txt").read_text().splitlines()
     ask = [evaluate, *ASK, "--num_samples", len(damages), "--batch_size", 1, "--out", tmp_path]
 
@@ -295,6 +326,9 @@ def test_foreign_lines_in_parts_are_asked_again(tmp_path, run):
     assert run(*ask)[0] == 0
     before, parts = outputs(), sorted((tmp_path / "parts").iterdir())
     for part, damage in zip(parts, damages, strict=True):
+        if damage.startswith("but "):
+            line, = files.read_json(part)["lines"]
+            damage = json.dumps({"lines": [{**line, **json.loads(damage[4:])}]})
         part.write_text(damage)
     assert run(*ask, "--resume")[0] == 0
     assert outputs() == before

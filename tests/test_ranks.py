@@ -40,7 +40,7 @@ def test_two_ranks_are_one_process_with_the_double_batch(script, flags, rounding
         assert a == pytest.approx(b, rel=rounding) and a == pytest.approx(c, rel=rounding)
     code, _, errors = run(script, *flags, "--batch_size", 3, "--save_dir", tmp_path / "two",
                           "--resume")
-    assert code == 2 and "ranks" in errors[0]
+    assert code == 2 and "2 ranks" in errors[0] and "has 1" in errors[0]
 
 
 def test_ranks_evaluate_to_the_same_results(tmp_path, run):

@@ -221,7 +221,7 @@ class State:
                 part.load_state_dict(saved[name])
         if rank() == 0:                       # the log may be ahead of the state: cut it back
             log = self.folder / "log.jsonl"
-            lines = [line for line in read_lines(log) if line["step"] <= self.done]
+            lines = [line for line in read_lines(log) if line.get("step", 1e9) <= self.done]
             write_lines(log, lines)
             self.logged = lines[-1] if lines else {}
 

@@ -184,8 +184,7 @@ class RowTask(Task):
             if len(examples) == limit:         # before another row is read: it may be megabytes
                 break
         if left_out:
-            print(shown(f"left out {len(left_out)} of the rows: {'; '.join(left_out[:5])}"),
-                  flush=True)
+            print(shown(f"left out {len(left_out)} rows: {'; '.join(left_out[:5])}"), flush=True)
         need(examples, f"{self.path or self.name} holds no question that can be scored")
         return list(examples.values())
 

@@ -1,5 +1,4 @@
 """Texts that nobody would write: what reads them stays quick, and what shows them is safe."""
-import math
 import multiprocessing
 import signal
 import time
@@ -7,7 +6,7 @@ import time
 import pytest
 import safetensors.torch
 import torch
-from helpers import ROWS, new_agent, refuses, write_rows
+from helpers import ROWS, lines_of, new_agent, refuses, write_rows
 
 import checkpoints
 import evaluate
@@ -25,22 +24,17 @@ READERS = {                         # what reads a model's text, or the output o
     "program": lambda text: coding.program_in(text, defines=True),
     "printed": lambda text: coding.same_output(text, "1"),
     "result": lambda text: calls.run_tool("search", text, search=str)}
-SIGNS = ("# ", "# \n", "\n", " ", "1", "1,", "{", "{}", "(", "```\n", "\\boxed ", "\\frac", "\\text{",
-         '\\"', "<python>", "<search></python>", "answer is (", "1 1.", "x(", "- ")
-TEXTS = [sign * (100_000 // len(sign)) + "x" for sign in SIGNS] + ["\\boxed{" * 140_000] + [
-    before + sign * 100_000 + after for before, sign, after in (
-        ("```", " ", "`"), ("```", "a", "`"), ("~~~", "~", "`"), ("```python\n", "\n", "x\n```"))]
+TEXTS = [line["before"] + line["sign"] * line["times"] + line["after"]
+         for line in lines_of("long_texts.jsonl")]
 
 
 def read_all(file):
-    """In a process of its own: read each text. A timer ends the process if one of them takes 4 s of
-    the processor. Each takes .4 s or less. `file` tells which one was read last."""
+    """Read each text, and end this process if one takes 4 s of the processor. (It takes .4 s.)"""
     for name, read in READERS.items():
         for text in TEXTS:
             file.write_text(f"{name}: {text[:30]!r} .. {text[-30:]!r}")
             signal.setitimer(signal.ITIMER_VIRTUAL, 4)
             read(text)
-    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
 
 def test_no_text_takes_ages(tmp_path):
@@ -74,20 +68,14 @@ def test_a_text_that_takes_ages_costs_one_answer(name, reader):
 
 
 def test_control_characters_are_shown_and_not_obeyed(run, tmp_path):
+    """In a question, in the name of a row that is left out, and in an error."""
     assert shown("a\x1b[2J\x07\u202eb\ud800 é\n") == "a\\x1b[2J\\x07\\u202eb\\ud800 é\n"
-    file = write_rows(tmp_path / "a\x1b[2J.jsonl", [
-        {"problem": "start 3 s1 x7 \x1b[31m", "answer": "1"}, {"problem": "x", "answer": ""}])
-    code, out, _ = run(evaluate, "--dataset", file, "--task", "maths", "--show", 1)
-    assert code == 0 and "x7 \\x1b[31m" in out and "\x1b" not in out
-    code, out, errors = run(evaluate, "--dataset", file, "--task", "maths", "--dataset_split", "x")
-    assert code == 2 and "a\\x1b[2J" in errors[0] and "\x1b" not in errors[0] + out
-
-
-@pytest.mark.parametrize("name, gold", [("maths", math.inf), ("search", [math.nan])])
-def test_a_gold_that_is_no_number_is_refused(name, gold, tmp_path):
-    file = write_rows(tmp_path / "rows.jsonl", [{"question": "q", "answer": gold}])
-    with refuses(file, "row 1"):
-        get_task(name, file).load()
+    rows = [{"problem": "\x1b[1m", "answer": ""}, {"problem": "x7 \x1b[31m", "answer": "1"}]
+    flags = ("--dataset", write_rows(tmp_path / "a\x1b[2J.jsonl", rows), "--task", "maths")
+    code, out, _ = run(evaluate, *flags, "--show", 1)
+    assert code == 0 and all(one in out for one in ("a\\x1b[2J", "x7 \\x1b[31m"))
+    code, more, errors = run(evaluate, *flags, "--dataset_split", "x")
+    assert code == 2 and "a\\x1b[2J" in errors[0] and "\x1b" not in errors[0] + out + more
 
 
 @pytest.mark.parametrize("column", ["problem", "answer"])
@@ -99,7 +87,6 @@ def test_a_text_beyond_the_models_positions_is_refused(run, column, tmp_path):
 
 
 def test_floods_in_what_is_loaded_are_refused(tmp_path):
-    """A list of too many tensors, and a template that writes too much."""
     file = tmp_path / "adapter.safetensors"
     safetensors.torch.save_file({f"k{i}": torch.zeros(1) for i in range(2000)}, file)
     with refuses(file, "list of tensors"):

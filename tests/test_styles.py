@@ -6,7 +6,7 @@ import sys
 from dataclasses import replace
 
 import pytest
-from helpers import PROJECT, refuses
+from helpers import PROJECT, lines_of, refuses
 
 from styles import ANSWER_FORMAT, KINDS, Edge, Role, Style, all_styles, get_style
 
@@ -19,115 +19,50 @@ PUBLISHED = json.loads((DATA / "published_styles.json").read_text())
 CLONE = (DATA / "published_clone.txt").read_text()          # of the published project's prompts.py
 
 
-def role(name, prompt, **prompts):
-    return Role(name, "some/model", "some/repo", prompt, **prompts)
+def made(name):
+    """A style of made.json: pair, trio, or odd, whose names mean something in a pattern."""
+    parts = json.loads((DATA / "styles/made.json").read_text())[name]
+    roles = [Role(model="some/model", repo="some/repo", **role) for role in parts["roles"]]
+    return Style(name, tuple(roles), tuple(Edge(*edge) for edge in parts["edges"]))
 
 
-A = role("ann", "{question}\nheard {bob}", first="{question}")
-B = role("bob", "{question}\nheard {ann}")
-AB, BA = Edge("key_ab", "ann", "bob"), Edge("key_ba", "bob", "ann")
-PAIR = Style("pair", (A, B), (AB, BA))
+PAIR, TRIO = made("pair"), made("trio")
+ALONE = TRIO.alone()
+BOB = replace(PAIR.roles[1], first="go {question}")
+SILENT = replace(PAIR, roles=(PAIR.roles[0], BOB)).alone()          # it cannot hear its own text
+STYLES = {"pair": PAIR, "trio": TRIO, "odd": made("odd"), "alone": ALONE, "silent": SILENT}
 
 
 # ---- what is refused ----------------------------------------------------------------------------
 
-def ann(**changes):
-    return dict(roles=(replace(A, **changes), B))
-
-
-def bob(**changes):
-    return dict(roles=(A, replace(B, **changes)))
-
-
-BROKEN = [       # what is changed in PAIR, what the error names beside the style
-    (dict(roles=(A, B, B)), ["bob"]),
-    *((dict(roles=(A, B, role(word, "{question}"))), [word])
-      for word in ("question", "answer_format", "outer", "agent1")),
-    (dict(edges=(AB, replace(BA, key="key_ab"))), ["key_ab"]),
-    (dict(edges=(AB, BA, replace(AB, key="again"))), ["ann -> bob"]),
-    (dict(edges=(AB, replace(BA, src="carl"))), ["key_ba", "carl", "ann, bob"]),
-    (dict(edges=(AB, BA, Edge("key_ac", "ann", "carl"))), ["key_ac", "carl", "ann, bob"]),
-    *((dict(edges=(AB, replace(BA, key=key))), [f"'{key}'"])           # not a file, or a module's
-      for key in ("b/a", "to", "training", "lr_scheduler")),
-    (dict(roles=(A, role("bob", "{question}")), edges=(BA,)), ["bob"]),      # it hears nobody
-    (ann(model=""), ["role ann", "model"]),
-    *((bob(**{which: {"maths": B.prompt}}), ["role bob", "maths", *KINDS])
-      for which in ("prompt", "first", "own")),
-    # The question is missing.
-    (ann(first="begin"), ["role ann", "'begin'", "{question}"]),
-    (bob(own="mine {bob}"), ["role bob", "'mine {bob}'", "{question}"]),
-    (bob(prompt={"math": B.prompt, "code": "of {ann}"}), ["role bob", "'of {ann}'", "{question}"]),
-    # The slots are not those of the roles heard there, or there are no words.
-    (ann(first="{question} {bob}"), ["role ann", "`first`"]),
-    (bob(first="{question} {ann}"), ["role bob", "`first`"]),
-    (bob(own="{question}"), ["role bob", "`own`", "{bob}"]),
-    (bob(prompt="{question} {ann} {bob}"), ["role bob", "`prompt`", "{ann}"]),
-    (bob(prompt={"math": B.prompt, "code": "{question}"}), ["`prompt`", "'code'", "{ann}"]),
-    (ann(first=""), ["role ann", "`first`"]),
-    *((bob(prompt=words), ["role bob", "`prompt`"])
-      for words in ("", {}, {"math": B.prompt, "code": ""})),
-]
-
-
-@pytest.mark.parametrize("changes, named", BROKEN)
-def test_broken_styles_are_refused_when_made(changes, named):
-    with refuses("style pair", *named):
-        replace(PAIR, **changes)
+@pytest.mark.parametrize("case", lines_of("styles/broken.jsonl"), ids=lambda case: case["why"])
+def test_broken_styles_are_refused_when_made(case):
+    """Some of its roles have other fields, or there is a third one, or there are other edges."""
+    style, changed = STYLES[case["style"]], case.get("roles", {})
+    roles = [replace(one, **changed.get(one.name, {})) for one in style.roles]
+    if "third" in case:
+        roles.append(replace(PAIR.roles[1], **case["third"]))
+    edges = [Edge(*edge) for edge in case["edges"]] if "edges" in case else style.edges
+    with refuses(f"style {style.name}", *case["named"]):
+        replace(style, roles=tuple(roles), edges=tuple(edges))
 
 
 # ---- what a role is asked -----------------------------------------------------------------------
 
-BRACES = "\\boxed{} {question} \\boxed{{x}}\n{a}\n{unknown} {0} %s\n\n{b}\n{answer_format}"
-TRIO = Style("trio", (
-    role("a", "{question}\nfrom b: {b}\nfrom c: {c}",
-         first={"math": "plan {question}", "code": "outline {question}"}),
-    role("b", {"math": "{question}\n{a} and {c}", "code": "{question}, {a}, {c}"},
-         first={"math": "{question}\n{a} says", "code": "{question} {a}"}),
-    role("c", BRACES, first="{question}!", own={"math": "{question}{c}", "code": "{c}{question}"})),
-    tuple(Edge(key, *key) for key in ("ab", "ac", "bc", "ba", "ca", "cb")))
-ODD = Style("odd", (role("a.b+", "{question}"), role("a|b", "{question} {a.b+}")),
-            (Edge("ab", "a.b+", "a|b"),))                    # its names mean something in a pattern
-ALONE = TRIO.alone()
-SILENT = replace(PAIR, **bob(first="go {question}")).alone()        # it cannot hear its own text
-
-
-@pytest.mark.parametrize("style, name, kind, heard, words", [
-    # All whom it hears, in any order: `prompt`, of which nothing is cut.
-    (TRIO, "a", "math", "b c", "{question}\nfrom b: {b}\nfrom c: {c}"),
-    (TRIO, "b", "math", "c a", "{question}\n{a} and {c}"),
-    (TRIO, "b", "code", "a c", "{question}, {a}, {c}"),
-    *((TRIO, "c", kind, "a b", BRACES) for kind in KINDS),
-    (ODD, "a|b", "math", "a.b+", "{question} {a.b+}"),
-    # Until then: `first`. The first speaker has heard nobody, the second one the first one.
-    (TRIO, "a", "math", "", "plan {question}"), (TRIO, "a", "code", "", "outline {question}"),
-    (TRIO, "b", "math", "a", "{question}\n{a} says"), (TRIO, "b", "code", "a", "{question} {a}"),
-    (TRIO, "c", "math", "", "{question}!"),
-    # The last role alone: `first`, then `own`.
-    (ALONE, "c", "code", "", "{question}!"), (SILENT, "bob", "math", "", "go {question}"),
-    (ALONE, "c", "math", "c", "{question}{c}"), (ALONE, "c", "code", "c", "{c}{question}")])
+@pytest.mark.parametrize("style, name, kind, heard, words", lines_of("styles/words.jsonl"))
 def test_words_are_those_for_the_roles_heard(style, name, kind, heard, words):
+    """All whom it hears, in any order: `prompt`, of which nothing is cut. Until then: `first`. The
+    last role alone: `first`, then `own`."""
+    style = STYLES[style]
     assert style.words_for(style.role(name), kind, heard.split()) == words
 
 
-@pytest.mark.parametrize("style, name, kind, heard, which", [
-    # No text has these slots alone.
-    (TRIO, "a", "math", "b", "first"), (TRIO, "b", "math", "", "first"),
-    (TRIO, "b", "math", "c", "first"), (TRIO, "c", "math", "a", "first"),
-    (PAIR, "bob", "math", "", "first"), (SILENT, "bob", "math", "bob", "own"),
-    # There is none for this kind.
-    (TRIO, "b", "choice", "a c", "prompt"), (TRIO, "b", "choice", "a", "first"),
-    (TRIO, "a", "choice", "", "first"), (ALONE, "c", "choice", "c", "own")])
+@pytest.mark.parametrize("style, name, kind, heard, which", lines_of("styles/missing_words.jsonl"))
 def test_missing_words_are_named(style, name, kind, heard, which):
+    """No text has these slots alone, or there is none for this kind."""
+    style = STYLES[style]
     with refuses(f"style {style.name}", f"role {name}", f"`{which}`", f"'{kind}'", *heard.split()):
         style.words_for(style.role(name), kind, heard.split())
-
-
-@pytest.mark.parametrize("first", ["{question}", "{question} {c}", "{question} {a} {c}"])
-def test_a_first_has_the_slots_of_earlier_speakers(first):
-    """b hears a, who speaks before it, and c, who speaks after it. In round 1 it has heard a."""
-    a, b, c = TRIO.roles
-    with refuses("style trio", "role b", "`first`", "{a}"):
-        replace(TRIO, roles=(a, replace(b, first=first), c))
 
 
 def test_roles_are_heard_in_the_order_of_speaking():

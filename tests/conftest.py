@@ -2,7 +2,7 @@
 import sys
 
 import pytest
-from helpers import Script, load_mas_system, new_mas
+from helpers import Script, load_mas_system, new_mas, nothing_in_float32, tiny_in_float64
 
 from support import flags
 
@@ -17,6 +17,19 @@ def mas():
 def shipped():
     """The tiny system that comes with the project, loaded as a user would."""
     return load_mas_system("tiny", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def tiny_double():
+    return tiny_in_float64()
+
+
+@pytest.fixture
+def double(tiny_double):
+    """The shipped agents with new outer links, all in float64. Rollouts through untrained links
+    amplify a rounding of 1e-7 to 4e-3 in the gradient, which would hide a real difference."""
+    with nothing_in_float32():
+        yield tiny_double
 
 
 @pytest.fixture(autouse=True)

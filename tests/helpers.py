@@ -31,6 +31,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 from transformers import (AutoConfig, AutoModelForCausalLM,  # noqa: E402
                           AutoModelForImageTextToText, PreTrainedTokenizerFast)
@@ -48,7 +49,6 @@ FAMILIES = ("qwen3", "llama", "qwen2", "mistral", "gemma3", "gemma3_conditional"
             "qwen3_5_conditional")
 WIDTHS = {"qwen3": 32, "llama": 24, "qwen2": 40, "mistral": 16, "gemma3": 24, "qwen3_5": 32}
 WINDOW = 6              # of mistral and gemma3, shorter than the prompts, so that it matters
-TOLERANCE = {"qwen3_5": 5e-4, "qwen3_5_conditional": 5e-4}       # all others: 1e-4
 EXTRA_WORDS = tuple(dict.fromkeys(
     (ANSWER_FORMAT["math"] + " <|system|> plan: check: notes: own: mend it team of three").split()))
 VOCABULARY = {word: i for i, word in enumerate((*WORD_ID, *EXTRA_WORDS))}
@@ -144,13 +144,18 @@ def new_agent(family, seed=0, template=CHAT_TEMPLATE):
     agent = Agent(new_model(family, seed), word_tokenizer(template))
     agent.inner = randomise(InnerLink(agent.width), agent.embedding_rms, seed + 1)
     agent.inner.requires_grad_(False)
-    agent.close = TOLERANCE.get(family, 1e-4)
     return agent
 
 
-_three = json.loads((PROJECT / "tests/data/three.json").read_text())
-THREE = Style("three", tuple(Role(**role) for role in _three["roles"]),
-              tuple(Edge(*edge) for edge in _three["edges"]))
+def made_style(name):
+    """A style of tests/data/styles/made.json."""
+    parts = json.loads((PROJECT / "tests/data/styles/made.json").read_text())[name]
+    roles = tuple(Role(model="random", repo="", **role) for role in parts["roles"])
+    return Style(name, roles, tuple(Edge(*edge) for edge in parts["edges"]),
+                 tools=tuple(parts.get("tools", ())))
+
+
+THREE, HELPED = made_style("three"), made_style("helped")
 
 
 def new_mas(style=THREE, families=("qwen3", "llama", "qwen2")):
@@ -225,6 +230,11 @@ def left_pad(rows):
         embeds[b, longest - row.shape[1]:] = row[0]
         mask[b, longest - row.shape[1]:] = 1
     return embeds, mask
+
+
+def read_plain(agent, prompts):
+    """A Context of prompts of given token ids, padded on the left by hand."""
+    return agent.read(*left_pad([embed_words(agent, ids) for ids in prompts]))
 
 
 def largest_difference(a, b):
@@ -318,6 +328,21 @@ def lines_of(name):
     return [json.loads(line) for line in (PROJECT / "tests/data" / name).open()]
 
 
+def holds(link, weights):
+    """Whether a link's parameters are exactly those of a state dict, or of a file with one."""
+    if isinstance(weights, Path):
+        weights = (load_file(weights) if weights.suffix == ".safetensors"
+                   else torch.load(weights, weights_only=True))
+    own = link.state_dict()
+    return set(own) == set(weights) and all(torch.equal(own[k], weights[k].float()) for k in own)
+
+
+def fast(*chosen, of):
+    """The cases `of` a test, all of them marked slow but the chosen ones."""
+    return [case if case in chosen else pytest.param(*(case if isinstance(case, tuple) else [case]),
+                                                     marks=pytest.mark.slow) for case in of]
+
+
 def log_of(folder):
     """The lines of a training's log."""
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -328,6 +353,63 @@ def links_of(folder):
     found = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
     assert found
     return found
+
+
+# ---- a system that writes what it is told to ----------------------------------------------------
+
+BYTES = {**{f"byte {i}": i for i in range(256)}, "<eos>": 256, "<pad>": 257, "<bos>": 258,
+         "on>.": 259}                                # a token that reaches beyond a closing tag
+
+
+def byte_caller(family, seed, joined=False):
+    """An agent that spells: a byte is a token, and so is `on>.` If joined, a blank and the byte
+    after it are one token too."""
+    tokenizer = byte_tokenizer("{% for m in messages %}{{ m['content'] }}{% endfor %}>")
+    tokenizer.add_special_tokens({"eos_token": "<eos>", "pad_token": "<pad>", "bos_token": "<bos>"})
+    tokenizer.add_tokens(["on>."])
+    assert tokenizer.convert_tokens_to_ids(["<eos>", "on>."]) == [256, 259]
+    vocabulary = BYTES
+    if joined:
+        core = tokenizer.backend_tokenizer
+        pairs = [("\u0120", byte) for byte in sorted(core.get_vocab(False))]     # U+0120: a blank
+        more = {a + b: len(BYTES) + i for i, (a, b) in enumerate(pairs)}
+        core.model = models.BPE({**core.get_vocab(False), **more}, pairs)
+        vocabulary = {**BYTES, **more}
+    agent = Agent(new_model(family, seed, vocabulary, width=32), tokenizer)
+    agent.inner = randomise(InnerLink(agent.width), agent.embedding_rms, seed)
+    agent.inner.requires_grad_(False)
+    return agent
+
+
+def scripted_mas(family="qwen3"):
+    """A system in float64 over HELPED. Its last agent has tools, and writes what it is told to.
+
+    script: what it writes, call by call of Agent.write and question by question. A text is spelled
+    and then ended, None is left to the model. calls: how many texts each call was asked for."""
+    agents = {"helper": byte_caller("llama", 5), "caller": byte_caller(family, 6)}
+    outer = nn.ModuleDict({"hc": randomise(OuterLink(32, 32), 0.1).requires_grad_(False)})
+    mas = in_float64(MAS(HELPED, agents, outer))
+    mas.script, mas.calls, caller = [], [], agents["caller"]
+    real = caller.write
+
+    def spelled(text, limit, stop):
+        """A text's bytes and an end, up to after a stop string."""
+        ids = caller.tokenizer(text)["input_ids"] + [256]
+        ends = (length for length in range(1, len(ids))
+                if any(tag in caller.tokenizer.decode(ids[:length]) for tag in stop))
+        return ids[:min(limit, next(ends, limit))]
+
+    def scripted(context, limit, choose, seeds, stop=()):
+        texts = mas.script.pop(0) if mas.script else []
+        texts = [*texts, *[None] * (len(context.mask) - len(texts))]
+        mas.calls.append(len(texts))
+        free = [b for b, text in enumerate(texts) if text is None]
+        drawn = iter(real(context.pick(free), limit, choose, [seeds[b] for b in free], stop)
+                     if free else [])
+        return [next(drawn) if text is None else spelled(text, limit, stop) for text in texts]
+
+    caller.write = scripted
+    return mas
 
 
 # ---- scripts as processes -----------------------------------------------------------------------

@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (FAMILIES, QUESTIONS, VOCABULARY, WINDOW, byte_tokenizer, chat, embed_words,
-                     largest_difference, left_pad, lines_of, new_agent, new_model,
-                     nothing_in_float32, plain_states, plain_think, plain_write, refuses,
-                     spy_on_reading, widen, word_tokenizer, words)
+                     fast, largest_difference, left_pad, lines_of, new_agent, new_model,
+                     nothing_in_float32, plain_states, plain_think, plain_write, read_plain,
+                     refuses, spy_on_reading, widen, word_tokenizer, words)
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
@@ -28,8 +28,7 @@ M = 5                                                       # latent steps
 CLOSE = 1e-9
 PROMPTS = [words(chat(question)) for question in QUESTIONS[:4]]      # 6 to 21 tokens
 # Three families stand for all: plain, with sliding windows, with linear attention.
-EIGHT = [family if family in ("qwen3", "gemma3", "qwen3_5") else
-         pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]
+EIGHT = fast("qwen3", "gemma3", "qwen3_5", of=FAMILIES)
 needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -52,11 +51,6 @@ def agent(request):
     return exact_agent(request.param)
 
 
-def read_plain(agent, prompts):
-    """A Context of prompts of given token ids, padded on the left by hand."""
-    return agent.read(*left_pad([embed_words(agent, ids) for ids in prompts]))
-
-
 def random_latents(agent, *lengths):
     """Latents (m, d) of these lengths."""
     generator = torch.Generator().manual_seed(0)
@@ -67,8 +61,7 @@ def random_latents(agent, *lengths):
 # ---- reading and thinking -----------------------------------------------------------------------
 
 def test_the_prompts_are_a_fair_test():
-    """They differ in length. The sliding window is shorter than some, and it matters: the same
-    weights without it think otherwise."""
+    """Their lengths differ. The sliding window is shorter than some, and it changes thoughts."""
     lengths = [len(ids) for ids in PROMPTS]
     assert len(set(lengths)) > 2 and max(lengths) > 2 * WINDOW and min(lengths) + M > WINDOW
     agent, wide = exact_agent("mistral"), exact_agent("mistral")
@@ -139,9 +132,8 @@ def test_latents_after_a_prefix(agent, monkeypatch):
     ("{question} <|notes|> none", None), ("{question} start <|notes|> none and to", None),
     ("plan: {question} <|notes|>", None), ("{question}", None)])
 def test_texts_after_a_prefix(agent, user, texts):
-    """Texts of one length, of several, and empty ones. Then prompts that share all of the prefix, a
-    part of it, or nothing. Last, nothing is left to read: the prefix is the prompt, or longer.
-    Oracle: all tokens read at once."""
+    """Texts of one length, of several, and empty ones. Prompts share all of the prefix, a part, or
+    nothing. Or the prefix is the prompt, or longer. Oracle: all tokens read at once."""
     prompts = tokenized(agent, user, (), **({"critic": texts} if texts else {}))
     if texts:
         assert prompts == [[words(chat(f"{question} <|notes|> {text} and"))]
@@ -158,8 +150,7 @@ TARGETS = [words("s1 x7 1 ."), words("none"), words("s4 flip 7 s5 +3 0 ."), word
 
 def test_gradients_are_the_plain_ones(agent):
     """Of thoughts and of an answer's loss, by latents in a slot and by the inner link. A padded
-    batch with a cache, and the same after a prefix that was read without gradient: as uncached, one
-    by one."""
+    batch with a cache, also after a prefix that was read without gradient: as uncached, alone."""
     agent.inner.requires_grad_(True)
     prompts, latents = tokenized(agent, SLOTTED), random_latents(agent, 3, 3, 3, 3)
     inputs = [*(one.requires_grad_() for one in latents), *agent.inner.parameters()]
@@ -269,8 +260,7 @@ def test_steps_in_buffers_are_uncached_and_serve_again(agent):
 
 @torch.no_grad()
 def test_buffers_are_outgrown(agent):
-    """What stands in full buffers goes on in larger ones, for some of the questions. Oracle:
-    growing steps, which are compared with reference.py above."""
+    """Full buffers go on in larger ones, for some questions. Oracle: growing steps (see above)."""
     context = read_plain(agent, PROMPTS)
     thoughts, buffers = fixed_think(agent, context, M)
     assert not buffers.fits(buffers.context(), 1), "a context must not be loaded over itself"
@@ -353,6 +343,12 @@ def test_questions_and_texts_are_never_spliced(template):
             assert parts == [one if one == "planner" else agent.tokenizer(one)["input_ids"]
                              for one in wanted]
             assert agent.tokenizer.decode(parts[0]) == wanted[0]
+
+
+def test_a_template_that_drops_the_users_text():
+    """A template that wants a list of parts gets a string, and writes none of it."""
+    with refuses("template"):
+        tokenized(byte_agent("parts"), SLOTTED)
 
 
 def test_special_tokens_are_not_added():
@@ -509,9 +505,8 @@ def assert_drawn_from(exact, agent, ids, count, draws=4000, **settings):
 
 @torch.no_grad()
 def test_sampled_words_have_the_models_distribution():
-    """Oracle: the full model's logits. For the second word: the sum over first words of
-    p(first) p(second | first). top_k, top_p and min_p: their definitions, over the sorted
-    probabilities after the temperature."""
+    """Oracle: the full model's logits. For the second word: the sum of p(first) p(second | first).
+    top_k, top_p, min_p: their definitions, over the sorted probabilities after the temperature."""
     agent, ids = exact_agent("qwen2"), PROMPTS[1]
 
     def softmax(ids, temperature=1):

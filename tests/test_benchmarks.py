@@ -1,6 +1,7 @@
 """evaluate.py on all eleven data sets: samples, second tries, failures, judge and search tool."""
 import json
 import random
+import shutil
 import sys
 import types
 import weakref
@@ -9,17 +10,12 @@ from pathlib import Path
 import pytest
 import requests
 import torch
-from helpers import (MBPP, MEDQA, ROWS, byte_tokenizer, lines_of, live_row, new_model, randomise,
-                     write_rows)
-
+from helpers import HELPED, MBPP, MEDQA, PROJECT, ROWS, lines_of, live_row, scripted_mas, write_rows
 
 import evaluate
-from agents import Agent
 from evaluation import report
 from evaluation.answers import METHODS
-from link import InnerLink, OuterLink
 from recurse import MAS
-from styles import Edge, Role, Style
 from tasks import get_task
 
 LINE = {*"style dataset method rounds id question gold outputs parsed correct notes retried "
@@ -154,45 +150,18 @@ def test_the_default_methods_are_those_that_are_possible(flags, missing, ask):
 
 # ---- a scripted system, through evaluate.main ---------------------------------------------------
 
-BYTES = {**{f"byte {i}": i for i in range(256)}, "<eos>": 256, "<pad>": 257, "<bos>": 258}
-TEAM = Style("team", (Role("helper", "random", "", "{question}", first="{question}"),
-                      Role("caller", "random", "", "{question}\n[{helper}] so")),
-             (Edge("hc", "helper", "caller"),), tools=("python", "search"))
-
-
-class Speller(Agent):
-    """A byte is a token. For each call of write, its script says a text for each draft. A text ends
-    with a stop string or an end token."""
-    script = None
-
-    def __init__(self, seed):
-        tokenizer = byte_tokenizer("{% for m in messages %}{{ m['content'] }}{% endfor %}>")
-        tokenizer.add_special_tokens(
-            {"eos_token": "<eos>", "pad_token": "<pad>", "bos_token": "<bos>"})
-        super().__init__(new_model("qwen3", seed, BYTES), tokenizer)
-        self.inner = randomise(InnerLink(32), self.embedding_rms, seed).requires_grad_(False)
-
-    def write(self, context, max_new_tokens, choose, seeds, stop=()):
-        ids = [self.tokenizer(text)["input_ids"] + [256] * (not text.endswith(stop))
-               for text in self.script.pop(0)]
-        return [one[:max_new_tokens] for one in ids]
-
-
 @pytest.fixture
 def ask_team(ask, monkeypatch):
-    """ask_team(name, rows, script): (result lines, entry) of a batch in order of length. The last
-    agent writes what the script says."""
-    caller = Speller(6)
-    outer = torch.nn.ModuleDict({"hc": randomise(OuterLink(32, 32), 0.1).requires_grad_(False)})
-    mas = MAS(TEAM, {"helper": Speller(5), "caller": caller}, outer)
-    monkeypatch.setattr(evaluate, "get_style", lambda _: TEAM)
+    """ask_team(name, rows, script): (result lines, entry) of answers by the script."""
+    mas = scripted_mas()
+    monkeypatch.setattr(evaluate, "get_style", lambda _: HELPED)
     monkeypatch.setattr(evaluate, "load_mas_system", lambda *_, **__: mas)
 
     def ask_caller(name, rows, script, *flags):
-        caller.script = [["", ""], *script]                # first comes an untimed call
+        mas.script, mas.calls[:] = [["", ""], *script], []      # first comes an untimed call
         lines, [entry] = ask(*file_of(name, rows), "--method", "latent", "--num_recursive_rounds",
                              1, "--latent_length", 2, "--temperature", 0, "--out", "out", *flags)
-        assert caller.script == []
+        assert len(mas.calls) == 1 + len(script)
         return lines, entry
     return ask_caller
 
@@ -405,11 +374,7 @@ def test_search_end_to_end(service, ask_team, refused):
 @pytest.mark.parametrize("case", lines_of("style_settings.jsonl"), ids=lambda case: case["flags"])
 def test_a_styles_settings_for_a_data_set(case, monkeypatch, capsys):
     """They are used with --task as with --dataset, only where no flag was given, and printed."""
-    Path("mine.py").write_text(
-        "from dataclasses import replace\nfrom styles.tiny import tiny\n"
-        "mine = replace(tiny, name='mine', settings={\n"
-        "    'evaluate': {'batch_size': 3, 'latent_length': 5},\n"
-        "    'math500': {'latent_length': 4, 'max_new_tokens': 7, 'temperature': 0.25}})\n")
+    shutil.copy(PROJECT / "tests/data/styles/settings.txt", "mine.py")
     args = parsed(monkeypatch, *case["flags"].split())
     assert vars(args).items() >= {**case["given"], **case["set"]}.items()
     printed = capsys.readouterr().out.split("the style sets ")[1].split("\n")[0].split()

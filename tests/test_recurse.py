@@ -2,23 +2,22 @@
 Prompts are put together here by string operations. All is in float64, so both agree to CLOSE."""
 import dataclasses
 import functools
+import itertools
 from unittest import mock
 
 import pytest
 import torch
-from helpers import (QUESTIONS, THREE, byte_tokenizer, chat, embed_words, in_float64,
-                     inner_equation, largest_difference, lines_of, new_mas, new_model,
+from helpers import (HELPED, QUESTIONS, THREE, byte_caller, chat, embed_words, fast, in_float64,
+                     inner_equation, largest_difference, lines_of, made_style, new_mas,
                      nothing_in_float32, outer_equation, plain_parts, plain_write, randomise,
-                     refuses, spy_on_reading, words)
-from tokenizers import models
+                     refuses, scripted_mas, spy_on_reading, words)
 
 import reference
-from agents import Agent
 from evaluation.answers import METHODS
-from link import InnerLink, OuterLink
+from link import OuterLink
 from prompts import WORDS
 from recurse import CONTROLS, MAS, load_mas_system, recurse
-from styles import ANSWER_FORMAT, Edge, Role, Style, get_style
+from styles import ANSWER_FORMAT, get_style
 from tools.web import ServiceError
 from writing import Sampling, Writing, insert, text_of, text_seed
 
@@ -27,6 +26,10 @@ M = 4                               # latent steps
 N = 8                               # new words of an answer
 CLOSE = 1e-9
 ROLES = ("planner", "critic", "solver")
+TRIOS = [("qwen3", "llama", "qwen2"), ("gemma3_conditional", "qwen3_5_conditional", "mistral"),
+         ("mistral", "gemma3_conditional", "qwen3_5_conditional"),
+         ("qwen3_5_conditional", "qwen3", "gemma3_conditional"),
+         ("gemma3_conditional", "mistral", "gemma3")]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,10 +38,15 @@ def exact():
         yield
 
 
+@functools.cache
+def system(families):
+    """A system of three families in float64."""
+    return in_float64(new_mas(families=families))
+
+
 @pytest.fixture(scope="module")
 def mas():
-    """The three-family system in float64."""
-    return in_float64(new_mas())
+    return system(TRIOS[0])
 
 
 def respond(mas, questions, rounds, latent_length, kind="math", method="latent", trace=False,
@@ -96,11 +104,10 @@ def plain_texts(mas, question, rounds, brief=None):
     return texts, count
 
 
-@pytest.fixture(scope="module")
-def plain(mas):
-    """The plain recursion of every question, with one round and with three."""
-    return {rounds: [plain_recursion(mas, question, rounds, M) for question in QUESTIONS]
-            for rounds in (1, 3)}
+@functools.cache
+def plain_recursions(families, rounds):
+    """The plain recursion of every question."""
+    return [plain_recursion(system(families), question, rounds, M) for question in QUESTIONS]
 
 
 def assert_as_plain(run, b, thoughts, sent):
@@ -113,13 +120,15 @@ def assert_as_plain(run, b, thoughts, sent):
 
 # ---- latents ------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("rounds", [1, 3])
-def test_latent_is_the_plain_recursion(mas, plain, rounds):
+@pytest.mark.parametrize("families, rounds", fast(
+    (TRIOS[0], 1), (TRIOS[0], 3), (TRIOS[1], 3), of=itertools.product(TRIOS, (1, 3))))
+def test_latent_is_the_plain_recursion(families, rounds):
     """Thoughts, messages, final words and counts: a batch of five, and one by one."""
+    mas, plain = system(families), plain_recursions(families, rounds)
     texts, run = respond(mas, QUESTIONS, rounds, M, trace=True, max_new_tokens=N)
     assert len(run.thoughts) == 3 * rounds - 1 and len(set(texts)) > 1
     assert run.latent_steps == (3 * rounds - 1) * M and set(run.texts) == {(rounds, "solver")}
-    for b, (question, (thoughts, sent, ids)) in enumerate(zip(QUESTIONS, plain[rounds])):
+    for b, (question, (thoughts, sent, ids)) in enumerate(zip(QUESTIONS, plain)):
         assert texts[b] == text_from(mas.agents["solver"], ids) and run.decoded[b] == len(ids)
         assert_as_plain(run, b, thoughts, sent)
         alone, run_alone = respond(mas, [question], rounds, M, trace=True, max_new_tokens=N)
@@ -127,11 +136,12 @@ def test_latent_is_the_plain_recursion(mas, plain, rounds):
         assert_as_plain(run_alone, 0, thoughts, sent)
 
 
-def test_what_is_heard_matters(plain):
+def test_what_is_heard_matters():
     """Else the test above could not see a wrong message: rounds and questions differ."""
-    a, b = plain[3][0][0][1, "solver"], plain[3][1][0][1, "solver"]
+    plain = plain_recursions(TRIOS[0], 3)
+    a, b = plain[0][0][1, "solver"], plain[1][0][1, "solver"]
     assert largest_difference(a, b) > 0.01
-    for thoughts, sent, _ in plain[3]:
+    for thoughts, sent, _ in plain:
         for found, names in ((thoughts, ROLES), (sent, [edge.key for edge in THREE.edges])):
             assert all(largest_difference(found[1, name], found[2, name]) > 0.01 for name in names)
 
@@ -152,11 +162,7 @@ def test_a_trace_holds_latents_and_only_if_asked_for(mas, method):
 def test_the_thoughts_of_a_role_that_sends_to_nobody_are_traced(mas):
     """The critic hears the planner, and nobody hears the critic. Nor does anybody hear the solver
     in round 1. The planner, which sends to two, is traced once."""
-    heard = "{question} notes: {planner}"
-    style = Style("quiet", (Role("planner", "random", "", "{question}", first="{question}"),
-                            Role("critic", "random", "", heard),
-                            Role("solver", "random", "", heard)),
-                  edges=(THREE.edges[0], THREE.edges[3]))
+    style = made_style("quiet")
     _, run = respond(dataclasses.replace(mas, style=style), QUESTIONS[:2], 2, M, trace=True,
                      max_new_tokens=1)
     assert list(run.thoughts) == [(r, name) for r in (1, 2) for name in ROLES][:-1]
@@ -192,31 +198,6 @@ def test_take_turn_takes_the_place_of_thinking(mas):
     for b, m in enumerate(lengths):
         alone = recurse(mas, QUESTIONS[b:b + 1], 2, m).last_turn.read().hidden
         assert largest_difference(last.read().hidden[b:b + 1], alone) < CLOSE
-
-
-def test_gradients_reach_all_links_through_rounds():
-    """Outer links' gradients of an answer's loss at R = 2: batch and cache = plain, one by one.
-
-    Prompts read once and reused carry no gradient; they are constants, so nothing may be lost."""
-    mas, targets = in_float64(new_mas()), [words("answer 0 ."), words("answer 7")]
-    mas.outer.requires_grad_(True)
-    names, parameters = zip(*mas.outer.named_parameters())
-    turn = recurse(mas, QUESTIONS[:2], 2, 2).last_turn
-    losses = turn.agent.answer_loss(turn.read(), targets)
-    assert [len(loss) for loss in losses] == [3, 2]
-    loss, plain = torch.cat(list(losses)).sum(), 0
-    for question, target in zip(QUESTIONS, targets):
-        agent, prompt, _ = reference.recurse(
-            mas, functools.partial(plain_parts, mas.style, question), 2, 2)
-        embeds = torch.cat([prompt, embed_words(agent, target)[0]])
-        logits = agent.model(inputs_embeds=embeds[None]).logits[0, len(prompt) - 1:-1]
-        plain = plain + torch.nn.functional.cross_entropy(logits, torch.tensor(target),
-                                                          reduction="sum")
-    got, wanted = (torch.autograd.grad(one, parameters) for one in (loss, plain))
-    assert abs(loss - plain) < CLOSE * 10
-    for name, a, b in zip(names, got, wanted):
-        assert b.abs().max() > 0, name
-        assert largest_difference(a, b) < CLOSE * max(1.0, b.abs().max().item()), name
 
 
 # ---- controls -----------------------------------------------------------------------------------
@@ -269,8 +250,7 @@ def test_any_change_of_a_message_is_a_control(mas):
 
 @pytest.mark.parametrize("method, brief", [("text", None), ("text_brief", 3)])
 def test_text_is_a_plain_loop_of_writing(mas, method, brief):
-    """Every text of every turn, and how many tokens it took; brief: all messages but the answer
-    are cut."""
+    """Every text of every turn, and its tokens; brief: all messages but the answer are cut."""
     texts, run = respond(mas, QUESTIONS[:3], 2, M, method=method, max_new_tokens=N, brief=brief)
     assert run.latent_steps == 0
     for b, question in enumerate(QUESTIONS[:3]):
@@ -305,8 +285,7 @@ def test_every_text_has_its_own_seed(mas, monkeypatch):
     ("single", 1, 1), ("single", 3, 1), ("single_loop", 2, 6)])
 def test_the_last_agent_alone(mas, method, rounds, turns):
     """single: the solver is asked its `first` prompt, once, whatever the number of rounds.
-    single_loop: it takes the turns of all roles, and is asked its `own` prompt from the second on.
-    """
+    single_loop: it takes the turns of all roles. After `first`, it is asked its `own` prompt."""
     solver = mas.agents["solver"]
     texts, run = respond(mas, QUESTIONS[:3], rounds, M, method=method, max_new_tokens=N)
     assert run.latent_steps == 0
@@ -341,21 +320,18 @@ def test_a_question_that_looks_like_a_slot_is_plain_text(mas, method):
 
 
 def test_the_beginning_of_a_prompt_is_read_once(monkeypatch):
-    """Also in words, where this tokenizer joins the blank before a slot with the first character of
-    the text in it. So the beginning is kept without its last tokens. Rounds 2 and 3 read less than
-    the question."""
+    """Also in words, where this tokenizer joins the blank before a slot with the text in it. So the
+    last tokens of the beginning are not kept. Rounds 2 and 3 read less than the question."""
     agents = {"a": byte_caller("qwen3", 1, joined=True), "b": byte_caller("qwen3", 2, joined=True)}
     [one], [joined] = agents["b"].tokenize(["? "]), agents["b"].tokenize(["? x"])
     assert len(one) == len(joined) == 2 and one[1] != joined[1]
     outer = torch.nn.ModuleDict({key: randomise(OuterLink(32, 32), 0.1) for key in ("ab", "ba")})
-    style = Style("pair", (Role("a", "random", "", "{question}? {b}", first="{question}"),
-                           Role("b", "random", "", "{question}? {a} so")),
-                  (Edge("ab", "a", "b"), Edge("ba", "b", "a")))
+    mas = MAS(made_style("equals"), agents, outer)
     shapes = spy_on_reading(agents["b"], monkeypatch)
     for method in ("latent", "text"):
         shapes.clear()
-        respond(MAS(style, agents, outer), ["how much is it " * 4, "and what is this " * 4], 3, 4,
-                method=method, max_new_tokens=4)
+        respond(mas, ["how much is it " * 4, "and what is this " * 4], 3, 4, method=method,
+                max_new_tokens=4)
         beginning, *rest = [length for _, length in shapes if length > 1]
         assert beginning > 50 and len(rest) == 3 and max(rest) < beginning / 2
 
@@ -424,18 +400,15 @@ def test_fresh_outer_links(mas):
 
 
 def test_load_errors(tmp_path):
-    """Each is one line that names what is wrong."""
-    style, missing = get_style("tiny"), str(tmp_path / "nowhere")
-    faults = [(ValueError, "no_such_style", {}, "no_such_style"),
-              (ValueError, style, {"task": "maths"}, "maths"),
-              (FileNotFoundError, style, {"ckpt_override": {"critic": missing}}, missing),
-              (FileNotFoundError, style, {"ckpt_override": {"outer": missing}}, missing)]
-    for repo, named in (("no/repo", "no/repo"), ("not a repo id at all", "not a repo id at all"),
-                        (style.roles[0].repo, "outerlink_config.json")):
-        faults.append((FileNotFoundError, dataclasses.replace(style, repo=repo), {}, named))
-    for kind, style_or_name, arguments, named in faults:
-        with refuses(named, kind=kind):
-            load_mas_system(style_or_name, device="cpu", **arguments)
+    """Each is one line that names what is wrong. (See also tests/data/wrong_calls.json.)"""
+    style, missing, odd = get_style("tiny"), str(tmp_path / "nowhere"), "not a repo id at all"
+    with refuses("maths"):
+        load_mas_system(style, device="cpu", task="maths")
+    for role in ("critic", "outer"):
+        with refuses(missing, kind=FileNotFoundError):
+            load_mas_system(style, device="cpu", ckpt_override={role: missing})
+    with refuses(odd, kind=FileNotFoundError):
+        load_mas_system(dataclasses.replace(style, repo=odd), device="cpu")
 
 
 # ---- several answers to a question --------------------------------------------------------------
@@ -485,8 +458,7 @@ def test_samples_in_words_are_runs_of_their_own(mas):
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "shuffle"])
 def test_samples_do_not_depend_on_company(mas, method):
-    """Sample k of a question is the same in any batch, any order, and whatever K is. Each question
-    has a kind of its own."""
+    """Sample k is the same in any batch and order, and for any K. All questions differ in kind."""
     kinds = dict(zip(QUESTIONS, ("math", "search", "choice")))
 
     def ask(questions, samples):
@@ -517,70 +489,14 @@ def test_greedy_samples_are_equal(mas):
 
 # ---- the tool loop ------------------------------------------------------------------------------
 
-BYTES = {**{f"byte {i}": i for i in range(256)}, "<eos>": 256, "<pad>": 257, "<bos>": 258,
-         "on>.": 259}                                # a token that reaches beyond a closing tag
-HELPED = Style("helped", (Role("helper", "random", "", "{question}", first="{question}"),
-                          Role("caller", "random", "", "{question}\n[{helper}] so")),
-               (Edge("hc", "helper", "caller"),), tools=("python", "search"))
 SIX_TIMES_SEVEN = "<python>print(6*7)</python>"
 FORTY_TWO = "\n<result>\n42\n</result>\n"
 both_families = pytest.mark.parametrize("helped", ["qwen3", "qwen3_5"], indirect=True)
 
 
-def byte_caller(family, seed, joined=False):
-    """An agent that spells: a byte is a token, and so is `on>.` If joined, a blank and the byte
-    after it are one token too."""
-    tokenizer = byte_tokenizer("{% for m in messages %}{{ m['content'] }}{% endfor %}>")
-    tokenizer.add_special_tokens({"eos_token": "<eos>", "pad_token": "<pad>", "bos_token": "<bos>"})
-    tokenizer.add_tokens(["on>."])
-    assert tokenizer.convert_tokens_to_ids(["<eos>", "on>."]) == [256, 259]
-    vocabulary = BYTES
-    if joined:
-        core = tokenizer.backend_tokenizer
-        pairs = [("\u0120", byte) for byte in sorted(core.get_vocab(False))]     # U+0120: a blank
-        more = {a + b: len(BYTES) + i for i, (a, b) in enumerate(pairs)}
-        core.model = models.BPE({**core.get_vocab(False), **more}, pairs)
-        vocabulary = {**BYTES, **more}
-    agent = Agent(new_model(family, seed, vocabulary, width=32), tokenizer)
-    agent.inner = randomise(InnerLink(agent.width), agent.embedding_rms, seed)
-    agent.inner.requires_grad_(False)
-    return agent
-
-
 @pytest.fixture(params=["qwen3", pytest.param("qwen3_5", marks=pytest.mark.slow)])
-def helped(request, monkeypatch):
-    """A system over HELPED whose last agent has tools, and writes what it is told to. Its script:
-    what the caller writes, call by call of Agent.write and question by question. A text is spelled
-    and then ended, None is left to the model."""
-    agents = {"helper": byte_caller("llama", 5), "caller": byte_caller(request.param, 6)}
-    outer = torch.nn.ModuleDict({"hc": randomise(OuterLink(32, 32), 0.1).requires_grad_(False)})
-    mas = in_float64(MAS(HELPED, agents, outer))
-    mas.script, mas.calls, caller = [], [], agents["caller"]
-    real = caller.write
-
-    def spelled(text, limit, stop):
-        """A text's bytes and an end (or the ids as given), up to after a stop string."""
-        ids = caller.tokenizer(text)["input_ids"] + [256] if isinstance(text, str) else text
-        for length in range(1, len(ids)):
-            if any(tag in caller.tokenizer.decode(ids[:length]) for tag in stop):
-                ids = ids[:length]
-                break
-        return ids[:limit]
-
-    def scripted(context, limit, choose, seeds, stop):
-        texts = mas.script.pop(0) if mas.script else []
-        texts = [*texts, *[None] * (len(context.mask) - len(texts))]
-        free = [b for b, text in enumerate(texts) if text is None]
-        written = [spelled(text or "", limit, stop) for text in texts]
-        if free:
-            ids = real(context.pick(free), limit, choose, [seeds[b] for b in free], stop)
-            for b, one in zip(free, ids):
-                written[b] = one
-        mas.calls.append((len(texts), limit, [len(ids) for ids in written]))
-        return written
-
-    monkeypatch.setattr(caller, "write", scripted)
-    return mas
+def helped(request):
+    return scripted_mas(request.param)
 
 
 def heard_prompt(mas, method, question, run, b):
@@ -617,13 +533,12 @@ def test_a_call_is_run_and_the_text_goes_on(helped, method):
         helpers = [len(plain_write(agent, embed_words(
             agent, agent.tokenizer(f"{question}>")["input_ids"]), 40)) for question in questions]
     assert run.decoded == [written + len(wanted) + helpers[0], 6 + helpers[1]]
-    assert [count for count, _, _ in helped.calls] == [2, 1]
+    assert helped.calls == [2, 1]
 
 
 @both_families
 def test_sampled_calls_do_not_depend_on_the_batch(helped):
-    """What is drawn after a result: texts with budgets and lengths of their own, together and
-    alone."""
+    """What is drawn after a result. The texts have budgets and lengths of their own."""
     sampled = dict(temperature=1.0, max_new_tokens=50, seed=3)
     wrote = ["<python>print(10**20)</python>", SIX_TIMES_SEVEN, "x" * 20 + SIX_TIMES_SEVEN]
     questions = ["a", "what is it?", "and how?"]
@@ -636,37 +551,9 @@ def test_sampled_calls_do_not_depend_on_the_batch(helped):
         assert alone == [together[b]] and run_alone.decoded == [run.decoded[b]]
 
 
-def test_at_most_five_calls_and_texts_leave(helped):
-    """Text b calls b times; text 3 seven times, the last two of which are only words."""
-    once = SIX_TIMES_SEVEN
-    helped.script = [["done", once, once, once], ["done", once, once], ["done", once], [once],
-                     [once], [once + " " + once + " end"]]
-    texts, run = respond(helped, list("abcd"), 1, 2, max_new_tokens=400)
-    assert [text.count("<result>") for text in texts] == [0, 1, 2, 5]
-    assert texts[1] == (once + FORTY_TWO + "done").strip()
-    assert texts[3] == (once + FORTY_TWO) * 5 + once + " " + once + " end"
-    assert [count for count, _, _ in helped.calls] == [4, 3, 2, 1, 1, 1]
-    assert run.decoded == [5, len(once) + 5, 2 * len(once) + 5, 7 * len(once) + 6]
-    assert helped.script == []
-
-
-@pytest.mark.parametrize("limit", [26, 27, 28, 60])
-def test_only_the_models_own_words_count(helped, limit):
-    """A call of 27 tokens: cut off, with nothing left to go on, or with limit - 27 tokens left,
-    whatever the results' length; each text has its own budget."""
-    helped.script = [[SIX_TIMES_SEVEN, "x" * 9 + SIX_TIMES_SEVEN], ["y" * 200, "y" * 200]]
-    texts, run = respond(helped, ["a", "b"], 1, 2, max_new_tokens=limit)
-    for text, before in zip(texts, (0, 9)):
-        wrote = "x" * before + SIX_TIMES_SEVEN
-        left = max(0, limit - len(wrote))
-        assert text == (wrote[:limit] if not left else wrote + FORTY_TWO + "y" * left)
-    assert run.decoded == [limit, limit]
-    assert all(max(lengths) <= asked for _, asked, lengths in helped.calls)
-
-
 @pytest.mark.parametrize("case", lines_of("calls.jsonl"), ids=lambda case: case["why"])
 def test_what_is_a_call_and_what_goes_on(helped, case):
-    """script: what the caller writes, piece by piece. answers: what the search finds."""
+    """script: what the caller writes in each call, text by text. answers: what the search finds."""
     asked = []
 
     def find(query):
@@ -678,16 +565,16 @@ def test_what_is_a_call_and_what_goes_on(helped, case):
     style = dataclasses.replace(HELPED, tools=tuple(case.get("tools", HELPED.tools)))
     mas = dataclasses.replace(helped, style=style, search=find if "answers" in case else None)
     helped.script, samples = [[*texts] for texts in case["script"]], case.get("samples", 1)
-    questions = list("abc")[:len(case["texts"]) // samples]
-    texts, run = respond(mas, questions, 1, 2, samples=samples, max_new_tokens=99)
+    questions = list("abcd")[:len(case["texts"]) // samples]
+    texts, run = respond(mas, questions, 1, 2, samples=samples,
+                         max_new_tokens=case.get("max_new_tokens", 99))
     assert texts == case["texts"] and run.decoded == case["decoded"]
     assert sorted(asked) == sorted(case.get("asked", []))
-    assert helped.script == [] and len(helped.calls) == len(case["script"])
+    assert helped.calls == [len(texts) for texts in case["script"]]
 
 
 def test_end_tokens_and_inserted_texts(helped):
-    """insert() takes the place of end tokens, all of them, and keeps the rest. What a page prints
-    is text: it must not become the token that ends a turn."""
+    """insert() takes the place of all end tokens. A page's text must not become an end token."""
     helped.search = lambda query: "page <eos> text"
     helped.script = [["<search>x</search>"], ["words"]]
     _, run = respond(helped, ["a"], 1, 2, max_new_tokens=99)

@@ -6,31 +6,26 @@ import sys
 from dataclasses import replace
 
 import pytest
-from helpers import PROJECT, lines_of, refuses
+from helpers import PROJECT, lines_of, made_style, refuses
 
-from styles import ANSWER_FORMAT, KINDS, Edge, Role, Style, all_styles, get_style
+from styles import ANSWER_FORMAT, KINDS, Edge, all_styles, get_style
 
 sys.path.insert(0, str(PROJECT / "docs"))
 import published_prompts  # noqa: E402
 
 DATA = PROJECT / "tests/data"
-# {style: {roles: [name, base model, repo (* is the start of all), columns], edges: [key from to]}}
+# {style: {settings, roles: [name, base model, repo (* is the start of all), columns],
+#          edges: [key from to]}}
 PUBLISHED = json.loads((DATA / "published_styles.json").read_text())
 CLONE = (DATA / "published_clone.txt").read_text()          # of the published project's prompts.py
 
 
-def made(name):
-    """A style of made.json: pair, trio, or odd, whose names mean something in a pattern."""
-    parts = json.loads((DATA / "styles/made.json").read_text())[name]
-    roles = [Role(model="some/model", repo="some/repo", **role) for role in parts["roles"]]
-    return Style(name, tuple(roles), tuple(Edge(*edge) for edge in parts["edges"]))
-
-
-PAIR, TRIO = made("pair"), made("trio")
+PAIR, TRIO = made_style("pair"), made_style("trio")
 ALONE = TRIO.alone()
 BOB = replace(PAIR.roles[1], first="go {question}")
 SILENT = replace(PAIR, roles=(PAIR.roles[0], BOB)).alone()          # it cannot hear its own text
-STYLES = {"pair": PAIR, "trio": TRIO, "odd": made("odd"), "alone": ALONE, "silent": SILENT}
+# The names of `odd` mean something in a pattern.
+STYLES = {"pair": PAIR, "trio": TRIO, "odd": made_style("odd"), "alone": ALONE, "silent": SILENT}
 
 
 # ---- what is refused ----------------------------------------------------------------------------
@@ -51,8 +46,7 @@ def test_broken_styles_are_refused_when_made(case):
 
 @pytest.mark.parametrize("style, name, kind, heard, words", lines_of("styles/words.jsonl"))
 def test_words_are_those_for_the_roles_heard(style, name, kind, heard, words):
-    """All whom it hears, in any order: `prompt`, of which nothing is cut. Until then: `first`. The
-    last role alone: `first`, then `own`."""
+    """If it hears all: the whole `prompt`. Before: `first`. Alone: `first`, then `own`."""
     style = STYLES[style]
     assert style.words_for(style.role(name), kind, heard.split()) == words
 
@@ -97,19 +91,10 @@ def test_roles_and_edges_are_the_published_ones(name):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_settings_are_the_published_ones(name):
     """Those of the inference. The training has its own published defaults."""
-    settings, light = dict(get_style(name).settings), name == "sequential_light"
-    assert settings.pop("evaluate")["batch_size"] == (32 if light else 16)
-
-    def told(flag):
-        return {data: flags[flag] for data, flags in settings.items() if flag in flags}
-
-    assert told("max_new_tokens") == {
-        "math500": 1000 if light else 2000, "aime25": 16000, "aime26": 16000,
-        **dict.fromkeys(("gpqa", "medqa", "mbppplus", "livecodebench"), 4000)}
-    assert told("temperature") == {"mbppplus": 0.2, "livecodebench": 0.2}
-    assert told("latent_length") == {
-        "sequential_light": {"math500": 48, "medqa": 32, "gpqa": 32, "mbppplus": 16},
-        "sequential_scaled": {"math500": 32, "medqa": 48, "gpqa": 48, "mbppplus": 16}}.get(name, {})
+    settings, published = dict(get_style(name).settings), dict(PUBLISHED[name]["settings"])
+    assert settings.pop("evaluate")["batch_size"] == published.pop("batch_size")
+    for flag, told in published.items():
+        assert {data: flags[flag] for data, flags in settings.items() if flag in flags} == told
     assert not {"train_inner", "train_outer"} & set(settings)
 
 
@@ -198,28 +183,18 @@ def test_published_words_are_read_slot_for_slot(name, ask):
         assert one.system.startswith("I am ") and one.own == shipped.role(one.name).own
 
 
-def test_published_words_of_some_roles(ask):
-    planner, critic, solver = ask().roles
-    assert critic.system == "I am refiner of sequential."
-    assert planner.first["code"] == "Plan a function: {question}"
-    assert planner.prompt["math"] == "Plan anew: {question} {solver}"
-    assert critic.prompt["code"] == "A function: {question} {planner}"
-    assert solver.prompt == {"math": r"{critic} {question} in \boxed{} chain",
-                             "choice": "{critic} {question} with a letter chain",
-                             "code": "Write: {critic} {question}"}
-    before = ask("--solver_pre_question", "1").roles[2].prompt
-    assert before["math"] == r"{question} {critic} in \boxed{} chain"
-    science = ask("--style", "mixture").role("science")
-    assert science.first["choice"] == "hie_science_expert on choice: {question}"
-    assert "style tiny " in ask("--style", "tiny")                           # it was not published
+@pytest.mark.parametrize("flags, name, which, kind, words",
+                         lines_of("styles/published_words.jsonl"))
+def test_published_words_of_some_roles(flags, name, which, kind, words, ask):
+    assert getattr(ask(*flags.split()).role(name), which)[kind] == words
 
 
-@pytest.mark.parametrize("old, new, named", [
-    ("math_refiner_prompt_with_slot", "refiner_prompt", ["build_math_refiner_prompt_with_slot"]),
-    ("def get_system_prompt", "def get_prompt", ["get_system_prompt"]),
-    ("planner_prompt(question)", "planner_prompt(question, shots)", ["planner_prompt", "shots"]),
-    ("from inference_utils", "from inference_utilities", ["prompts.py", "inference_utilities"]),
-    ("{PLANNER_SLOT}", "", ["role critic", "`prompt`", "{planner}"])])
+def test_a_system_text_is_published_and_the_tiny_style_is_not(ask):
+    assert ask().role("critic").system == "I am refiner of sequential."
+    assert "style tiny " in ask("--style", "tiny")
+
+
+@pytest.mark.parametrize("old, new, named", lines_of("styles/clones.jsonl"))
 def test_a_clone_of_another_layout_is_one_line(old, new, named, ask):
     assert old in CLONE
     error = ask(clone=CLONE.replace(old, new))

@@ -6,7 +6,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from helpers import inner_equation, largest_difference, outer_equation, randomise, refuses
+from helpers import holds, inner_equation, largest_difference, outer_equation, randomise, refuses
 
 from checkpoints import load_inner, load_outer, load_weights, save_inner, save_outer
 from link import KINDS, RELEASED, InnerLink, OuterLink, kind_name
@@ -26,29 +26,10 @@ def random_outer(kind=RELEASED, seed=0, widths=(6, 4)):
     return randomise(OuterLink(*widths, kind), 1.0, seed)
 
 
-def released(width, target=None, seed=0):
-    """A bf16 state dict as released, made by hand: inner, or outer to a target width."""
-    torch.manual_seed(seed)
-    if target is None:
-        shapes = {"proj1": (width, width), "proj2": (width, width), "pre_ln": (width,),
-                  "post_ln": (width,)}
-    else:
-        shapes = {"proj1": (2 * target, width), "proj2": (target, 2 * target),
-                  "residual_proj": (target, width), "ln_source": (width,), "ln_target": (target,)}
-    return {f"{name}.{part}": torch.randn(shape if part == "weight" else shape[:1]).bfloat16()
-            for name, shape in shapes.items() for part in ("weight", "bias")}
-
-
 def in_format(link, format):
     """The state dict that a link has after it was saved: rounded to bf16 as .pt."""
     state = link.state_dict()
     return {name: value.bfloat16() for name, value in state.items()} if format == "pt" else state
-
-
-def holds(link, state):
-    """Whether a link's parameters are exactly those of a state dict."""
-    own = link.state_dict()
-    return set(own) == set(state) and all(torch.equal(own[k], state[k].float()) for k in own)
 
 
 # ---- the equations ------------------------------------------------------------------------------
@@ -66,41 +47,36 @@ def test_kinds_are_the_published_ones():
 @pytest.mark.parametrize("inner", [True, False])
 def test_a_link_is_its_equation(name, inner):
     """Of each kind, by our name or a published one. Oracle: the equation with plain tensor
-    operations; GELU by its error function. The other tests use the equations of helpers.py."""
+    operations; GELU by its error function. It has the released names, and the released width
+    between its two layers. The other tests use the equations of helpers.py."""
     link, kind = random_inner(6, name) if inner else random_outer(name), ALIASES[name]
     first, last = ("pre_ln", "post_ln") if inner else ("ln_source", "ln_target")
     assert link.kind == kind_name(name) == kind
     w, x = link.double().state_dict(), torch.randn(2, 3, 6, dtype=torch.float64)
-    y = x
-    if "ln" in kind:
-        y = F.layer_norm(y, (6,), w[f"{first}.weight"], w[f"{first}.bias"])
-    y = y @ w["proj1.weight"].T + w["proj1.bias"]
+    used = set()
+
+    def weights(module):
+        used.update({f"{module}.weight", f"{module}.bias"})
+        return w[f"{module}.weight"], w[f"{module}.bias"]
+
+    def linear(module, x):
+        weight, bias = weights(module)
+        return x @ weight.T + bias
+
+    y = F.layer_norm(x, (6,), *weights(first)) if "ln" in kind else x
+    y = linear("proj1", y)
+    assert y.shape[-1] == (6 if inner else 8 if "ln" in kind else 4)
     if kind.startswith("2"):
-        y = y / 2 * (1 + torch.erf(y / 2 ** 0.5))
-        y = y @ w["proj2.weight"].T + w["proj2.bias"]
+        y = linear("proj2", y / 2 * (1 + torch.erf(y / 2 ** 0.5)))
     if kind.endswith("res"):
-        y = y + (x if inner else x @ w["residual_proj.weight"].T + w["residual_proj.bias"])
+        y = y + (x if inner else linear("residual_proj", x))
     if "ln" in kind:
-        y = F.layer_norm(y, y.shape[-1:], w[f"{last}.weight"], w[f"{last}.bias"])
-    assert largest_difference(link(x), y) < 1e-9
+        y = F.layer_norm(y, y.shape[-1:], *weights(last))
+    assert largest_difference(link(x), y) < 1e-9 and set(w) == used
+    assert inner or link.widths == (6, 4)
     if kind == RELEASED:
         helped = (inner_equation if inner else outer_equation)(link, x)
         assert largest_difference(helped, y) < 1e-9
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_parameter_names_and_widths_are_the_released_ones(kind):
-    inner, outer = InnerLink(6, kind), OuterLink(6, 4, kind)
-    shared = {"proj1"} | ({"proj2"} if "2layer" in kind else set())
-    ends = [{"pre_ln", "post_ln"}, {"ln_source", "ln_target"}] if "ln" in kind else [set(), set()]
-    residual = {"residual_proj"} if "res" in kind else set()
-    for link, modules in ((inner, shared | ends[0]), (outer, shared | ends[1] | residual)):
-        assert set(link.state_dict()) == {f"{name}.{part}" for name in modules
-                                          for part in ("weight", "bias")}
-    assert outer.widths == (6, 4) and inner.proj1.weight.shape == (6, 6)
-    hidden = 8 if "ln" in kind else 4
-    assert outer.proj1.weight.shape == (hidden, 6)
-    assert "2layer" not in kind or outer.proj2.weight.shape == (4, hidden)
 
 
 def test_gain_sets_the_last_layernorm():
@@ -118,7 +94,7 @@ def test_gain_sets_the_last_layernorm():
 def test_released_inner_folders(tmp_path):
     """The manifest counts before adapter(TASK), and that before adapter."""
     names = ("adapter.pt", "adapter(math).pt", "adapter(code).pt", "special.pt")
-    states = {name: released(6, seed=seed) for seed, name in enumerate(names)}
+    states = {name: in_format(random_inner(seed=seed), "pt") for seed, name in enumerate(names)}
     (tmp_path / "adapter_config.json").write_text('{"adapter_type": "ln_res_adapter"}')
 
     def found(*tasks):
@@ -138,35 +114,6 @@ def test_released_inner_folders(tmp_path):
         tasks = {task: {"adapter.pt": name} for task, name in manifest.items()}
         (tmp_path / "innerlink_config.json").write_text(json.dumps({"tasks": tasks}))
         assert found("math", "code") == [manifest["math"], manifest.get("code", code)]
-
-
-@pytest.mark.parametrize("nested", [False, True])
-def test_released_outer_folder(tmp_path, nested):
-    """Both forms of outerlink_config.json: a flat list, and one per task."""
-    path = tmp_path / "outerlink_config.json"
-
-    def adapters(task):
-        entries = []
-        for seed, (key, (source, target)) in enumerate(WIDTHS.items()):
-            state = released(source, target, seed + ord(task[0]))
-            torch.save(state, tmp_path / f"{key}({task}).pt")
-            entries.append({"legacy_key": key, "filename": f"{key}({task}).pt", "in_dim": source,
-                            "out_dim": target, "adapter_type": "outer_ln_res_adapter"})
-        return entries
-
-    tasks = ("math", "code") if nested else ("math",)
-    listed = {task: {"adapters": adapters(task)} for task in tasks}
-    path.write_text(json.dumps({"format_version": 1, "paradigm": "sequential",
-                                "legacy_config_filename": "outer_adapter_config.json",
-                                **({"tasks": listed} if nested else listed["math"])}))
-    for task in tasks:
-        links = load_outer(tmp_path, WIDTHS, task)
-        assert set(links) == set(WIDTHS) and all(
-            holds(links[key], torch.load(tmp_path / f"{key}({task}).pt")) for key in WIDTHS)
-    if nested:
-        path.write_text(json.dumps({"tasks": {"math": listed["math"]}}))
-        with refuses(path, "code"):
-            load_outer(tmp_path, WIDTHS, "code")
 
 
 # ---- roundtrips ---------------------------------------------------------------------------------
@@ -194,8 +141,7 @@ KEYS = ("legacy_key", "filename", "in_dim", "out_dim", "adapter_type")
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_outer_roundtrip(tmp_path, kind, format, keep):
-    """The weights say the kind and the widths, also where the manifest says little. Links for other
-    models are still refused."""
+    """The weights say kind and widths where the manifest does not. Other models' are refused."""
     links = {"outer_12": random_outer(kind, 1), "outer_21": random_outer("2layer_res", 2, (4, 6))}
     save_outer(links, tmp_path, format=format)
     path = tmp_path / "outerlink_config.json"
@@ -277,8 +223,15 @@ def test_another_link_is_named(tmp_path):
 @pytest.mark.parametrize("widths", [{"outer_el": (6, 4)}, WIDTHS, {}])
 def test_a_manifest_of_other_edges_is_named(tmp_path, widths):
     save_outer({"outer_12": random_outer()}, tmp_path)
-    with refuses(tmp_path / "outerlink_config.json", "outer_12"):
+    with refuses(tmp_path / "outerlink_config.json", "outer_12", *widths):
         load_outer(tmp_path, widths)
+
+
+def test_a_manifest_for_another_task_is_named(tmp_path):
+    path = tmp_path / "outerlink_config.json"
+    path.write_text('{"tasks": {"math": {"adapters": []}}}')
+    with refuses(path, "math", "'code'"):
+        load_outer(tmp_path, ONE, "code")
 
 
 @pytest.mark.parametrize("file, contents", [

@@ -2,12 +2,13 @@
 import argparse
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import embed_words, nothing_in_float32, plain_states, tiny_in_float64
+from helpers import PROJECT, embed_words, lines_of, plain_states
 
 import evaluate
 import reference
@@ -22,14 +23,9 @@ from link import OuterLink
 from recurse import load_mas_system, recurse
 from styles import get_style, names_in
 from tasks import Example, get_task, relay, tiny
-from training import warm_start
 from writing import Writing
 
-
-@pytest.fixture
-def double():
-    with nothing_in_float32():
-        yield tiny_in_float64()
+DATA = PROJECT / "tests/data/styles"
 
 
 # ---- columns, and the relay ----------------------------------------------------------------------
@@ -83,9 +79,7 @@ def test_the_tests_facts_are_in_no_training_row(name):
             wrong()
 
 
-@pytest.mark.parametrize("text, right", [
-    ("harbor", True), ("Harbor.", True), (' "harbor"\n', True), ("harbors", False), ("", False),
-    ("The word is harbor", False), ("harbor harbor", False), ("...", False)])
+@pytest.mark.parametrize("text, right", lines_of("tasks/relay_answers.jsonl"))
 def test_the_fact_is_compared_to_the_letter(text, right):
     score = get_task("relay").score(Example("", "", "harbor", "search"), text)
     assert score.correct is right and (score.parsed is None) == (not text.strip("."))
@@ -102,23 +96,6 @@ def test_a_fact_longer_than_m_is_refused():
 
 
 # ---- training -----------------------------------------------------------------------------------
-
-def test_the_warm_start_is_a_dictionary(shipped):
-    """After it, a word of the sender comes out nearest to the same word of the receiver."""
-    mas = shipped.with_fresh_outer(seed=0)
-    untrained = mas.outer["outer_31"].proj1.weight.clone()
-    warm_start.warm_start(mas, argparse.Namespace(num_recursive_rounds=1, seed=0, scale_match=1,
-                                                  warm_start_steps=150), leave_out=("flip", "7"))
-    source, target = mas.agents["planner"], mas.agents["critic"]
-    pairs = torch.tensor(warm_start.shared_tokens(source, target))
-    with torch.no_grad():
-        got = mas.outer["outer_12"](warm_start.as_thoughts(source, pairs[:, 0], 1))
-        nearest = warm_start.nearest_tokens(target, got)
-        plain = F.cosine_similarity(got[:, None], target.embedding.weight[None], dim=-1).argmax(1)
-    assert torch.equal(nearest, plain) and (nearest == pairs[:, 1]).float().mean() > 0.9
-    assert torch.equal(mas.outer["outer_31"].proj1.weight, untrained)     # nobody hears its sender
-
-
 
 OWN = ["--text", "own", "--num_samples", 6, "--max_steps", 2, "--held_out", 4, "--own_length", 5]
 
@@ -139,7 +116,6 @@ def test_own_texts_are_the_agents_and_are_written_once(shipped, tmp_path, run):
     file.write_text(whole[:-7])
     assert "the agent's own" in run(train_inner, *flags)[1]
     assert file.read_text() == whole
-
 
 
 def test_an_agent_that_writes_nothing_is_named(tmp_path, monkeypatch, run):
@@ -207,24 +183,24 @@ def entries_of(folder):
     return json.loads((folder / "summary.json").read_text())["rows"]
 
 
-def lines_of(right):
+def answered(right):
     return [{"id": i, "outputs": ["x"], "correct": [value]} for i, value in enumerate(right)]
 
 
 def test_differences_are_paired_by_question():
     """Two methods with the same accuracy on other questions, in another order."""
     ours, theirs = [True] * 60 + [False] * 40, [True] * 50 + [False] * 40 + [True] * 10
-    pair = paired(lines_of(ours), lines_of(theirs)[::-1])
+    pair = paired(answered(ours), answered(theirs)[::-1])
     assert pair["difference"] == 0 and [pair[count] for count in (
         "n", "ours_only", "theirs_only")] == [100, 10, 10]               # McNemar's counts
     low, high = pair["ci95"]                     # standard error: sqrt(20 / 100) / 10 = .045
     assert -0.11 < low < -0.06 and 0.06 < high < 0.11
-    assert paired(lines_of(ours), lines_of(ours))["ci95"] == [0.0, 0.0]
-    assert paired(lines_of(ours), lines_of(theirs)[:5])["n"] == 5
-    assert math.isnan(paired(lines_of(ours), [])["difference"])
-    failed = lines_of([False] * 10)
+    assert paired(answered(ours), answered(ours))["ci95"] == [0.0, 0.0]
+    assert paired(answered(ours), answered(theirs)[:5])["n"] == 5
+    assert math.isnan(paired(answered(ours), [])["difference"])
+    failed = answered([False] * 10)
     failed[0].update(outputs=[], correct=[])
-    pair = paired(lines_of([True] * 10), failed)                         # it is in no pair
+    pair = paired(answered([True] * 10), failed)                         # it is in no pair
     assert (pair["n"], pair["ours_only"], pair["difference"]) == (9, 9, 1.0)
 
 
@@ -232,10 +208,7 @@ def test_differences_are_paired_by_question():
 
 def test_baselines_and_controls_run_without_links(tmp_path, monkeypatch, run):
     monkeypatch.setattr(report, "plot", lambda *_: None)
-    style = tmp_path / "bare.py"
-    style.write_text("from dataclasses import replace\nfrom styles.tiny import tiny\n"
-                     "roles = tuple(replace(role, repo='') for role in tiny.roles)\n"
-                     "bare = replace(tiny, name='bare', repo='', roles=roles)\n")
+    style = shutil.copy(DATA / "bare.txt", tmp_path / "bare.py")
 
     def ask(*methods):
         return run(evaluate, "--style", style, "--num_samples", 4, "--num_recursive_rounds", 3,
@@ -254,13 +227,7 @@ def test_baselines_and_controls_run_without_links(tmp_path, monkeypatch, run):
 def test_a_relay_is_asked_by_the_command(tmp_path, monkeypatch, run):
     """The rows' columns reach every prompt, from the first call on."""
     monkeypatch.setattr(report, "plot", lambda *_: None)
-    style = tmp_path / "told.py"
-    style.write_text(
-        "from dataclasses import replace\nfrom styles import Edge\nfrom styles.tiny import tiny\n"
-        "planner, _, solver = (replace(role, repo='') for role in tiny.roles)\n"
-        "edges = (Edge('outer_12', 'planner', 'solver'),)\n"
-        "told = replace(tiny, name='told', repo='', edges=edges, roles=(replace(planner,\n"
-        "    prompt='{told}'), replace(solver, prompt='{question} <|notes|> {planner}')))\n")
+    style = shutil.copy(DATA / "told.txt", tmp_path / "told.py")
     flags = ["--style", style, "--dataset", "relay", "--num_samples", 4, "--num_recursive_rounds",
              1, "--max_new_tokens", 4, "--latent_length", 6, "--out", tmp_path / "out"]
     assert run(evaluate, *flags, "--method", "single", "text", "untrained")[0] == 0

@@ -17,9 +17,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from helpers import (FAMILIES, PROJECT, QUESTIONS, THREE, VOCABULARY, in_float64,
-                     largest_difference, new_mas, new_model, nothing_in_float32, outer_args,
-                     outer_gradients, plain_parts, randomise, refuses, word_tokenizer)
+from helpers import (FAMILIES, PROJECT, QUESTIONS, THREE, VOCABULARY, fast, holds, in_float64,
+                     largest_difference, lines_of, log_of, new_mas, new_model, nothing_in_float32,
+                     outer_args, outer_gradients, randomise, refuses, word_tokenizer)
 from huggingface_hub import errors
 from huggingface_hub.utils import hf_raise_for_status
 from safetensors.torch import load_file
@@ -27,11 +27,10 @@ from tokenizers import AddedToken
 
 import checkpoints
 import evaluate
-import reference
 import train_inner
 import train_outer
-from agents import Agent
 from checkpoints import load_agents, load_inner, load_outer, save_inner, save_outer
+from evaluation.gradients import message_gradients
 from link import InnerLink, OuterLink
 from recurse import load_mas_system
 from styles import ANSWER_FORMAT, get_style
@@ -42,13 +41,6 @@ STYLES = ("sequential_light", "sequential_scaled", "mixture", "distillation", "d
 PER_TASK = ("sequential_light", "sequential_scaled", "distillation")    # a link for math and code
 METHODS = ("latent", "zero", "text", "single", "single_loop")
 CLOSE = 1e-9
-
-
-def fast(*chosen, of):
-    """The cases `of` a test, all of them marked slow but the chosen ones."""
-    return [case if case in chosen else pytest.param(*(case if isinstance(case, tuple) else [case]),
-                                                     marks=pytest.mark.slow) for case in of]
-
 DATA = PROJECT / "tests/data"
 TEMPLATES = {path.stem: path.read_text()
              for path in sorted((DATA / "templates").iterdir())}
@@ -189,8 +181,7 @@ def at_hub(hub, monkeypatch, tmp_path_factory):
 
 @functools.cache
 def system(name, task="math"):
-    """A released system, loaded at the hub as in the published quick start. Tests share it, so
-    none of them may change it."""
+    """A released system, loaded as in the published quick start. No test may change it."""
     return load_mas_system(style=name, device="cpu", task=task, trust_remote_code=True)
 
 
@@ -202,14 +193,6 @@ def done(run):
         assert code == 0, errors
         return out
     return ask
-
-
-def holds(link, path):
-    """Whether a link's weights are exactly those in a file."""
-    state = (load_file(path) if path.suffix == ".safetensors"
-             else torch.load(path, weights_only=True))
-    own = link.state_dict()
-    return set(own) == set(state) and all(torch.equal(own[k], state[k].float()) for k in own)
 
 
 def released_files(mas, hub, task="math"):
@@ -289,8 +272,7 @@ def test_ckpt_override_changes_one_role(name, key, at_hub, tmp_path):
 
 @pytest.mark.parametrize("name", fast("sequential_light", "deliberation", of=STYLES))
 def test_links_as_the_published_trainer_writes_them(name, at_hub, tmp_path):
-    """adapter.pt stands beside the whole model, and outer_XX.pt beside two manifests. The role's
-    own repo and model are not looked at."""
+    """adapter.pt is beside the whole model, outer_XX.pt beside two manifests. No repo is asked."""
     style, override = get_style(name), {"outer": str(tmp_path / "outer")}
     for role in style.roles:
         override[role.name] = str(tmp_path / role.name)
@@ -352,13 +334,8 @@ def train(name, done, folder, task="math"):
     return folders
 
 
-def read_lines(path):
-    """The objects of a .jsonl file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def finite_losses(folder):
-    losses = [line["loss"] for line in read_lines(folder / "log.jsonl")]
+    losses = [line["loss"] for line in log_of(folder)]
     return len(losses) == 3 and all(isinstance(loss, float) for loss in losses)
 
 
@@ -391,13 +368,12 @@ def test_a_style_trains_and_answers_by_the_published_command_lines(name, at_hub,
     table = json.loads((tmp_path / "out/summary.json").read_text())["rows"]
     assert [(entry["style"], entry["method"], entry["n"]) for entry in table] == [
         (name, method, 3) for method in ("text", "single", "latent")]
-    assert len(read_lines(tmp_path / "out/results.jsonl")) == 9
+    assert len((tmp_path / "out/results.jsonl").read_text().splitlines()) == 9
 
 
 @pytest.mark.parametrize("name", fast("distillation", of=["distillation", "sequential_light"]))
 def test_a_style_trains_for_code(name, at_hub, tmp_path, done):
-    """It trains on the -Code sets with --mas_task code. The links are found again as those of this
-    task, and of no other."""
+    """On the -Code sets, with --mas_task code. The links are found as those of this task alone."""
     override = train(name, done, tmp_path, task="code")
     mas = load_mas_system(name, device="cpu", task="code", ckpt_override=override)
     assert len(mas.answer(QUESTIONS[:1], 2, 2, kind="code", max_new_tokens=2)) == 1
@@ -446,34 +422,6 @@ def test_other_flags_of_the_outer_loop(more, kinds, at_hub, tmp_path, done):
     assert all(holds(link, tmp_path / f"{key}.pt") for key, link in links.items())
 
 
-# ---- numbers: three families, round after round -------------------------------------------------
-
-TRIOS = [("gemma3_conditional", "qwen3_5_conditional", "mistral"),
-         ("mistral", "gemma3_conditional", "qwen3_5_conditional"),
-         ("qwen3_5_conditional", "qwen3", "gemma3_conditional"),
-         ("gemma3_conditional", "mistral", "gemma3")]
-
-
-@pytest.mark.parametrize("families, rounds", fast(
-    (TRIOS[0], 3), of=[(trio, rounds) for trio in TRIOS for rounds in (1, 3)]))
-def test_a_system_of_three_families_is_the_plain_recursion(families, rounds):
-    """Messages and greedy words of four questions, in a batch with cache and padding, are those of
-    the equations run one by one without either. (test_recurse has it for Qwen3, Llama and Qwen2.)
-    """
-    mas, m, count = in_float64(new_mas(families=families)), 3, 5
-    with nothing_in_float32(), torch.no_grad():
-        texts, ran = mas.respond(QUESTIONS[:4], rounds, m, trace=True,
-                                 writing=Writing(max_new_tokens=count))
-        for b, question in enumerate(QUESTIONS[:4]):
-            solver, embeds, sent = reference.recurse(
-                mas, functools.partial(plain_parts, mas.style, question), rounds, m)
-            ids = reference.write(solver, embeds, count)
-            assert texts[b] == solver.tokenizer.decode(ids, skip_special_tokens=True).strip()
-            assert ran.sent.keys() == sent.keys()
-            for key, message in sent.items():
-                assert largest_difference(ran.sent[key][b], message) < CLOSE, key
-
-
 # ---- training on kinds of questions, per sample, in every family --------------------------------
 
 def in_kinds(text):
@@ -485,9 +433,7 @@ def in_kinds(text):
 KINDS = dataclasses.replace(THREE, roles=tuple(
     dataclasses.replace(role, prompt=in_kinds(role.prompt), first=in_kinds(role.first),
                         own=in_kinds(role.own), target=(role.name,)) for role in THREE.roles))
-MIXED = [{"question": question, "task_family": kind, "planner": "s1 x7 1", "critic": "s2 flip 8 .",
-          "solver": answer} for question, kind, answer in zip(
-    QUESTIONS, ("math", "code", "choice", "code"), ("s3 +2 0 .", "4 .", "s4 flip 7 s5", "9"))]
+MIXED = lines_of("mixed_rows.jsonl")
 
 
 def answering(family):
@@ -496,29 +442,33 @@ def answering(family):
     return in_float64(new_mas(KINDS, families=("qwen3", other, family)))
 
 
-def assert_close_gradients(found, wanted):
-    assert found.keys() == wanted.keys() and any(value.any() for value in wanted.values())
-    for name in wanted:
-        assert (found[name] - wanted[name]).norm() <= CLOSE * wanted[name].norm(), name
-
-
 @pytest.mark.parametrize("family, latents", fast(
     ("qwen3", "teacher_aligned"), ("gemma3", "teacher"), ("qwen3_5", "rollout"),
     of=[(family, latents) for family in FAMILIES
         for latents in ("rollout", "teacher", "teacher_aligned")]))
 def test_a_mixed_batch_is_the_mean_over_its_target_tokens(family, latents):
-    """Rows have three kinds and different lengths. Loss and gradients of their batch are those of
-    each row by itself, weighed by its tokens."""
-    mas, args = answering(family), outer_args(latents=latents, latent_length=2)
-    counts = [len(row["solver"].split()) for row in MIXED]
+    """Rows have three kinds and different lengths. Loss, gradients and log of their batch are those
+    of each row alone, weighed by its tokens. The batch runs each turn again (checkpointing)."""
+    mas, args = answering(family), dict(latents=latents, latent_length=2, log_gradients=1)
+    shares = torch.tensor([len(row["solver"].split()) for row in MIXED]).double()
+    shares, links, alone = shares / shares.sum(), mas.outer.requires_grad_(True), []
     with nothing_in_float32():
-        loss, gradients = outer_gradients(mas, MIXED, 2, args)
-        singles = [outer_gradients(mas, [row], 2, args) for row in MIXED]
-    assert loss == pytest.approx(sum(
-        one * n for (one, _), n in zip(singles, counts)) / sum(counts), abs=CLOSE)
-    assert_close_gradients(gradients, {
-        name: sum(one[name] * n for (_, one), n in zip(singles, counts)) / sum(counts)
-        for name in gradients})
+        batch = train_outer.outer_loss(mas, MIXED, 2, outer_args(gradient_checkpointing=1, **args))
+        (batch.loss * 8.0).backward()                             # as a scaler in fp16 would do
+        logged = message_gradients(batch.sent, len(MIXED), 8.0)
+        for row in MIXED:
+            one = train_outer.outer_loss(mas, [row], 2, outer_args(**args))
+            sent = [said if torch.is_tensor(said) else said[0] for said in one.sent.values()]
+            alone.append([one.loss, *torch.autograd.grad(one.loss, [*sent, *links.parameters()])])
+    losses, *found = zip(*alone, strict=True)
+    messages, gradients = found[:len(batch.sent)], found[len(batch.sent):]
+    assert batch.loss.item() == pytest.approx((shares @ torch.stack(losses)).item(), abs=CLOSE)
+    for weight, rows_alone in zip(links.parameters(), gradients, strict=True):
+        wanted = sum(map(torch.mul, shares, rows_alone))
+        assert (weight.grad / 8 - wanted).norm() <= CLOSE * wanted.norm() > 0
+    assert logged == pytest.approx({
+        f"gradient_{key}_{round}": (shares @ torch.stack([g.norm() for g in rows_alone])).item()
+        for (round, key), rows_alone in zip(batch.sent, messages, strict=True)}, rel=1e-9)
 
 
 def test_kinds_change_the_loss():
@@ -528,17 +478,6 @@ def test_kinds_change_the_loss():
               for kind in ("math", "code", "choice", None)}
     assert len({round(loss, 4) for loss in losses.values()}) == 3
     assert losses[None] == losses["math"]          # the kind of the run, --mas_task
-
-
-@pytest.mark.parametrize("family", fast("qwen3_5", of=FAMILIES))
-def test_checkpointing_of_turns_changes_no_gradient(family):
-    """It changes none where a recurrent state is kept either (Qwen3.5)."""
-    mas = answering(family)
-    with nothing_in_float32():
-        kept, again = (outer_gradients(mas, MIXED, 2, outer_args(
-            latent_length=2, role_loss_weight=0.5, gradient_checkpointing=flag)) for flag in (0, 1))
-    assert kept[0] == pytest.approx(again[0], abs=CLOSE)
-    assert_close_gradients(again[1], kept[1])
 
 
 def test_an_unknown_task_family_is_named():
@@ -582,8 +521,7 @@ def test_kinds_with_slots_in_another_order_share_a_batch(family, method):
 
 @pytest.mark.parametrize("name", STYLES)
 def test_released_links_saved_again_are_the_same_bits(name, at_hub, tmp_path):
-    """bf16 becomes float32 here and bf16 again: names, types and bits stay, and the manifests have
-    the released keys."""
+    """bf16 becomes float32, and bf16 again. Names, types, bits and the manifests' keys stay."""
     mas, style = system(name), get_style(name)
     save_outer(mas.outer, tmp_path, name, "pt")
     saved = []
@@ -622,28 +560,16 @@ def hub_says(status, code):
     return problem.value
 
 
-HUB_PROBLEMS = {     # what is raised, and words of the hub that have to be passed on
-    "gated": (hub_says(403, "GatedRepo"), "Cannot access gated repo"),
-    "missing": (hub_says(404, "RepoNotFound"), "404", "make sure you are authenticated"),
-    "private": (hub_says(401, None), "401", "make sure you are authenticated"),
-    "revision": (hub_says(404, "RevisionNotFound"), "Revision Not Found"),
-    "server": (hub_says(500, None), "500 Internal Server Error"),
-    "offline": (errors.OfflineModeIsEnabled("offline mode is enabled"), "offline mode is enabled"),
-    "no network": (errors.LocalEntryNotFoundError("Got: ConnectError: [Errno -3]\nAn error"),
-                   "Got: ConnectError: [Errno -3] An error"),
-    # The library lets these through as they are.
-    "proxy": (httpx.ProxyError("403 Forbidden"), "403 Forbidden"),
-    "broken off": (httpx.RemoteProtocolError("peer closed connection"), "peer closed connection"),
-    "read error": (httpx.ReadError("broken pipe"), "broken pipe"),
-}
-
-
-@pytest.mark.parametrize("case", HUB_PROBLEMS)
+@pytest.mark.parametrize("case", lines_of("hub_problems.jsonl"), ids=lambda case: case["why"])
 def test_what_the_hub_refuses(case, monkeypatch):
     """One line names the repo, its revision, who needs it, and passes on the hub's own message. It
     does so for a role's repo, for the outer links and for a base model."""
-    problem, *named = HUB_PROBLEMS[case]
-    named.append(type(problem).__name__)
+    if "status" in case:
+        problem = hub_says(case["status"], case["code"])
+    else:                                       # some of httpx are let through by the library
+        module = errors if hasattr(errors, case["kind"]) else httpx
+        problem = getattr(module, case["kind"])(case["message"])
+    named = [*case["named"], type(problem).__name__]
 
     def refuse(name, **_):
         raise problem
@@ -659,42 +585,22 @@ def test_what_the_hub_refuses(case, monkeypatch):
         load_agents(tiny, "cpu", models={"critic": "some/base"})
 
 
-def without(name):
-    return lambda folder: (folder / name).unlink()
-
-
-def no_link_for_code(folder):
-    path = folder / "outerlink_config.json"
-    path.write_text(path.read_text().replace('"code"', '"search"'))
-
-
-LIGHT, MANIFEST = get_style("sequential_light"), "outerlink_config.json"
+LIGHT = get_style("sequential_light")
 CRITIC = LIGHT.role("critic").repo
 
 
-@pytest.mark.parametrize("repo, damage, task, named", [
-    (CRITIC, without("chat_template.jinja"), "math", ["chat_template.jinja"]),
+@pytest.mark.parametrize("file, renamed, task, named", [
+    ("chat_template.jinja", "x", "math", ["chat_template.jinja"]),
     # The library makes an empty tokenizer of some families, for which no text has tokens.
-    (CRITIC, without("tokenizer.json"), "math", ["tokenizer"]),
-    (CRITIC, lambda folder: torch.save(as_released(InnerLink(8)), folder / "adapter(math).pt"),
-     "math", ["adapter(math).pt", "proj1.weight", "[8, 8]", "[32, 32]"]),
-    (CRITIC, without("adapter(code).pt"), "code", ["'code'", "adapter(code).pt", "train_inner.py"]),
-    # Its manifest names a file that is missing. No other file may be taken in its place.
-    (CRITIC, lambda folder: (folder / "adapter(code).pt").rename(folder / "adapter.pt"), "code",
-     ["'code'", "adapter(code).pt"]),
-    (get_style("distillation").repo, None, "math", [MANIFEST, "outer_el", "outer_12"]),
-    (get_style("sequential_scaled").repo, None, "math", [
-        MANIFEST, "outer_12", "(40, 48)", "(32, 32)"]),
-    (LIGHT.repo, no_link_for_code, "code", [MANIFEST, "math", "'code'"])],
-    ids=["no chat template", "no tokenizer", "another width", "no link for the task",
-         "a missing file", "another style", "other models", "another task"])
-def test_a_folder_that_does_not_fit_is_named(repo, damage, task, named, at_hub, tmp_path):
-    folder = shutil.copytree(at_hub / repo, tmp_path / "it")
-    if damage:
-        damage(folder)
-    key = "critic" if repo == CRITIC else "outer"
+    ("tokenizer.json", "x", "math", ["tokenizer"]),
+    # The manifest names a file that is missing. No other file may be taken in its place.
+    ("adapter(code).pt", "x", "code", ["'code'", "adapter(code).pt", "train_inner.py"]),
+    ("adapter(code).pt", "adapter.pt", "code", ["'code'", "adapter(code).pt"])])
+def test_a_role_without_a_file_is_named(file, renamed, task, named, at_hub, tmp_path):
+    folder = shutil.copytree(at_hub / CRITIC, tmp_path / "it")
+    (folder / file).rename(folder / renamed)
     with refuses(folder, *named, kind=(ValueError, FileNotFoundError)):
-        load_mas_system(LIGHT, device="cpu", task=task, ckpt_override={key: str(folder)})
+        load_mas_system(LIGHT, device="cpu", task=task, ckpt_override={"critic": str(folder)})
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model(at_hub, tmp_path):
@@ -710,19 +616,8 @@ def test_a_tokenizer_with_more_tokens_than_the_model(at_hub, tmp_path):
         mas.answer(["start <extra> 3"], 1, 2, max_new_tokens=1)
 
 
-def test_a_template_that_drops_the_users_text():
-    """A template that wants a list of parts gets a string, and writes none of it."""
-    template = ("{% for m in messages %}<|user|> {% for part in m['content'] %}{{ part['text'] }}"
-                "{% endfor %}{% endfor %} <|assistant|>")
-    agent = Agent(new_model("llama"), word_tokenizer(template))
-    with refuses("template"):
-        agent.tokenize_prompts("", "{question} <|notes|> {critic}", {"question": QUESTIONS[:1]},
-                               ["critic"])
-
-
 def test_links_trained_on_another_base_model_are_used_with_that_one(at_hub, tmp_path, done):
-    """train_args.json says what they were trained on. A model of the same width would load as well,
-    and give nonsense."""
+    """train_args.json names it. Another one of the same width would load too, and give nonsense."""
     done(train_inner, "--mas_design", "sequential", "--mas_role", "planner",
          "--model_name_or_path", "meta-llama/Llama-3.2-1B-Instruct", "--dataset_name",
          "RecursiveMAS/Sequential-Math", *INNER_FLAGS, "--save_dir", tmp_path)
@@ -868,8 +763,7 @@ def watch_the_card(mas):
 @pytest.mark.parametrize("name", fast("sequential_light", of=[
     "sequential_light", "mixture", "deliberation"]))
 def test_offload_keeps_one_agent_on_the_device_and_answers_the_same(name, at_hub):
-    """Every forward pass is one of the model whose turn it is. Oracle for the answers: a system
-    without offload."""
+    """Only the model whose turn it is runs. Oracle for the answers: a system without offload."""
     mas = load_mas_system(name, device="cpu", offload=True)
     on_card, away = watch_the_card(mas)
     for method in METHODS:

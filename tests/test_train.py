@@ -16,15 +16,13 @@ import signal
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import (PROJECT, lines_of, links_of, log_of, nothing_in_float32, outer_args,
-                     outer_gradients, tiny_in_float64)
+from helpers import PROJECT, lines_of, links_of, log_of, outer_args, outer_gradients
 from safetensors.torch import load_file
 
 import reference
 import train_inner
 import train_outer
 from checkpoints import load_inner
-from evaluation.gradients import message_gradients
 from link import InnerLink, contrast, word_losses
 from styles.tiny import tiny as tiny_style
 from support.batches import out_of_memory
@@ -53,20 +51,6 @@ def train(run, tmp_path):
             return log_of(into)
         assert code == 2 and len(errors) == 1 and str(names) in errors[0]
     return trained
-
-
-@pytest.fixture(scope="module")
-def loaded():
-    return tiny_in_float64()
-
-
-@pytest.fixture
-def double(loaded):
-    """The shipped agents with new outer links, all in float64. Two rounds of rollouts through
-    untrained links amplify a rounding of 1e-7 to 4e-3 in the gradient, which would hide a real
-    difference."""
-    with nothing_in_float32():
-        yield loaded
 
 
 def assert_same(found, wanted):
@@ -136,32 +120,6 @@ def test_outer_loss_and_gradients_equal_the_plain_unrolling(rounds, changes, rer
     assert outcome.loss == outcome.final and outcome.tokens == 6 + 1
 
 
-@pytest.mark.parametrize("rerun", [0, 1])
-@pytest.mark.parametrize("latents", ["rollout", "teacher", "teacher_aligned"])
-def test_loss_gradients_and_log_are_the_means_of_the_rows_alone(latents, rerun, double):
-    """Prompts of different length, gold answers of one length. Oracle: each row by autograd."""
-    args = outer_args(latents=latents, log_gradients=1, gradient_checkpointing=rerun)
-    alone, links = [], double.outer
-    links.requires_grad_(True).zero_grad()
-    batch = train_outer.outer_loss(double, ROWS, 2, args)
-    (batch.loss * 8.0).backward()                                 # as a scaler in fp16 would do
-    logged = message_gradients(batch.sent, len(ROWS), 8.0)
-    for row in ROWS:
-        outcome = train_outer.outer_loss(double, [row], 2, args)
-        messages = [one if torch.is_tensor(one) else one[0] for one in outcome.sent.values()]
-        found = torch.autograd.grad(outcome.loss, [*messages, *links.parameters()])
-        alone.append((outcome.loss, [g.norm() for g in found[:len(messages)]],
-                      found[len(messages):]))
-    losses, norms, gradients = zip(*alone)
-    assert_same(batch.loss, sum(losses) / len(ROWS))
-    for weight, *rows in zip(links.parameters(), *gradients, strict=True):
-        assert_same(weight.grad / 8, sum(rows) / len(ROWS))
-    assert logged == pytest.approx({
-        f"gradient_{key}_{round}": sum(rows).item() / len(ROWS)
-        for (round, key), *rows in zip(batch.sent, *norms, strict=True)}, rel=1e-9)
-    links.requires_grad_(False).zero_grad()
-
-
 @pytest.mark.parametrize("latents, wanted", [("teacher", slice(-6, -2)),
                                              ("teacher_aligned", slice(-7, -4))])
 def test_teacher_latents_are_the_states_at_and_before_the_gold_tokens(latents, wanted, double):
@@ -195,28 +153,29 @@ def test_word_losses_are_the_equations(shipped):
 
 
 def test_shared_tokens_match_strings_not_ids():
-    def shared(*vocabularies):
-        return warm_start.shared_tokens(*(
-            argparse.Namespace(tokenizer=argparse.Namespace(
-                get_vocab=lambda words=words: {word: i for i, word in enumerate(words.split())}))
-            for words in vocabularies))
+    def agent(words):
+        ids = {word: i for i, word in enumerate(words.split())}
+        return argparse.Namespace(tokenizer=argparse.Namespace(get_vocab=lambda: ids))
 
-    assert shared("a b c", "c x a") == [(0, 2), (2, 0)]
+    assert warm_start.shared_tokens(agent("a b c"), agent("c x a")) == [(0, 2), (2, 0)]
     # Both our words: with a blank in front, and without.
-    assert shared("Ġthe the", "x the ▁the") == [(0, 2), (1, 1)]
+    both = agent("Ġthe the"), agent("x the ▁the")
+    assert warm_start.shared_tokens(*both) == [(0, 2), (1, 1)]
 
 
-def test_the_warm_start_hears_noise_and_learns_cosine_and_contrast(shipped, capsys):
-    """Seen from a link: its inputs are embeddings with noise of .3 of their size. The loss of the
-    last step is what the printed line says."""
+def test_the_warm_start_hears_noise_and_becomes_a_dictionary(shipped, capsys):
+    """A link hears embeddings with noise of .3 of their size, learns cosine and contrast, and the
+    last step's loss is printed. Then a word comes out nearest to the same word of the receiver."""
     mas, seen = shipped.with_fresh_outer(seed=0), []
-    mas.outer["outer_12"].register_forward_hook(lambda _, x, y: seen.append((x[0], y)))
-    args = argparse.Namespace(num_recursive_rounds=1, seed=0, warm_start_steps=3, scale_match=1)
+    unheard = mas.outer["outer_31"].proj1.weight.clone()             # nobody hears its sender
+    hook = mas.outer["outer_12"].register_forward_hook(lambda _, x, y: seen.append((x[0], y)))
+    args = argparse.Namespace(num_recursive_rounds=1, seed=0, warm_start_steps=150, scale_match=1)
     warm_start.warm_start(mas, args, leave_out=("flip", "7"))
+    hook.remove()
     planner, critic = mas.agents["planner"], mas.agents["critic"]
     pairs = torch.tensor(warm_start.shared_tokens(planner, critic))                 # (n, 2)
     words = warm_start.as_thoughts(planner, pairs[:, 0], 1)                         # (n, d)
-    x, got = seen[2]
+    x, got = seen[149]
     heard = torch.cdist(x, words).argmin(1)                     # the word that each input is near
     noise, tokens = x - words[heard], pairs[heard, 1]
     assert noise.pow(2).mean().sqrt() == pytest.approx(0.3 * planner.embedding_rms, rel=0.1)
@@ -226,6 +185,12 @@ def test_the_warm_start_hears_noise_and_learns_cosine_and_contrast(shipped, caps
             + contrast(got, tokens, critic.embedding)).item()
     assert f"outer_12: {len(pairs)} words in both vocabularies, loss {loss:.3f}" in (
         capsys.readouterr().out)
+    with torch.no_grad():
+        got = mas.outer["outer_12"](words)
+        nearest = warm_start.nearest_tokens(critic, got)
+        plain = F.cosine_similarity(got[:, None], critic.embedding.weight[None], dim=-1).argmax(1)
+    assert torch.equal(nearest, plain) and (nearest == pairs[:, 1]).float().mean() > 0.9
+    assert torch.equal(mas.outer["outer_31"].proj1.weight, unheard)
 
 
 def plain_states(agent, one):
@@ -344,8 +309,7 @@ def test_new_links_begin_at_the_length_of_embeddings(shipped, tmp_path, train):
 
 
 def counted(monkeypatch, script, before=lambda call: None):
-    """Watch the loss function of a script: a list of the rows of each call. before(number) runs
-    before each call, numbered from 1."""
+    """The rows of each call of a script's loss. before(1), before(2), .. run before each."""
     name = "outer_loss" if script is train_outer else "inner_loss"
     right, calls = getattr(script, name), []
 
@@ -359,9 +323,8 @@ def counted(monkeypatch, script, before=lambda call: None):
 
 
 def scripted_losses(monkeypatch, *values):
-    """train_outer's loss as a list: one factor for each micro-batch. "flat" is an infinite loss
-    with a gradient of 0, "steep" a loss of 0 with an infinite one. Returns the (rounds, weights)
-    of each call."""
+    """train_outer's loss is a list of factors, one a micro-batch. "flat": infinite, its gradient 0.
+    "steep": 0, its gradient infinite. Returns the (rounds, weights) of each call."""
     seen, values = [], list(values)
 
     def loss(mas, rows, rounds, args):
@@ -399,8 +362,7 @@ def test_all_micro_batches_of_a_step_have_the_same_rounds(train, monkeypatch):
 
 
 def test_a_last_role_that_has_heard_nobody_trains_nothing(tmp_path, train):
-    """In a single round, a solver that hears only itself has heard no link. The loss has no graph
-    then, and the step is taken all the same."""
+    """In a single round, a solver that hears itself alone uses no link: the loss has no graph."""
     shutil.copy(PROJECT / "tests/data/hears_itself.txt", tmp_path / "hears_itself.py")
     log = train(train_outer, style=tmp_path / "hears_itself.py", max_steps=2, role_loss_weight=0)
     assert [(line["grad_norm"], line["skipped"]) for line in log] == [(0, 0)] * 2
@@ -493,6 +455,7 @@ def test_a_bad_loss_skips_the_step_and_ten_in_a_row_stop(dtype, tmp_path, train,
     flags = [train_outer, "--save_steps", 1, "--warmup_steps", 0]
     train(*flags, "--max_steps", 30, "--dtype", dtype, names="learning rate")
     assert len(seen) == len(bad), "ten in a row end the run, and nine do not"
+    assert not list(tmp_path.glob("outer_*")), "links of a run that failed"
     weights = [one for _, one in seen]
     moved = [not torch.equal(a, b) for a, b in zip(weights, weights[1:])]
     assert [i for i, one in enumerate(moved) if one] == [9, 13]
@@ -509,12 +472,6 @@ def test_a_bad_loss_skips_the_step_and_ten_in_a_row_stop(dtype, tmp_path, train,
     plain = scripted_losses(monkeypatch, 1.0, 1.0)
     train(*flags, "--max_steps", 2, "--lr_scheduler_type", "constant", into=tmp_path / "plain")
     assert torch.equal(plain[1][1], weights[10])
-
-
-def test_weights_that_blow_up_stop_the_run(tmp_path, train):
-    """A learning rate of 1e30 ruins the links in the first update."""
-    train(train_outer, outer_lr=1e30, max_steps=30, batch_size=1, warmup_steps=0, names="rate")
-    assert not list(tmp_path.glob("outer_*"))
 
 
 @pytest.mark.parametrize("script", FLAGS)

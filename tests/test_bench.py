@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import FAMILIES, new_agent
+from helpers import FAMILIES, lines_of, new_agent
 
 import reference
 from agents import Agent
@@ -100,11 +100,7 @@ def test_each_agent_may_have_other_dimensions(ask, monkeypatch):
     assert len(llama.body.layers) == 1 and not llama.end_tokens
 
 
-@pytest.mark.parametrize("options, named", [
-    (["--sections", "nothing"], "'nothing'"), (["--dims", "qwen9"], "'qwen9'"),
-    (["--layers", "-1"], "--layers"), (["--capture", "off"], "--capture"),
-    (["--device", "tpu"], "'tpu'"), (["--compile", "auto"], "'auto'"),
-    (["--device", "cpu", "--dims", "tiny", "--compile", "1"], "compile 1")])
+@pytest.mark.parametrize("options, named", lines_of("wrong_bench.jsonl"))
 def test_wrong_flags_are_one_line(options, named, run):
     code, _, errors = run(bench, *options)
     assert code == 2 and len(errors) == 1 and named in errors[0]

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers import PROJECT, log_of, run_ranks, start_ranks, tiny_in_float64
+from helpers import PROJECT, lines_of, log_of, run_ranks, start_ranks, tiny_in_float64
 
 import evaluate
 import train_inner
@@ -79,8 +79,7 @@ def test_ranks_evaluate_to_the_same_results(tmp_path, run):
 
 
 def test_a_rank_that_skips_keeps_nobody_waiting(tmp_path):
-    """After a NaN on one rank, both leave the step out and go on. Both begin with the links of rank
-    0, and end with the same ones."""
+    """After a NaN on one rank, both leave the step out. Both begin and end with the same links."""
     codes, said = run_ranks(2, ODD, *OUTER, "--batch_size", 2, "--save_dir", tmp_path, "nan")
     assert codes == [0, 0], said
     assert [line["skipped"] for line in log_of(tmp_path)] == [0, 1, 1]
@@ -112,13 +111,10 @@ def test_an_error_of_all_ranks_is_one_line(tmp_path):
     assert "Traceback" not in said and said.count("style sets") == 1        # rank 0 alone prints
 
 
-@pytest.mark.parametrize("world, cards, backend, taken", [
-    (1, 2, [], []),                                  # without torchrun nobody is met
-    (2, 2, ["cpu:gloo,cuda:nccl"], [1]),
-    (2, 1, ["cpu:gloo,cuda:nccl"], []),              # more ranks than cards: the agents choose
-    (2, 0, ["gloo"], [])])
-def test_ranks_meet_on_every_kind_of_machine(world, cards, backend, taken, monkeypatch):
+@pytest.mark.parametrize("case", lines_of("machines.jsonl"), ids=lambda case: case["why"])
+def test_ranks_meet_on_every_kind_of_machine(case, monkeypatch):
     """On a machine with GPUs, tensors of the CPU are summed too: the tiny agents run there."""
+    world, cards = case["ranks"], case["cards"]
     met, chosen = [], []
     for name, value in (("RANK", 1), ("LOCAL_RANK", 1), ("WORLD_SIZE", world)):
         monkeypatch.setenv(name, str(value))
@@ -127,7 +123,7 @@ def test_ranks_meet_on_every_kind_of_machine(world, cards, backend, taken, monke
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda by, **_: met.append(by))
     ranks.join_ranks()
-    assert met == backend and chosen == taken
+    assert met == case["backend"] and chosen == case["taken"]
     assert ranks.rank() == 1 and ranks.ranks() == world
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name)

@@ -19,11 +19,7 @@ README = (PROJECT / "README.md").read_text()
 PAGES = "\n".join([README, *(page.read_text() for page in sorted(PROJECT.glob("docs/*.md")))])
 SCRIPTS = {"train_inner.py": train_inner, "train_outer.py": train_outer, "evaluate.py": evaluate}
 # Added to the README's commands, so that they take seconds.
-SHORTER = {"train_inner.py": ["--max_steps", "2", "--num_samples", "12", "--held_out", "8"],
-           "train_outer.py": ["--max_steps", "1", "--warm_start_steps", "2", "--num_samples", "8",
-                              "--eval_samples", "2", "--batch_size", "2", "--num_recursive_rounds",
-                              "1"],
-           "evaluate.py": ["--num_samples", "4", "--num_recursive_rounds", "1"]}
+SHORTER = json.loads((PROJECT / "tests/data/shorter.json").read_text())
 
 
 def expanded(line):
@@ -40,6 +36,18 @@ def section(title):
     return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
+def run_commands(block, monkeypatch):
+    """Run the commands of a block, in short: the scripts. (tests/test_ranks.py has torchrun.)"""
+    scripts = []
+    for command in block.replace("\\\n", " ").strip().split("\n"):
+        program, script, *arguments = shlex.split(command.split("  #")[0])
+        if program == "python":
+            scripts.append(script)
+            monkeypatch.setattr(sys, "argv", [script, *arguments, *SHORTER[script].split()])
+            SCRIPTS[script].main() if script in SCRIPTS else runpy.run_path(script)
+    return scripts
+
+
 def test_the_style_of_the_readme(tmp_path, monkeypatch):
     """Its files are written, its rows made, its links trained, its debate scored."""
     text = section("Your own system")
@@ -53,16 +61,8 @@ def test_the_style_of_the_readme(tmp_path, monkeypatch):
     assert mine.name == "mine" and "Plan this:" in mine.role("planner").first
     (tmp_path / "debate.py").write_text(style)
     (tmp_path / "rows.py").write_text(rows)
-    seen = []
-    for command in commands.replace("\\\n", " ").strip().split("\n"):
-        _, script, *arguments = shlex.split(command)
-        seen.append(script)
-        if script == "rows.py":
-            runpy.run_path(script)
-            continue
-        monkeypatch.setattr(sys, "argv", [script, *arguments, *SHORTER[script]])
-        SCRIPTS[script].main()
-    assert seen == ["rows.py", "train_inner.py", "train_outer.py", "evaluate.py"]
+    assert run_commands(commands, monkeypatch) == [
+        "rows.py", "train_inner.py", "train_outer.py", "evaluate.py"]
     summary = json.loads((tmp_path / "out/evaluate/summary.json").read_text())
     assert [row["method"] for row in summary["rows"]] == ["text", "untrained", "latent"]
     assert all(row["style"] == "debate" and row["n"] == 4 for row in summary["rows"])
@@ -75,11 +75,7 @@ def test_commands_run_one_after_the_other(page, at, tmp_path, monkeypatch):
     """Those of README's training and evaluation, and the published loss of docs/training.md."""
     block = at + page.split(at)[1].split("```")[0]
     monkeypatch.chdir(tmp_path)
-    for command in block.replace("\\\n", " ").strip().split("\n"):
-        _, script, *arguments = shlex.split(command.split("  #")[0])
-        if command.startswith("python"):                # tests/test_ranks.py has torchrun
-            monkeypatch.setattr(sys, "argv", [script, *arguments, *SHORTER[script]])
-            SCRIPTS[script].main()
+    run_commands(block, monkeypatch)
 
 
 def test_the_code_of_the_readme():
@@ -123,8 +119,7 @@ def rooms():
 
 
 def test_imports_point_downwards():
-    """Below are the rooms that know nothing of the method. No rooms import each other in a circle.
-    """
+    """Those at the bottom know nothing of the method. No rooms import each other in a circle."""
     left = rooms()
     assert {"recurse", "training", "gpu"} <= left.keys() and "styles" in left["prompts"]
     assert not left["support"]

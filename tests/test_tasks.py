@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -46,6 +47,12 @@ def cases(task, label):
                                    ids=label)
 
 
+def verdicts(case):
+    """[(whether it is right, what is judged)] of a case."""
+    return [(right, judged) for right in (True, False)
+            for judged in case["right" if right else "wrong"]]
+
+
 def box(answer):
     return f"So the answer is \\boxed{{{answer}}}."
 
@@ -60,21 +67,20 @@ def load(name, path, rows):
     return get_task(name, write_rows(path, rows)).load()
 
 
+def printed_by(code, *options, **settings):
+    """What a program prints, in a Python process of its own."""
+    run = subprocess.run([sys.executable, "-c", code, *options], cwd=PROJECT, text=True,
+                         capture_output=True, env={**os.environ, **settings})
+    return run.stdout
+
+
 # ---- the documented examples --------------------------------------------------------------------
 
 def documented(module):
     """{label: text} of the indented example at the head of a file."""
-    fields, label = {}, None
-    for line in module.__doc__.split("\n")[1:]:
-        start = re.match(r"    (record|question|gold|answer|score) +(.*)", line)
-        if start:
-            label = start[1]
-            fields[label] = start[2]
-        elif label and (line.startswith(" " * 15) or not line.strip()):
-            fields[label] += "\n" + line[15:]
-        else:
-            label = None
-    return {label: text.rstrip("\n") for label, text in fields.items()}
+    parts = re.findall(r"^    (record|question|gold|answer|score) +(.*(?:\n(?: {15}.*)?$)*)",
+                       module.__doc__, re.MULTILINE)
+    return {label: text.replace("\n" + " " * 15, "\n").rstrip("\n") for label, text in parts}
 
 
 @pytest.mark.parametrize("name", ["maths", "choice", "search", pytest.param(
@@ -103,12 +109,14 @@ def judging(monkeypatch):
     return state
 
 
-# ---- boxes --------------------------------------------------------------------------------------
+# ---- boxes and programs in a text ---------------------------------------------------------------
 
-@cases("boxes", lambda case: case["kind"])
-def test_last_box(case):
+@pytest.mark.parametrize("case", [case for case in CASES if case["task"] in ("boxes", "coding")],
+                         ids=lambda case: case["kind"])
+def test_boxes_and_programs_are_found(case):
+    find = last_box if case["task"] == "boxes" else coding.program_in
     for text, expected in case["read"]:
-        assert last_box(text) == expected, text
+        assert find(text) == expected, text
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -127,13 +135,6 @@ def compared(gold, answer):
     return maths.score(Example("1", "", gold, "math"), box(answer))
 
 
-@cases("equal", lambda case: case["kind"])
-def test_maths_verdicts(case):
-    for right in (True, False):
-        for gold, answer in case["right" if right else "wrong"]:
-            assert compared(gold, answer).correct is right, (gold, answer)
-
-
 @pytest.mark.parametrize("text, right, parsed", [
     *table("maths_answers"), (HUGE, False, None), (HUGE + r"\boxed{5}" + HUGE, True, "5"),
     (r"\boxed{" + "5+" * 100_000 + "5}", False, None)])
@@ -143,13 +144,11 @@ def test_maths_finds_the_answer(text, right, parsed):
 
 @cases("maths", lambda case: case["kind"])
 def test_maths_by_kinds(case):
-    """The kinds of forms that models write, and beside each what looks alike and means something
-    else."""
-    for right in (True, False):
-        for gold, answer in case["right" if right else "wrong"]:
-            score = maths.score(Example("1", "", gold, "math"),
-                                box(answer) if case["boxed"] else answer)
-            assert score.correct is right, (gold, answer, score)
+    """Forms that models write, and beside each what looks alike and means something else."""
+    for right, (gold, answer) in verdicts(case):
+        text = box(answer) if case["boxed"] else answer
+        score = maths.score(Example("1", "", gold, "math"), text)
+        assert score.correct is right, (gold, answer, score)
 
 
 # ---- the process that compares ------------------------------------------------------------------
@@ -173,8 +172,7 @@ def new_worker():
 
 
 def in_background(answer):
-    """A thread that compares an answer with 5, and a list that will hold its Score. The comparison
-    has begun."""
+    """(a thread that has begun to compare an answer with 5, a list that will hold its Score)."""
     scores = []
     thread = threading.Thread(target=lambda: scores.append(compared("5", answer)), daemon=True)
     thread.start()
@@ -185,8 +183,7 @@ def in_background(answer):
 
 
 def test_one_process_compares_many_answers():
-    """To start a process for each comparison would take 10 times as long. After 100 comparisons
-    there is another one, so what sympy keeps cannot pile up."""
+    """A new one each time would be 10 times slower. After 100, a new one frees sympy's memory."""
     first, pids = new_worker(), []
     for i in range(120):
         assert compared(str(i), str(i)).correct
@@ -278,8 +275,7 @@ def compare_and_tell(answer, folder, pipe):
 @needs_proc
 @pytest.mark.parametrize("answer", [POISON, "5"])
 def test_no_process_outlives_its_parent(answer, tmp_path):
-    """The parent is killed while an endless comparison runs, or while the process waits. Its folder
-    is free at once."""
+    """It is killed while the process compares for ever, or waits. Its folder is free at once."""
     ours, theirs = multiprocessing.Pipe()
     parent = multiprocessing.get_context("fork").Process(target=compare_and_tell,
                                                          args=(answer, tmp_path, theirs))
@@ -360,9 +356,8 @@ def test_gpqa_order_does_not_change_between_processes():
     """Python's own hash() is salted in each process, so a seed made with it would change."""
     code = ("import json, sys\nfrom tasks import get_task\ntask = get_task('gpqa', 'rows.jsonl')\n"
             "print(task.make_example('here', json.loads(sys.argv[1])).question)")
-    run = subprocess.run([sys.executable, "-c", code, json.dumps(GPQA)], cwd=PROJECT, text=True,
-                         capture_output=True, env={**os.environ, "PYTHONHASHSEED": "1"})
-    assert run.stdout == example_of("gpqa", GPQA).question + "\n"
+    printed = printed_by(code, json.dumps(GPQA), PYTHONHASHSEED="1")
+    assert printed == example_of("gpqa", GPQA).question + "\n"
 
 
 LOCAL = {"query": "Which?", "answer": "iron",
@@ -402,11 +397,10 @@ def search_score(golds, text):
 @cases("search", lambda case: case["answers"][0])
 def test_exact_match(no_judge, case):
     """Through LaTeX and unicode, too."""
-    for right in (True, False):
-        for answer in case["right" if right else "wrong"]:
-            score = search_score(case["answers"], f"\\boxed{{{answer}}}")
-            assert score.correct is right, answer
-            assert score.note == ("exact match" if right else "no exact match"), answer
+    for right, answer in verdicts(case):
+        score = search_score(case["answers"], f"\\boxed{{{answer}}}")
+        assert score.correct is right, answer
+        assert score.note == ("exact match" if right else "no exact match"), answer
 
 
 @pytest.mark.parametrize("text", [
@@ -441,13 +435,7 @@ def test_several_gold_answers(no_judge):
     assert search.score(example, box("new york")).correct
 
 
-# ---- programs -----------------------------------------------------------------------------------
-
-@cases("coding", lambda case: case["kind"])
-def test_program_in(case):
-    for text, program in case["read"]:
-        assert coding.program_in(text) == program, text
-
+# ---- programs, and their tests ------------------------------------------------------------------
 
 @needs_sandbox
 @pytest.mark.parametrize("usage", [
@@ -466,30 +454,17 @@ def test_usage_behind_a_function_is_not_the_program(usage):
 
 @cases("output", lambda case: "")
 def test_same_output(case):
-    """case["same"], case["different"]: what a program printed, and what a test expects."""
+    """What a program printed, and what a test expects."""
+    for right, (printed, expected) in verdicts(case):
+        assert coding.same_output(printed, expected) is right, (printed, expected)
     long = "9" * 5000
-    for same, pairs in ((True, [*case["same"], (long, long)]),
-                        (False, [*case["different"], (long, long + "9")])):
-        for printed, expected in pairs:
-            assert coding.same_output(printed, expected) is same, (printed, expected)
+    assert coding.same_output(long, long) and not coding.same_output(long, long + "9")
 
 
 def test_comparing_millions_of_numbers_takes_little_memory():
     """2 MB of them, as a list of numbers, would take 125 MB."""
-    run = subprocess.run([sys.executable, "-c", """
-from tasks import coding
-import resource
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-ones, lines = "1 " * 1_000_000, "1\\n" * 1_000_000
-before = peak()
-same = [coding.same_output(ones, ones[:-2] + "2"), coding.same_output(ones, "1"),
-        coding.same_output(ones, ones), coding.same_output(lines, lines[:-2] + "2"),
-        coding.same_output(lines, lines)]
-print(peak() - before)
-print(same)
-"""], cwd=PROJECT, text=True, capture_output=True)
-    peak, same = run.stdout.splitlines()
+    code = (PROJECT / "tests/data/tasks/memory.txt").read_text()
+    peak, same = printed_by(code).splitlines()
     assert int(peak) < 40 and same == "[False, False, True, False, True]"
 
 
@@ -598,9 +573,9 @@ ASKED = {
 @pytest.mark.parametrize("case", table("programs_scored"), ids=lambda case: case["of"])
 def test_verdicts_on_programs(case):
     """case["note"] is a pattern. In HumanEval, imports and helpers of the prompt are there, and a
-    test that is only defined is called."""
-    text = f"Here:\n```python\n{case['program']}\n```"
-    score = coding.score(example_of(*ASKED[case["of"]]), text)
+    test that is only defined is called. A test that waits for `__main__` is run."""
+    asked = ("coding", case["row"]) if "row" in case else ASKED[case["of"]]
+    score = coding.score(example_of(*asked), f"Here:\n```python\n{case['program']}\n```")
     assert (score.correct, score.parsed) == (case["right"], case["program"])
     assert re.fullmatch(case.get("note", ".*"), score.note, re.DOTALL)
 
@@ -621,17 +596,6 @@ def test_a_test_that_tests_something_is_not_refused(test):
     """A row needs no more than prompt and test."""
     example = example_of("coding", {"prompt": "Add.", "test": test, "test_list": None})
     assert (example.question, example.row) == ("Add.", {"head": "", "test": test})
-
-
-@needs_sandbox
-@pytest.mark.parametrize("right", [True, False])
-def test_a_test_that_waits_for_main_is_run(right):
-    """It would pass any program else."""
-    test = (f"def check():\n    assert add(1, 1) == {2 if right else 3}\n"
-            "if __name__ == '__main__':\n    check()")
-    example = example_of("coding", {"prompt": "Add.", "test": test})
-    program = "```python\ndef add(a, b):\n    return a + b\n```"
-    assert coding.score(example, program).correct is right
 
 
 @pytest.mark.parametrize("metadata", ['{"func_name": "f"}', {"func_name": "f"},
@@ -664,25 +628,7 @@ def test_every_set_loads_from_a_local_file(tmp_path, case, suffix):
 
 def test_a_data_set_is_one_file(tmp_path, monkeypatch):
     """Nothing else needs to hear of it. Whatever it does not say has a default."""
-    (tmp_path / "sums.py").write_text("""
-from tasks import Example, Score, Task
-
-class Sums(Task):
-    names, kind, size = ("sums",), "math", 9
-
-    def load(self, limit=None, split=None):
-        return [Example(str(i), f"{self.size} + {i}", str(self.size + i), "math")
-                for i in range(3)][:limit]
-
-    def score(self, example, text):
-        return Score(example.gold == text, text)
-
-    def train_rows(self, n, seed):
-        return [{"question": "1 + 1", "answer": "2"}] * n
-
-class LongSums(Sums):
-    names, size = ("long_sums", "longer_sums"), 999
-""")
+    shutil.copy(PROJECT / "tests/data/tasks/sums.txt", tmp_path / "sums.py")
     monkeypatch.setattr(tasks, "__path__", [*tasks.__path__, str(tmp_path)])
     assert {"sums", "long_sums", "longer_sums", "tiny", *ROWS} <= set(task_names())
     task = get_task("long_sums")
@@ -723,9 +669,7 @@ def test_bad_files_are_one_clear_line(tmp_path, case):
         get_task(case["task"], str(path)).load()
 
 
-@pytest.mark.parametrize("answer, gold", [
-    ("2 + 2 = <<2+2=4>>4\n#### 4", "4"), ("#### 1,234", "1,234"), ("5 #### 6 #### -7 ", "-7"),
-    ("18", "18"), ("x = 3", "x = 3"), ("a\n####18", "18")])
+@pytest.mark.parametrize("answer, gold", table("gsm8k_golds"))
 def test_gsm8k_golds_stand_behind_the_last_mark(tmp_path, answer, gold):
     """Also with --task maths. A solution without an answer after its mark is left out."""
     rows = [{"question": "?", "answer": answer}, {"question": "!", "answer": "2 #### "}]
@@ -832,8 +776,7 @@ def test_livecodebench_is_fetched_file_by_file(monkeypatch, tmp_path):
 def test_importing_tasks_is_light():
     """Nothing heavy is imported before it is needed. The web is not, either."""
     code = "import sys, tasks; tasks.task_names(); print(*sys.modules)"
-    run = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
-    loaded = set(run.stdout.split())
+    loaded = set(printed_by(code).split())
     assert "tasks.maths" in loaded
     assert not {"torch", "datasets", "sympy", "math_verify", "numpy", "requests",
                 "tools.web"} & loaded

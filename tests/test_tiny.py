@@ -4,7 +4,7 @@ from itertools import combinations, islice
 
 import pytest
 import torch
-from helpers import PROJECT
+from helpers import PROJECT, lines_of
 
 from checkpoints import load_agent
 from docs import build_tiny as build
@@ -61,10 +61,7 @@ def test_rows_differ_by_seed_and_repeat_for_one():
     assert tiny.train_rows(5, 1) != tiny.train_rows(5, 2)
 
 
-@pytest.mark.parametrize("text, parsed, correct", [
-    ("s2 +1 7 answer 7 .", "7", True), ("answer 8 .", "8", False), ("answer", None, False),
-    ("", None, False), ("7", None, False), ("answer x3", None, False),
-    ("answer 7 answer 8", "7", True), ("s1 flip 7 because 2 to 7", None, False)])
+@pytest.mark.parametrize("text, parsed, correct", lines_of("tasks/tiny_answers.jsonl"))
 def test_score(text, parsed, correct):
     score = get_task("tiny").score(Example("1", "?", "7", "math"), text)
     assert (score.parsed, score.correct) == (parsed, correct)

@@ -2,7 +2,7 @@
 
     context = agent.read(embeds, mask)      the prompt goes in; a KV cache and h_1 come out
     H       = agent.think(context, m)       m latent thoughts:   h_(i+1) = body(R_in(h_i) | cache)
-    tokens  = agent.write(context, 100)     the same, in words:  token_i = argmax head(h_i)
+    tokens  = agent.write(context, 100)     the same, in words:  token_i = argmax logits(h_i)
 
 Thinking and writing are the same loop. Writing chooses a word from the hidden state and feeds the
 word's embedding back. Thinking feeds the hidden state itself back, through the inner link, and
@@ -27,6 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from cache import Context, Growing, new_cache
 from gpu.recorded import Recorder
+from head import Head
 from support.errors import need, say_once
 
 MARK = "\ue000{}\ue001"         # stands for a {name} of a prompt: signs of Unicode's private range
@@ -58,13 +59,13 @@ class Agent:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer, self.inner = tokenizer, inner
         self.thinking = thinking                         # the chat template's own switch
-        self.body, self.head = model.get_decoder(), model.get_output_embeddings()
+        self.body, self.logits = model.get_decoder(), Head(model)
         self.embedding = model.get_input_embeddings()    # Gemma's also scales, so it is called
         self.width = self.embedding.weight.shape[1]
         self.device, self.dtype = self.embedding.weight.device, self.embedding.weight.dtype
         self.recorder = Recorder(self.forward)           # of single steps on a GPU
         self.name = tokenizer.name_or_path or "this model"
-        config = self.body.config
+        config = model.config.get_text_config(decoder=True)
         self.positions = getattr(config, "max_position_embeddings", None) or math.inf
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         need(tokenizer.chat_template, f"{self.name} has no chat template: take the instruct model, "
@@ -266,7 +267,7 @@ class Agent:
         used = torch.cat([states[b, :len(one)] for b, one in enumerate(targets)])   # (N, d)
         labels = torch.tensor([token for one in targets for token in one], dtype=torch.long,
                               device=self.device)                                   # (N,)
-        losses = F.cross_entropy(self.head(used).float(), labels, reduction="none")    # (N,)
+        losses = F.cross_entropy(self.logits(used).float(), labels, reduction="none")    # (N,)
         return losses.split([len(one) for one in targets])
 
     @torch.no_grad()
@@ -289,7 +290,7 @@ class Agent:
         hidden, steps, room = context.hidden, None, 0
         for step in range(max_new_tokens):
             # 1. The next word of each text.
-            logits = self.head(hidden[:, -1]).float()                               # (b, V)
+            logits = self.logits(hidden[:, -1]).float()                               # (b, V)
             tokens = choose(logits, [written[b] for b in going], draws[going, step])     # (b,)
             # 2. Which texts have ended?
             for b, token in zip(going, tokens.tolist()):

@@ -32,6 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from agents import Agent
 from link import KINDS, RELEASED, InnerLink, OuterLink
+from proof import need_proved
 from support.devices import pick_device
 from support.errors import blame, need
 from support.files import fingerprint, read_json, write_json, write_whole
@@ -287,6 +288,7 @@ def load_agents(style, device="auto", dtype="auto", task="math", trust_remote_co
             emptiest = filled.index(min(filled))
             loaded[base] = load_agent(base, *devices[emptiest], thinking=thinking, offload=offload,
                                       trust_remote_code=trust_remote_code)
+            need_proved(loaded[base])
             filled[emptiest] += loaded[base].model.get_memory_footprint()
         agent = agents[role.name] = copy.copy(loaded[base])
         if folder is None:

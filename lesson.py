@@ -42,7 +42,7 @@ def prompt(role, heard, question):
 
 def in_words(agent, states):
     """Hidden states (m, d) read through the vocabulary head: which word would each one choose?"""
-    return agent.tokenizer.decode(agent.head(states).argmax(-1))
+    return agent.tokenizer.decode(agent.logits(states).argmax(-1))
 
 
 # %% [markdown]
@@ -65,7 +65,7 @@ print(f"1. the question   {question}")
 print(f"   embeddings     {tuple(embeds.shape)}, the last hidden state {tuple(h.shape)}")
 print(f"   in words       {planner.tokenizer.decode(written)}")
 # The claim: one hidden state of width d chooses the first word.
-assert h.shape == (planner.width,) and int(planner.head(h).argmax()) == written[0]
+assert h.shape == (planner.width,) and int(planner.logits(h).argmax()) == written[0]
 
 # %% [markdown]
 # 2. So let the model read its own hidden state. What goes wrong without a link?
@@ -97,7 +97,7 @@ def readable(agent, link, role="planner", m=6, count=20):
         embeds = reference.embed(agent, prompt(role, {}, example.question))
         words = reference.write(agent, embeds, m)
         thoughts = reference.think(agent, embeds, m)                             # (m, d)
-        right += agent.head(thoughts).argmax(-1) == torch.tensor(words)
+        right += agent.logits(thoughts).argmax(-1) == torch.tensor(words)
     agent.inner = trained
     return right / count
 
@@ -299,7 +299,7 @@ for message in sent.values():
     message.retain_grad()                                  # torch drops it otherwise
 gold = last.tokenize([row["answer"][2]])[0]                # the text of round 3
 along = torch.cat([embeds, last.embedding(torch.tensor(gold[:-1]))])
-logits = last.head(reference.hidden_states(last, along)[-len(gold):])
+logits = last.logits(reference.hidden_states(last, along)[-len(gold):])
 F.cross_entropy(logits, torch.tensor(gold)).backward()
 sizes = {f"{key} in round {r}": message.grad.norm().item() for (r, key), message in sent.items()}
 print("8. |dL/d(message)|:")

@@ -13,7 +13,7 @@ and recurse.py do the same faster, and add chats, sampling, tools and baselines.
 them with this page, number by number, and `python -m bench` measures how much faster they are.
 
 What it works on. An agent has a tokenizer, an embedding (token ids -> vectors), a body (the model
-without its vocabulary head), a head (hidden state -> a score for each word) and inner (its R_in). A
+without its vocabulary head), logits (hidden state -> a score for each word) and inner (its R_in). A
 mas, the multi-agent system, has agents {role: agent}, outer {edge key: R_out}, and a style: its
 roles in their order of speaking, and its edges (key, src, dst), which say who hears whom.
 
@@ -58,11 +58,11 @@ def think(agent, embeds, m):
 def write(agent, embeds, max_new_tokens):
     """Greedy words after a prompt, as token ids. It is the same loop through the vocabulary head:
 
-        token_i = argmax head(h_i)"""
+        token_i = argmax logits(h_i)"""
     tokens = []
     while len(tokens) < max_new_tokens and not (tokens and tokens[-1] in agent.end_tokens):
         h = hidden_states(agent, embeds)[-1]                                   # (d,)
-        tokens.append(int(agent.head(h).argmax()))
+        tokens.append(int(agent.logits(h).argmax()))
         embeds = torch.cat([embeds, agent.embedding(torch.tensor(tokens[-1:]))])
     return tokens
 

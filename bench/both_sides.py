@@ -64,7 +64,7 @@ def plain_losses(mas, rows, R, m):
         agent, embeds, _ = reference.recurse(mas, partial(plain_prompt, row["question"]), R, m)
         gold = reference.embed(agent, [row["answer"]])                         # (n, d)
         states = reference.hidden_states(agent, torch.cat([embeds, gold]))     # (T + n, d)
-        logits = agent.head(states[-len(gold) - 1:-1]).float()                 # (n, V)
+        logits = agent.logits(states[-len(gold) - 1:-1]).float()                 # (n, V)
         tokens = torch.tensor(agent.tokenize([row["answer"]])[0], device=agent.device)
         yield F.cross_entropy(logits, tokens)
 

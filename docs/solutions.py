@@ -63,7 +63,7 @@ def exercise_3(mas):
         for name, gain in (("gain 1", 1.0), ("matched", planner.embedding_rms)):
             torch.manual_seed(0)
             trained, planner.inner = planner.inner, InnerLink(planner.width, gain=gain)
-            read = planner.head(planner.think(context, 6)).argmax(-1)            # (B, 6)
+            read = planner.logits(planner.think(context, 6)).argmax(-1)            # (B, 6)
             found[name] = (read == written).float().mean(0)[2:].mean().item()
             planner.inner = trained
     print("3. untrained, thoughts 3 to 6 read as written: "

@@ -31,7 +31,7 @@ def in_words(mas, example, plan):
     turns = []
     for (round, role), H in run.thoughts.items():
         agent = mas.agent(role)
-        tokens = agent.head(H[0]).argmax(-1).tolist()                              # m tokens
+        tokens = agent.logits(H[0]).argmax(-1).tolist()                              # m tokens
         turns.append((round, role, "thinks", agent.tokenizer.convert_ids_to_tokens(tokens)))
     last = run.last_turn
     mas.agent(last.role)                                # its weights on its device (--offload)
@@ -58,7 +58,7 @@ def readability(agent, texts, m, batch_size):
     for batch in progress(chunks(texts, batch_size), "readability"):
         context = read_role_texts(agent, batch)
         thoughts = agent.think(context, m)                                  # (B, m, d)
-        read_out = agent.head(thoughts).argmax(-1).cpu()                    # (B, m)
+        read_out = agent.logits(thoughts).argmax(-1).cpu()                    # (B, m)
         words = words or agent.tokenizer.decode(read_out[0])
         for read, ids in zip(read_out, agent.write(context, m)):
             agreed[:len(ids)] += read[:len(ids)] == torch.tensor(ids)

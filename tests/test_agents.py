@@ -587,7 +587,7 @@ def test_load_agent_beside_an_adapter_config(tmp_path, family, monkeypatch):
     if family != "qwen3_5_conditional":          # the library loads its text part alone
         assert type(loaded.model) is type(agent.model)
     assert loaded.inner is None and loaded.end_tokens == agent.end_tokens
-    assert torch.equal(loaded.head.weight, loaded.embedding.weight)              # tied
+    assert torch.equal(loaded.model.lm_head.weight, loaded.embedding.weight)              # tied
     assert not (loaded.model.training or any(p.requires_grad for p in loaded.model.parameters()))
     assert_same_state(agent, loaded)
     assert loaded.tokenize(QUESTIONS) == [words(question) for question in QUESTIONS]
@@ -631,8 +631,8 @@ def test_an_untied_head_behind_links(tmp_path):
     loaded = load(tmp_path / "snapshot")
     shutil.rmtree(tmp_path / "blobs")
     assert_same_state(agent, loaded)
-    assert torch.equal(loaded.head.weight, model.lm_head.weight)
-    assert not torch.equal(loaded.head.weight, loaded.embedding.weight)
+    assert torch.equal(loaded.model.lm_head.weight, model.lm_head.weight)
+    assert not torch.equal(loaded.model.lm_head.weight, loaded.embedding.weight)
 
 
 def test_models_that_cannot_be_agents():

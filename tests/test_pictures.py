@@ -108,7 +108,7 @@ def plain_gradients(mas, row):
         message.retain_grad()
     gold = torch.tensor(agent.tokenizer.convert_tokens_to_ids(row["answer"][2].split()))
     states = reference.hidden_states(agent, torch.cat([embeds, agent.embedding(gold[:-1])]))
-    torch.nn.functional.cross_entropy(agent.head(states[-len(gold):]).float(), gold).backward()
+    torch.nn.functional.cross_entropy(agent.logits(states[-len(gold):]).float(), gold).backward()
     return {which: message.grad.norm().item() for which, message in sent.items()}
 
 

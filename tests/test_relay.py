@@ -151,7 +151,7 @@ def test_the_loss_is_that_of_the_gold_answer(double):
         prompt = f"<bos> <|user|> {example.question} <|notes|> none <|assistant|>"
         ids, gold = agent.tokenize([prompt, text])
         states = plain_states(agent, embed_words(agent, ids + gold))[0, len(ids) - 1:-1]
-        loss = F.cross_entropy(agent.head(states), torch.tensor(gold)).item()
+        loss = F.cross_entropy(agent.logits(states), torch.tensor(gold)).item()
         assert line["nats"] == pytest.approx(loss, abs=1e-6)
         assert line["outputs"] == [text] and line["correct"] == []
 

@@ -733,7 +733,7 @@ def test_offload_moves_whole_models(at_hub):
     assert mas.agent("planner") is mas.agents["planner"]
     for name, agent in mas.agents.items():
         weights = (*agent.model.parameters(), *agent.model.buffers(), agent.embedding.weight,
-                   agent.head.weight, *agent.body.parameters())
+                   agent.model.lm_head.weight, *agent.body.parameters())
         assert {weight.device.type for weight in weights} == {
             "meta" if name == "planner" else "cpu"}
 

@@ -20,17 +20,16 @@ import inspect
 import math
 import re
 
-import jinja2
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from cache import Context, Growing, new_cache
+from chats import MARK, render, turn_ends
 from gpu.recorded import Recorder
 from head import Head
 from support.errors import need, say_once
 
-MARK = "\ue000{}\ue001"         # stands for a {name} of a prompt: signs of Unicode's private range
 LAYER_KINDS = {"full_attention", "sliding_attention", "linear_attention"}       # those we support
 
 
@@ -70,16 +69,17 @@ class Agent:
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         need(tokenizer.chat_template, f"{self.name} has no chat template: take the instruct model, "
              "or put a chat_template.jinja beside it")
-        need(kinds <= LAYER_KINDS, f"{self.name} has layers of a kind that is not supported "
-             f"({', '.join(sorted(kinds - LAYER_KINDS))}): choose another model")
+        need(kinds <= LAYER_KINDS, f"{self.name}: a model of the family {model.config.model_type} "
+             "has layers of a kind that is not supported here ("
+             f"{', '.join(sorted(kinds - LAYER_KINDS))}): choose a model of another family")
         # gaps: padding may stand in the middle of a cache, because the mask hides it. But a sliding
         # window counts it, and a recurrent state runs over it.
         self.gaps = kinds == {"full_attention"} and not getattr(config, "sliding_window", None)
         takes = inspect.signature(self.body.forward).parameters
         self.cache_name = "cache" if "cache" in takes else "past_key_values"    # renamed in 5.24
-        ends = [tokenizer.eos_token_id, model.generation_config.eos_token_id]   # one, a list, None
-        self.end_tokens = {token for end in ends if end is not None
-                           for token in (end if isinstance(end, list) else [end])}
+        ends = model.generation_config.eos_token_id                             # one, a list, None
+        self.end_tokens = {tokenizer.eos_token_id, *turn_ends(tokenizer),
+                           *(ends if isinstance(ends, list) else [ends])} - {None}
 
     @property
     def embedding_rms(self):
@@ -90,16 +90,22 @@ class Agent:
 
     # ---- prompts ----------------------------------------------------------------------------
 
-    def tokenize(self, texts, plain=False):
+    def tokenize(self, texts, plain=False, goes_on=False):
         """Token ids of each text, without special tokens: [[int]].
 
-        plain: treat `<|im_end|>` in the text as ordinary characters. Used for tool output."""
+        plain: treat `<|im_end|>` in the text as ordinary characters. Used for tool output. goes_on:
+        other tokens stand before these. Some tokenizers (Llama 2's) put a blank before every text,
+        which would not stand there. So a sign is put before the text, and taken off its tokens."""
         unique = list(dict.fromkeys(texts))        # a text after a slot is the same B times
         if not unique:
             return []
         # JSON may hold half a surrogate pair. Tokenizers fail on it, so it is replaced by `?`.
         proper = [text.encode("utf-8", "replace").decode() for text in unique]
-        ids = self.tokenizer(proper, add_special_tokens=False, split_special_tokens=plain).input_ids
+        blank = "".join(self.tokenizer.tokenize("a")).startswith(("\u2581", "\u0120"))
+        sign = MARK[0] if goes_on and blank else ""
+        ids = self.tokenizer([sign, *(sign + text for text in proper)], add_special_tokens=False,
+                             split_special_tokens=plain).input_ids
+        ids = [tokens[len(ids[0]):] for tokens in ids[1:]]
         word, token = self.tokenizer.unk_token, self.tokenizer.unk_token_id       # maybe None
         if any(token in tokens and word not in text for text, tokens in zip(proper, ids)):
             say_once(f"{self.name} does not know some words of its texts: it reads {word} for them")
@@ -107,28 +113,8 @@ class Agent:
         return [found[text] for text in texts]
 
     def render(self, system, user):
-        """The chat around a user's text as one text, up to where the model has to go on.
-
-        A template without a system role gets the system text at the head of the user's turn."""
-        def chat(*messages):
-            # Llama's template writes the date of the day unless told one: results would vary.
-            return self.tokenizer.apply_chat_template(
-                [{"role": role, "content": content} for role, content in messages], tokenize=False,
-                add_generation_prompt=True, enable_thinking=self.thinking,
-                date_string="26 Jul 2024")
-
-        text, system = None, system.strip()        # many templates strip the system text
-        if system:
-            try:
-                text = chat(("system", system), ("user", user))
-            except jinja2.TemplateError:
-                pass                               # this template refuses a system role ..
-        if text is None or system not in text:     # .. or leaves the system text out
-            text = chat(("user", f"{system}\n\n{user}".strip()))
-        marks = MARK.format("(.*?)")
-        need(re.findall(marks, text) == re.findall(marks, user), f"the chat template of {self.name}"
-             " leaves out what the user says: take one that writes message['content']")
-        return text
+        """The chat around a user's text as one text, up to where the model has to go on."""
+        return render(self.tokenizer, system, user, self.thinking)
 
     def tokenize_prompts(self, system, user, values, slots=()):
         """B prompts as lists of parts: lists of token ids, and the names of slots between them.
@@ -155,7 +141,8 @@ class Agent:
                 columns.append([piece] * count)
             elif piece:
                 columns.append(self.tokenize([
-                    re.sub(mark, lambda found: values[found[1]][b], piece) for b in range(count)]))
+                    re.sub(mark, lambda found: values[found[1]][b], piece) for b in range(count)],
+                    goes_on=i > 0))
         return [list(parts) for parts in zip(*columns)]
 
     def embed(self, prompts, heard):

@@ -179,17 +179,20 @@ def local_folder(name, revision=None, who=""):
         return Path(snapshot_download(name, revision=revision, ignore_patterns=["original/*"]))
 
 
-def load_agent(folder, device, dtype, trust_remote_code=False, thinking=False, offload=False):
+def load_agent(folder, device, dtype, trust_remote_code=False, thinking=False):
     """The Agent of a folder that holds a whole causal language model, without an inner link.
 
     An adapter_config.json beside a model makes transformers take the folder for a PEFT adapter and
-    fail. So the model is loaded through a view: a folder of links to all other files. offload: the
-    weights stay in main memory until MAS.agent moves them. Raises ValueError if it does not load.
-    """
+    fail. So the model is loaded through a view: a folder of links to all other files. Raises
+    ValueError if it does not load."""
     with tempfile.TemporaryDirectory() as view, blame(
-            f"{folder} does not load as a causal language model with tokenizer", hide=view):
+            f"{folder} does not load as a causal language model with tokenizer", hide=view,
+            show=folder):
         shutil.copytree(Path(folder).resolve(), view, copy_function=os.symlink, dirs_exist_ok=True,
                         ignore=shutil.ignore_patterns("adapter_config.json"))
+        if "peft_type" in read_json(Path(folder) / "adapter_config.json"):
+            print(f"{folder}: the PEFT adapter beside the model is not used: merge it into the "
+                  "model first (merge_and_unload)", flush=True)
         settings = {"trust_remote_code": trust_remote_code}
         config = AutoConfig.from_pretrained(view, **settings)
         need(any(list(Path(view).glob(name)) for name in TOKENIZER_FILES),
@@ -210,11 +213,7 @@ def load_agent(folder, device, dtype, trust_remote_code=False, thinking=False, o
         need(not missing + unexpected, f"it lacks the weights {missing[:3]} and cannot use "
              f"{unexpected[:3]}: config.json is not that of this checkpoint")
     tokenizer.name_or_path = str(folder)
-    agent = Agent(model if offload else model.to(device), tokenizer, thinking=thinking)
-    agent.device = device
-    size = len(agent.render("s", "u"))                   # a template is a program
-    need(size < 100_000, f"the chat template of {folder} writes {size} characters around two")
-    return agent
+    return Agent(model.to(device), tokenizer, thinking=thinking)
 
 
 # ---- whole systems ------------------------------------------------------------------------------
@@ -286,10 +285,12 @@ def load_agents(style, device="auto", dtype="auto", task="math", trust_remote_co
         base = local_folder(model, who=who).resolve()
         if base not in loaded:                        # two roles may share one frozen model
             emptiest = filled.index(min(filled))
-            loaded[base] = load_agent(base, *devices[emptiest], thinking=thinking, offload=offload,
-                                      trust_remote_code=trust_remote_code)
-            need_proved(loaded[base])
-            filled[emptiest] += loaded[base].model.get_memory_footprint()
+            agent = loaded[base] = load_agent(base, *devices[emptiest], thinking=thinking,
+                                              trust_remote_code=trust_remote_code)
+            need_proved(agent)
+            if offload:                               # MAS.agent brings the weights back
+                agent.model.to("cpu")
+            filled[emptiest] += agent.model.get_memory_footprint()
         agent = agents[role.name] = copy.copy(loaded[base])
         if folder is None:
             if speaks:

@@ -12,38 +12,44 @@ all weights, and put a module in the place of the body that hands on what it is 
 as embeddings comes out as hidden states, and the library goes on from there.
 """
 import copy
+from dataclasses import dataclass
 
 import torch
+from transformers.utils import ModelOutput
 
 
 class Head:
     """Logits (.., V) of hidden states (.., d), as the library computes them. Differentiable."""
 
     def __init__(self, model):
-        body = model.get_decoder()
-        path = next((name for name, part in model.named_modules() if part is body), "")
-        *above, last = path.split(".")
-        self.model = inside = copy.copy(model)
-        for name in above:
-            child = copy.copy(inside._modules[name])
-            inside._modules = {**inside._modules, name: child}     # the model itself keeps its own
-            inside = child
-        inside._modules = {**inside._modules, last: HandOn()}
+        self.model = without(model.get_decoder(), model)
 
     def __call__(self, states):
         one_row = states.reshape(1, -1, states.shape[-1])                           # (1, N, d)
         return self.model(inputs_embeds=one_row).logits.view(*states.shape[:-1], -1)
 
 
+def without(body, part):
+    """A copy of a part of a model with HandOn in the place of the body. All weights are shared."""
+    if part is body:
+        return HandOn()
+    part = copy.copy(part)                   # its dict of weights is the same object as before ..
+    if part is not None:                     # .. and its dict of parts is a new one
+        part._modules = {name: without(body, inside) for name, inside in part._modules.items()}
+    return part
+
+
 class HandOn(torch.nn.Module):
     """Stands in for a body: the embeddings that it is given are its hidden states."""
 
     def forward(self, *_, inputs_embeds, **__):
-        return Output([inputs_embeds])
+        return Output(inputs_embeds)
 
 
-class Output(tuple):
+@dataclass
+class Output(ModelOutput):
     """A body's output: hidden states, and None for a cache, attention scores and other fields."""
+    last_hidden_state: torch.Tensor
 
     def __getattr__(self, name):
-        return self[0] if name == "last_hidden_state" else None
+        return None

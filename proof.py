@@ -8,11 +8,13 @@ padding. A cache is written over. So each model has to show four things before i
 
     logits   prompts read as embeddings              = the library's forward pass over token ids
     batch    prompts of two lengths, padded          = each of them alone
-    cache    read in pieces, the last token alone    = read in one go
-    fork     going on from a cache a second time     = the first time
+    cache    read in pieces, the last by a step      = read in one go
+    fork     the same step after the same cache      = once more
 
 An error is relative to the spread of the logits: the root mean square of the difference, divided by
-the standard deviation. Rounding makes it small. A wrong way of reading makes it about 1.
+the standard deviation. Rounding makes it small. A wrong way of reading makes it about 1. Measured
+on random models of 98 families, right ones: float32 5e-7 (2e-5 at 64 layers), bfloat16 .006 (.05 at
+64 layers, .15 where rounding sends tokens of a mixture to other experts). Wrong ones: .07 to 2.
 """
 import functools
 
@@ -21,11 +23,7 @@ import torch
 from support.errors import need, say_once
 
 LONG, SHORT = 12, 7                          # tokens of the two prompts; they begin alike
-
-
-def allowed(dtype):
-    """The largest error that rounding alone may make in this dtype."""
-    return max(1e-3, 32 * torch.finfo(dtype).eps)
+ALLOWED = {torch.float32: 1e-3, torch.float64: 1e-3}          # half precision: .25
 
 
 def relative(got, wanted):
@@ -52,53 +50,42 @@ def prove(agent):
     mask = torch.ones_like(rows)
     mask[1, :gap] = 0
 
-    def read(b, t, context=None):
-        return agent.read(agent.embedding(rows[b, t]), mask[b, t], context)
+    def read(part, context=None, row=slice(2)):
+        return agent.read(agent.embedding(rows[row, part]), mask[row, part], context)
 
-    @functools.cache
+    @functools.cache                         # what two checks need is read once
     def alone():
-        """The logits after each prompt, read alone and without padding: (2, 1, V)."""
-        contexts = [read(slice(b, b + 1), slice(b * gap, LONG)) for b in (0, 1)]
-        return torch.cat([agent.logits(context.hidden) for context in contexts])
+        one, other = read(slice(LONG), row=[0]), read(slice(gap, LONG), row=[1])
+        return agent.logits(torch.cat([one.hidden, other.hidden]))                  # (2, 1, V)
 
     @functools.cache
-    def all_but_one():
-        """The Context of both prompts without their last token, read in two pieces."""
-        both = slice(None)
-        return read(both, slice(LONG - 3, LONG - 1), read(both, slice(LONG - 3)))
+    def but_one():
+        return read(slice(LONG - 3, LONG - 1), read(slice(LONG - 3)))
 
     def step():
-        return agent.logits(read(slice(None), slice(LONG - 1, LONG), all_but_one()).hidden)
+        x = agent.embedding(rows[:, -1:])                                           # (2, 1, d)
+        return agent.logits(agent.steps(but_one(), 1).step(x))
 
-    def logits():
-        whole = agent.model(input_ids=ids[None]).logits                             # (1, LONG, V)
-        return alone(), whole[0, [LONG - 1, SHORT - 1], None]
-
-    def batch():
-        return agent.logits(read(slice(None), slice(None)).hidden), alone()
-
-    def cache():
-        return step(), alone()
-
-    def fork():
-        once = step()
-        return step(), once
-
+    checks = {"logits": lambda: (alone(), agent.model(input_ids=ids[None]).logits[
+                                     0, [LONG - 1, SHORT - 1], None]),
+              "batch": lambda: (agent.logits(read(slice(LONG)).hidden), alone()),
+              "cache": lambda: (step(), alone()),
+              "fork": lambda: (step(), step())}
     found = {}
-    for check in (logits, batch, cache, fork):
+    for name, check in checks.items():
         try:
-            found[check.__name__] = relative(*check())
+            found[name] = relative(*check())
         except Exception as problem:             # the library's code for a family may raise any
-            found[check.__name__] = " ".join(f"{type(problem).__name__}: {problem}".split())[:200]
+            found[name] = " ".join(f"{type(problem).__name__}: {problem}".split())[:200]
     return found
 
 
 def need_proved(agent):
     """Print a line if the agent's model passes the four checks. Raises ValueError if it does not:
     the line names the model, its family and the check."""
-    most = allowed(agent.dtype)
+    most = ALLOWED.get(agent.dtype, .25)
     for check, error in prove(agent).items():
         need(not isinstance(error, str) and error <= most, f"{agent.name}: a model of the family "
              f"{agent.model.config.model_type} cannot be read here as the library reads it (check "
              f"'{check}': {error}, at most {most:.2g}): choose a model of another family")
-    say_once("Each model is shown to be read as the library reads it.")
+    say_once("each model is shown to be read as the library reads it")

@@ -32,6 +32,7 @@ from checkpoints import load_agent, load_inner, local_folder, save_inner
 from evaluation.in_words import readability, tell
 from gpu.compiled import set_compile
 from link import InnerLink, kind_name, word_losses
+from proof import need_proved
 from styles import KINDS, PUBLISHED_DESIGNS, get_style
 from support import flags
 from support.batches import by_length, progress
@@ -165,6 +166,7 @@ def frozen_agent(args, style, role):
     base = local_folder(args.model_name_or_path, args.revision, f"role {role.name}")
     agent = load_agent(base, device, dtype, trust_remote_code=bool(args.trust_remote_code),
                        thinking=bool(args.enable_thinking))
+    need_proved(agent)
     set_compile([agent], args.compile)
     return agent
 

@@ -144,7 +144,7 @@ def insert(turn, draft, text, plain=False):
     """Put a text after a draft. Its end token goes. plain: see Agent.tokenize."""
     while draft.tokens and draft.tokens[-1] in turn.agent.end_tokens:
         draft.tokens = draft.tokens[:-1]
-    draft.tokens = draft.tokens + turn.agent.tokenize([text], plain)[0]
+    draft.tokens = draft.tokens + turn.agent.tokenize([text], plain, goes_on=True)[0]
 
 
 def text_of(turn, draft):

@@ -14,18 +14,18 @@ def need(fine, what, kind=ValueError):
 
 
 @contextlib.contextmanager
-def blame(what, kind=ValueError, hide="\0"):
+def blame(what, kind=ValueError, hide="\0", show=".."):
     """Every exception in here becomes one error, of one line that begins with `what`.
 
     Damaged files and foreign libraries may raise anything. A file that is missing, or that may not
     be read, stays the error that it is. Our own kind of error keeps its words after `what`. hide:
-    a temporary path that would only confuse."""
+    a temporary path that would only confuse: `show` is said for it."""
     try:
         yield
     except (Exception, SystemExit) as problem:         # a user's file may call exit()
+        says = " ".join(str(problem).split()).replace(str(hide), str(show))[:400]
         if type(problem) in (FileNotFoundError, PermissionError) and kind is not OSError:
-            raise
-        says = " ".join(str(problem).split()).replace(hide, "..")[:400]
+            raise type(problem)(says) from problem
         if "weights_only" in says:                     # torch advises to switch this check off
             says = "reading it could run code: take the weights as .safetensors"
         name = "" if type(problem) is kind else f"{type(problem).__name__}: "

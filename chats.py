@@ -1,0 +1,69 @@
+"""What a model's chat template and tokenizer do with a text.
+
+A chat template is a small program of the model's maker, in the language jinja. It puts signs around
+the words of a user and of a model. Three things in it need care. Some templates refuse a system
+text, or leave it out. Some write the date of the day into the prompt, and then tomorrow's results
+would be others: here it is always the same day. And the template knows where a turn of the model
+ends: the configuration of a base model often names another token.
+"""
+import datetime
+import re
+
+import jinja2
+
+from support.errors import need
+
+MARK = "\ue000{}\ue001"         # stands for a {name} of a prompt: signs of Unicode's private range
+DAY = datetime.date(2024, 7, 26)          # the date in Llama 3's own template
+# A macro in front of the template hides the library's function of that name. The empty expression
+# keeps jinja from dropping a line break with which the template may begin.
+CLOCK = ("{% macro strftime_now(format) %}{{ format"
+         + "".join(f" | replace('%{sign}', '{DAY:%{sign}}')" for sign in "aAbBdHIjmMpSyY")
+         + " }}{% endmacro %}{{ '' }}")
+
+
+def write_chat(tokenizer, messages, thinking=False, ask=True):
+    """The chat of messages (role, content) as one text. ask: it ends where the model has to go on.
+
+    Raises jinja2.TemplateError if the template refuses a role, ValueError if it writes a flood."""
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:
+        template = CLOCK + template
+    chat = tokenizer.apply_chat_template(
+        [{"role": role, "content": content} for role, content in messages], chat_template=template,
+        tokenize=False, add_generation_prompt=ask, enable_thinking=thinking,
+        date_string=f"{DAY:%d %b %Y}")
+    need(len(chat) < 100_000 + 4 * sum(len(content) for _, content in messages),
+         f"the chat template of {tokenizer.name_or_path or 'this model'} writes {len(chat)} signs")
+    return chat
+
+
+def render(tokenizer, system, user, thinking=False):
+    """The chat around a user's text as one text, up to where the model has to go on.
+
+    A template without a system role gets the system text at the head of the user's turn."""
+    text, system = None, system.strip()        # many templates strip the system text
+    if system:
+        try:
+            text = write_chat(tokenizer, [("system", system), ("user", user)], thinking)
+        except jinja2.TemplateError:
+            pass                               # this template refuses a system role ..
+    if text is None or system not in text:     # .. or leaves the system text out
+        text = write_chat(tokenizer, [("user", f"{system}\n\n{user}".strip())], thinking)
+    marks = MARK.format("(.*?)")
+    need(re.findall(marks, text) == re.findall(marks, user), "the chat template of "
+         f"{tokenizer.name_or_path or 'this model'} leaves out what the user says: take one that "
+         "writes message['content']")
+    return text
+
+
+def turn_ends(tokenizer):
+    """Ids of the special token that the template puts after what an assistant says: one or none."""
+    said = MARK.format("")
+    try:
+        chat = write_chat(tokenizer, [("user", "?"), ("assistant", said)], ask=False)
+    except jinja2.TemplateError:
+        return set()
+    after = tokenizer(chat.rpartition(said)[2].strip(), add_special_tokens=False).input_ids
+    added = tokenizer.added_tokens_decoder
+    return {token for token in after[:1] if token in added and added[token].special}

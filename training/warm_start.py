@@ -9,11 +9,10 @@ The receiver should get its own embedding of the same word:
     loss = 1 - cos(R_out(Emb_src(word) + noise), Emb_dst(word)) + contrast        (see link.py)
 
 over all words that both vocabularies hold. A thought never equals an embedding, so the input gets
-noise of .3 of its own size. (On the tiny system this makes no difference that can be measured: 400
-steps give .427 .723 1.000 at R = 1, 2, 3 before any other training, n = 300, with noise and without
-it. On real models it was not measured.) The contrast matters between real
-models: from SmolLM2 to Qwen2.5, 3,000 steps of the cosine alone bring .43 of 500 held-out words
-nearest to their own embedding, of 151,936. With the contrast it is .82.
+noise of .3 of its own size. (On the tiny system it makes no difference: 400 steps alone give .427
+.723 1.000 at R = 1, 2, 3, n = 300, with noise and without it. On real models it was not measured.)
+The contrast matters between real models: from SmolLM2 to Qwen2.5, 3,000 steps of the cosine alone
+bring .43 of 500 held-out words nearest to their own embedding, of 151,936. With contrast: .82.
 """
 import torch
 import torch.nn.functional as F
@@ -54,43 +53,44 @@ def as_thoughts(agent, tokens, scale_match):
 def warm_start(mas, args, leave_out=()):
     """Train every outer link in use for --warm_start_steps.
 
-    leave_out: words that are asked in the test, so no link may see them here. Every rank does the
-    same, so that all ranks have the same links."""
-    for edge in mas.style.edges:
-        if args.num_recursive_rounds == 1 and edge.src not in mas.style.heard_first(edge.dst):
-            continue                             # it carries what is heard in the next round
-        source, target, link = mas.agents[edge.src], mas.agents[edge.dst], mas.outer[edge.key]
-        shared = shared_tokens(source, target)
-        if not shared:
-            print(f"warm start {edge.key}: no word is in both vocabularies, nothing to learn")
-            continue
-        pairs = [pair for pair in shared if not leave_out
-                 or source.tokenizer.decode(pair[:1]).strip() not in leave_out]
-        generator = torch.Generator().manual_seed(args.seed)
-        pairs = torch.tensor(pairs)[torch.randperm(len(pairs), generator=generator)]    # (n, 2)
-        count = min(500, len(pairs) // 1000 * 50)       # does it know words it was not told?
-        held_out, seen = pairs[:count].to(source.device), pairs[count:]
-        optimizer = torch.optim.AdamW(link.requires_grad_(True).parameters(), lr=LEARNING_RATE,
-                                      betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.warm_start_steps)
-        for _ in progress(range(args.warm_start_steps), f"warm start {edge.key}"):
-            batch = seen[torch.randperm(len(seen), generator=generator)[:BATCH]]       # (n, 2)
-            x = as_thoughts(source, batch[:, 0].to(source.device), args.scale_match)   # (n, d_src)
-            rms = x.pow(2).mean().sqrt()
-            noise = torch.randn(x.shape, generator=generator).to(x.device)
-            x = (x + NOISE * rms * noise).to(target.device)
-            got = apply_link(link, x, target.dtype).float()                            # (n, d_dst)
-            words = batch[:, 1].to(target.device)
-            cosine, _ = word_losses(got, words, target.embedding)
-            loss = cosine + contrast(got, words, target.embedding)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        link.requires_grad_(False)
-        told = f"warm start {edge.key}: {len(shared)} words in both vocabularies, loss {loss:.3f}"
-        if len(held_out):
-            got = link(as_thoughts(source, held_out[:, 0], args.scale_match).to(target.device))
-            right = nearest_tokens(target, got) == held_out[:, 1].to(target.device)
-            told += f", {right.float().mean():.2f} of {len(held_out)} held-out words are nearest"
-        print(told, flush=True)
+    leave_out: words of the test, which no link may see. All ranks do the same, with one result."""
+    for edge in mas.style.edges:                 # if R = 1, nobody hears those who speak after it
+        if args.num_recursive_rounds > 1 or edge.src in mas.style.heard_first(edge.dst):
+            learn_words(mas.outer[edge.key], mas.agents[edge.src], mas.agents[edge.dst], args,
+                        f"warm start {edge.key}", leave_out)
+
+
+def learn_words(link, source, target, args, name, leave_out=()):
+    """Train one outer link, from agent `source` to agent `target`. Returns (n,): does each held-out
+    word arrive nearest to its own embedding? Of fewer than 1,000 words none is held out (n = 0)."""
+    shared = shared_tokens(source, target)
+    pairs = [pair for pair in shared if source.tokenizer.decode(pair[:1]).strip() not in leave_out]
+    if not pairs:
+        print(f"{name}: no word is in both vocabularies, nothing to learn")
+        return torch.zeros(0)
+    generator = torch.Generator().manual_seed(args.seed)
+    pairs = torch.tensor(pairs)[torch.randperm(len(pairs), generator=generator)]       # (n, 2)
+    count = min(500, len(pairs) // 1000 * 50)           # does it know words it was not told?
+    held_out, seen = pairs[:count].to(source.device), pairs[count:]
+    optimizer = torch.optim.AdamW(link.requires_grad_(True).parameters(), lr=LEARNING_RATE,
+                                  betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.warm_start_steps)
+    for _ in progress(range(args.warm_start_steps), name):
+        batch = seen[torch.randperm(len(seen), generator=generator)[:BATCH]]           # (n, 2)
+        x = as_thoughts(source, batch[:, 0].to(source.device), args.scale_match)       # (n, d_src)
+        noise = torch.randn(x.shape, generator=generator).to(x.device)
+        x = (x + NOISE * x.pow(2).mean().sqrt() * noise).to(target.device)
+        got = apply_link(link, x, target.dtype).float()                                # (n, d_dst)
+        words = batch[:, 1].to(target.device)
+        loss = word_losses(got, words, target.embedding)[0]                            # 1 - cos
+        loss = loss + contrast(got, words, target.embedding)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    link.requires_grad_(False)
+    got = link(as_thoughts(source, held_out[:, 0], args.scale_match).to(target.device))
+    right = nearest_tokens(target, got) == held_out[:, 1].to(target.device)            # (n,)
+    share = f", {right.float().mean():.2f} of {count} held-out words are nearest" * (count > 0)
+    print(f"{name}: {len(shared)} words in both vocabularies, loss {loss:.3f}{share}", flush=True)
+    return right

@@ -54,19 +54,25 @@ def count(text):
 SWITCH = dict(type=int, choices=[0, 1])      # a flag that is 0 or 1, as the published ones are
 
 
+def add_model_flags(parser):
+    """Flags of how frozen models are loaded and where they run."""
+    add = parser.add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N, or several: cuda:0,cuda:1")
+    add("--threads", type=at_least(0), default=0, help="of the CPU; 0: see support/devices.py")
+    add("--dtype", default="auto", choices=["auto", *DTYPES], help="of the frozen models")
+    add("--revision", default=None, help="on the hub, of the repos (train_inner: the base model)")
+    add("--trust_remote_code", nargs="?", const=1, default=0, **SWITCH,
+        help="let a model's repo run its own code")
+    add("--seed", type=at_least(0, int, 2**63 - 1), default=42)
+
+
 def add_system_flags(parser):
     """Flags by which every script chooses its system and where to run it."""
     add = parser.add_argument
     add("--style", default="tiny", help="a style of styles/, or a .py file that makes one")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N, or several: cuda:0,cuda:1")
-    add("--threads", type=at_least(0), default=0, help="of the CPU; 0: see support/devices.py")
-    add("--dtype", default="auto", choices=["auto", *DTYPES], help="of the frozen models")
+    add_model_flags(parser)
     add("--compile", default=0, **SWITCH, help="1: compile steps on a GPU (pays in long runs)")
     add("--enable_thinking", default=0, **SWITCH, help="the chat template's own thinking switch")
-    add("--revision", default=None, help="of the repos on the hub (train_inner: of the base model)")
-    add("--trust_remote_code", nargs="?", const=1, default=0, **SWITCH,
-        help="let a model's repo run its own code")
-    add("--seed", type=at_least(0, int, 2**63 - 1), default=42)
     add("--resume", action="store_true", help="go on where this run was stopped")
 
 

@@ -84,7 +84,7 @@ def prompt_figures(agent):
     dated = any(datetime.date.today().strftime(date) in plain for date in DATES)
     return {
         "prompt": repr(plain),
-        "system text": "at the head of the user's turn" if moved else "in a turn of its own",
+        "system text": "at the head of the user's turn" if moved else "where the template puts it",
         "thinking": "the template has no switch" if thinker.render("", "Hello.") == plain
                     else "--enable_thinking changes the prompt",
         "date": "THE DAY'S DATE IS IN EACH PROMPT: results change with it" if dated

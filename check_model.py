@@ -9,7 +9,7 @@ or with one line that says why not (exit code 2). Four of its rows are worth a l
     check ..         the error of our way of reading it against the library's, relative to the
                      spread of its logits (proof.py): rounding, or about 1 if it is read wrongly
     system text      what becomes of a role's `system` in this model's chat template
-    date             the day's date in a prompt would change the results from day to day
+    date             what the template gets as the date of the day (chats.py)
     KV cache         what one question takes, for each 1,000 tokens that stay in memory
 
 For two models a new outer link is trained in each direction, as train_outer.py begins its training
@@ -28,6 +28,7 @@ import datetime
 
 import torch
 
+from chats import DAY
 from checkpoints import load_agent, local_folder
 from evaluation.statistics import wilson
 from link import OuterLink
@@ -76,19 +77,21 @@ def figures(agent):
 def prompt_figures(agent):
     """{label: text} of what the chat template makes of a prompt. It is asked, not read: the same
     words are rendered in two ways, and the results are compared."""
+    # Agents of one model may differ in this switch, so a copy of the agent is asked.
     thinker = copy.copy(agent)
     thinker.thinking = not agent.thinking
     plain, asked = agent.render("", "Hello."), agent.render("Be brief.", "Hello.")
     # Templates without a system role get the system text there, and some put it there themselves.
     moved = asked == agent.render("", "Be brief.\n\nHello.")
-    dated = any(datetime.date.today().strftime(date) in plain for date in DATES)
+    today, ours = (any(day.strftime(date) in plain for date in DATES)
+                   for day in (datetime.date.today(), DAY))
     return {
         "prompt": repr(plain),
         "system text": "at the head of the user's turn" if moved else "where the template puts it",
         "thinking": "the template has no switch" if thinker.render("", "Hello.") == plain
                     else "--enable_thinking changes the prompt",
-        "date": "THE DAY'S DATE IS IN EACH PROMPT: results change with it" if dated
-                else "the day's date is in no prompt",
+        "date": "THE DAY'S DATE IS IN EACH PROMPT: results change with it" if today
+                else f"always {DAY}, so that results do not change" if ours else "none",
     }
 
 
@@ -171,6 +174,7 @@ def main():
                                  trust_remote_code=args.trust_remote_code))
         report(agents[-1])
     # 2. One link in each direction. What one of them carries says little about the other.
+    # No model runs here. The links see embeddings alone.
     if args.other:
         talk(*agents, args)
         talk(*reversed(agents), args)

@@ -30,8 +30,9 @@ def test_what_a_template_does_changes_one_row_and_the_prompt(more, label):
 
 @pytest.mark.parametrize("moved, verdict", [(0, "can talk"), (7, "cannot talk")])
 def test_models_can_talk_if_their_words_stand_alike(moved, verdict, capsys):
-    agents = [Agent(new_model("qwen3", 0, MANY), word_tokenizer(vocabulary=MANY)) for _ in "12"]
-    agents[1].embedding.weight.copy_(agents[0].embedding.weight.roll(moved, 0))
+    agents = [Agent(new_model("qwen3", 0, MANY), word_tokenizer(vocabulary=vocabulary))
+              for vocabulary in (MANY, dict(zip(MANY, reversed(MANY.values()))))]
+    agents[1].embedding.weight.copy_(agents[0].embedding.weight.flip(0).roll(moved, 0))
     check_model.talk(*agents, argparse.Namespace(seed=0, scale_match=1, warm_start_steps=100))
     said = capsys.readouterr().out
     assert verdict in said and f"{len(MANY)} words in both" in said and " of 50 new words" in said

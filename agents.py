@@ -29,6 +29,7 @@ from chats import MARK, render, turn_ends
 from gpu.recorded import Recorder
 from head import Head
 from support.errors import need, say_once
+from support.words import tell_unknown
 
 LAYER_KINDS = {"full_attention", "sliding_attention", "linear_attention"}       # those we support
 
@@ -106,9 +107,8 @@ class Agent:
         ids = self.tokenizer([sign, *(sign + text for text in proper)], add_special_tokens=False,
                              split_special_tokens=plain).input_ids
         ids = [tokens[len(ids[0]):] for tokens in ids[1:]]
-        word, token = self.tokenizer.unk_token, self.tokenizer.unk_token_id       # maybe None
-        if any(token in tokens and word not in text for text, tokens in zip(proper, ids)):
-            say_once(f"{self.name} does not know some words of its texts: it reads {word} for them")
+        unknown = self.tokenizer.unk_token_id                                     # maybe None
+        tell_unknown(self.tokenizer, [text for text, one in zip(proper, ids) if unknown in one])
         found = dict(zip(unique, ids))
         return [found[text] for text in texts]
 

@@ -22,6 +22,7 @@ from cache import NewStateLayer
 from checkpoints import load_agent, save_inner
 from gpu.recorded import ROOM, Recorded
 from support.errors import say_once
+from support.words import TOLD
 from writing import Sampling
 
 M = 5                                                       # latent steps
@@ -364,15 +365,18 @@ def test_special_tokens_are_not_added():
 
 
 def test_the_tiny_tokenizer(shipped, capsys):
-    """A text reads back as the tokens that an agent wrote. Unknown words are told once."""
+    """A text reads back as the tokens that an agent wrote. Unknown words are named, each once, and
+    not without end."""
     agent, text = shipped.agents["critic"], "s1 x7 1 s2 flip 8 because 3 to 1 ."
     [ids] = agent.tokenize([text])
     assert len(ids) == 11 and agent.tokenizer.decode(ids, skip_special_tokens=True) == text
-    say_once.cache_clear()
-    for text in ("s1 flip", "s1 flip <unk>", "what is flip ?", "what is this ?"):
+    TOLD.clear()
+    many = " ".join(map(str, range(99)))
+    for text, named in (("s1 flip <unk>", ""), ("what is flip ?", "what, is, ?"),
+                        ("what is this ?", "this"), ("this ?", ""), (many, "10"), (many, "")):
         agent.tokenize(["s1 x7", text])
         said = capsys.readouterr().out
-        assert said.count("<unk>") == said.count("\n") == (text == "what is flip ?")
+        assert said.count("<unk>") == said.count("\n") == bool(named) and named in said
 
 
 def test_a_prompt_beyond_the_models_positions_is_told_once(capsys):

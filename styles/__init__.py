@@ -23,6 +23,7 @@ import importlib
 import pkgutil
 import re
 import runpy
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -170,7 +171,7 @@ def check_prompts(style):
 
     A role is asked when it has heard everyone, and in round 1, when it has heard those who speak
     before it. A role with a `first` can be asked alone, and the last role can hear its own text."""
-    asked, names = [], {role.name for role in style.roles}
+    asked, known = [], {"question", "answer_format", *(role.name for role in style.roles)}
     for role in style.roles:
         who = f"style {style.name}: role {role.name}"
         need(role.model, f"{who} has no model: name a hub id or a folder")
@@ -186,8 +187,12 @@ def check_prompts(style):
     for one, role, told in asked:
         for kind in role.prompt if isinstance(role.prompt, dict) and role.prompt else KINDS[:1]:
             text = one.words_for(role, kind, told)
-            need(names_in(text) - names - {"answer_format"}, f"style {style.name}: role {role.name}"
-                 f" is asked {text!r}, without {{question}} or another column of the data: add it")
+            who, found = f"style {style.name}: role {role.name}", names_in(text)
+            need(found - known or "question" in found, f"{who} is asked {text!r}, without "
+                 "{question} or another column of the data: add it")
+            for odd in found - known:                    # a column, if its name is not a slip
+                meant = [name for name in known if name.lower() == odd.lower()]
+                need(not meant, f"{who}: its prompt holds {{{odd}}}: write {{{''.join(meant)}}}")
 
 
 def names_in(prompt):
@@ -211,8 +216,9 @@ def get_style(name):
     FileNotFoundError if the .py file is missing."""
     if isinstance(name, Style):
         return name
-    path, styles = Path(name), all_styles()
+    path, styles = Path(str(name)), all_styles()         # None is an unknown name too
     if path.suffix == ".py":
+        sys.path.append(str(path.resolve().parent))      # it may import the files beside it
         with blame(f"style file {path} does not run"):
             made = runpy.run_path(str(path)).values()
         made = [value for value in made if isinstance(value, Style)

@@ -264,15 +264,14 @@ def finish(mas, args, task, state, started):
         save_outer(mas.outer, folder, style.name, format=args.save_format,
                    task=args.mas_task if style.links_by_task else None)
     state.save()
-    print(f"{state.done} steps, {state.skipped} skipped, {time.time() - started:.0f} s; the links "
-          f"are in {folder}")
+    print(f"saved after {state.done} steps, {state.skipped} skipped, {time.time() - started:.0f} s")
     if args.log_gradients and rank() == 0:
         plot_gradients(folder)
     if args.eval_samples and task:
         evaluate.compare(mas, task, args, folder)
     print(f"{time.time() - started:.0f} s in all; links and log.jsonl are in {folder}. Ask them:\n"
-          f"python evaluate.py --style {args.style} --ckpt_override outer={folder}"
-          + (" --show 2" if task else " --dataset ..   (docs/benchmarks.md lists them)"))
+          f"python evaluate.py --style {args.style} --ckpt_override outer={folder} "
+          + data.flags_to_ask(task, style.settings, args.mas_task))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from prompts import role_prompts
 from styles import KINDS
 from support.errors import need
-from tasks import generated_task, read_rows
+from tasks import generated_task, get_task, read_rows, task_names
 
 
 def load_rows(args):
@@ -110,6 +110,18 @@ def fault(row, columns):
         return f"no column {' or '.join(columns) or '(the style names no target)'}"
     number = isinstance(row[there[0]], (int, float))
     return f"{there[0]} is {'a number: write it as a text' if number else 'empty or not a text'}"
+
+
+def flags_to_ask(trained_on, settings, kind):
+    """The flags with which evaluate.py asks a system questions like those of its training.
+
+    trained_on: the Task that made the training rows. None: the style's settings tell, by the data
+    set that is asked without flags, else by the first one with this kind of questions."""
+    if trained_on:
+        return f"--dataset {trained_on.name} --show 2"
+    alike = [name for name in settings if name in task_names() and get_task(name).kind == kind]
+    name = settings.get("evaluate", {}).get("dataset") or next(iter(alike), None)
+    return f"--dataset {name}" if name else "--dataset FILE --task ..   (see docs/benchmarks.md)"
 
 
 # ---- what a role is asked and says ---------------------------------------------------------------

@@ -25,7 +25,7 @@ from pathlib import Path
 from checkpoints import notes_of
 from evaluation import report
 from evaluation.answers import (METHODS, Job, Plan, answer_batch, finished, in_batches,
-                                possible_methods, write_again)
+                                m_and_rounds, possible_methods, write_again)
 from evaluation.in_words import show
 from recurse import load_mas_system
 from styles import get_style
@@ -90,22 +90,15 @@ def with_settings(parser):
     """(flags, style), with the settings of style, data set and trained links as defaults."""
     known = flags.first_look(parser)
     style = get_style(known.style)
-    settings = dict(style.settings.get("evaluate", {}))
-    # The settings of the data set that is asked: the user's, else the style's own.
-    asked = known.task or known.dataset or settings.get("dataset", "tiny")
-    settings.update(style.settings.get(asked, {}) if asked in task_names() else {})
-    # What the links were trained with counts more than what the style says of all links.
-    notes = notes_of(overrides(known.ckpt_override).get("outer") or style.repo)
-    trained = {name: notes[name] for name in ("latent_length", "num_recursive_rounds")
-               if name in notes}
-    if "num_recursive_rounds" in trained:
-        trained["num_recursive_rounds"] = list(range(1, trained["num_recursive_rounds"] + 1))
-    if trained:
-        print("the links were trained with " + " ".join(
-            f"{name}={value}" for name, value in trained.items()), flush=True)
-    parser.set_defaults(dataset=known.dataset or "tiny", **trained)
-    return flags.parse(parser, {name: value for name, value in settings.items()
-                                if name not in trained}), style
+    general = style.settings.get("evaluate", {})
+    asked = known.task or known.dataset or general.get("dataset", "tiny")
+    # A later one counts more: m and R that the style trains with, its settings for all data sets,
+    # those for the one that is asked, m and R that these links were trained with.
+    settings = {**m_and_rounds(style.settings.get("train_outer", {})), **general,
+                **(style.settings.get(asked, {}) if asked in task_names() else {}),
+                **m_and_rounds(notes_of(overrides(known.ckpt_override).get("outer") or style.repo))}
+    parser.set_defaults(dataset=known.dataset or "tiny")
+    return flags.parse(parser, settings), style
 
 
 def overrides(pairs):
@@ -138,7 +131,7 @@ def evaluate(mas, fresh, task, examples, plan, out, settings, resume=False):
     todo = [(part, job) for part, job in jobs.items() if not finished(part, job)]
     first = next(iter(jobs.values())).examples
     with contextlib.suppress(RuntimeError):     # the first call is slow (imports, choosing kernels)
-        mas.respond([one.question for one in first[:2]], 1, 1, kind=first[0].kind,
+        mas.respond([one.question for one in first[:2]], 1, plan.latent_length, kind=first[0].kind,
                     writing=Writing(2), columns=[one.row for one in first[:2]])
     mine, answered = todo[rank()::ranks()], {}           # answered: {file: its lines}
     try:
@@ -151,14 +144,15 @@ def evaluate(mas, fresh, task, examples, plan, out, settings, resume=False):
     lines = [line for part in jobs for line in json.loads(part.read_text())["lines"]]
     if rank() == 0:
         write_lines(out / "results.jsonl", lines)
-        report.write_report(report.summarise(lines), out, settings, task=task, examples=examples)
+        report.write_report(report.summarise(lines), out, settings, mas, task, examples)
     return lines
 
 
 def compare(mas, task, args, out):
     """The comparison at the end of train_outer.py: the trained links beside every baseline, on the
     test problems of the task that made the training rows. `untrained` is where training began."""
-    settings = {"max_new_tokens": 1000, "batch_size": 32, **mas.style.settings.get(task.name, {})}
+    settings = {"max_new_tokens": 1000, "batch_size": 32, **mas.style.settings.get("evaluate", {}),
+                **mas.style.settings.get(task.name, {})}
     examples, size = task.load(args.eval_samples), settings["batch_size"]
     plan = Plan(methods=possible_methods(mas.style, task, in_batches(examples, size)),
                 rounds=list(range(1, args.num_recursive_rounds + 1)), batch_size=size,
@@ -173,7 +167,7 @@ def compare(mas, task, args, out):
 
 def chosen_questions(args):
     """(task, its questions): all, the first --num_samples, or as many drawn by --sample_seed."""
-    is_file = args.dataset.endswith((".json", ".jsonl"))
+    is_file = bool(Path(args.dataset).suffix)
     need(is_file == bool(args.task), f"--dataset {args.dataset} and --task '{args.task}': --task "
          "says what a .json or .jsonl file holds (math500, .., or maths, choice, coding, search), "
          "and goes with a file alone")
@@ -223,16 +217,12 @@ def main():
             task.ready(args.allow_unsafe_code)
 
     # 2. Who answers.
-    uses_links = {"latent", "shuffle"} & set(plan.methods)
     mas = load_mas_system(
         style, args.device, args.dtype, task=task.kind, threads=args.threads,
         trust_remote_code=bool(args.trust_remote_code), revision=args.revision,
         ckpt_override=overrides(args.ckpt_override), thinking=bool(args.enable_thinking),
-        offload=args.offload, allow_unsafe_code=args.allow_unsafe_code,
-        need_links=bool(args.show or uses_links), compile=args.compile)
-    if mas.latent_length not in (None, args.latent_length) and uses_links:
-        print(f"asked with {args.latent_length} latent thoughts per turn, but the links were "
-              f"trained with {mas.latent_length}", flush=True)
+        offload=args.offload, allow_unsafe_code=args.allow_unsafe_code, compile=args.compile,
+        need_links=bool(args.show or {"latent", "shuffle"} & set(plan.methods)))
     task.check_m(mas.agents[style.roles[0].name], args.latent_length)
     need_room(mas.agents.values(), {one.id: (one.question, one.gold) for one in examples})
     if "search" in style.tools:

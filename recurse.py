@@ -39,7 +39,7 @@ from prompts import WORDS, BatchPrompts, Request, Turn
 from styles import KINDS, get_style
 from support.batches import chunks
 from support.devices import settle
-from support.errors import need
+from support.errors import need, say_once
 from tools.sandbox import require_sandbox
 from writing import Sampling, Writing, write_message, write_turn
 
@@ -159,13 +159,16 @@ class MAS:
              "list of texts, none of them empty: for a single one write [question]")
         kinds = [kind] * len(questions) if isinstance(kind, str) else list(kind)
         columns = list(columns or [{}] * len(questions))
-        need(len(kinds) == len(columns) == len(questions) and set(kinds) <= set(KINDS), "kinds and "
-             f"columns have one entry for each question, kinds of {', '.join(KINDS)}, not {kind!r}")
+        need(len(kinds) == len(columns) == len(questions) and set(kinds) <= set(KINDS),
+             f"{len(questions)} questions need as many kinds, of {', '.join(KINDS)}, not {kind!r}, "
+             f"and as many rows in columns, not {len(columns)}")
         methods = ("latent", *CONTROLS, *WORDS)
         need(method in methods, f"unknown method '{method}': choose one of {', '.join(methods)}")
         need(all(isinstance(one, Integral) for one in (rounds, m)) and rounds >= 1
              and (m >= 1 or method in WORDS), "rounds and latent length are whole numbers of at "
              f"least 1, not {rounds} and {m}: for an answer without latents use method single")
+        if self.latent_length not in (None, m) and method not in WORDS:
+            say_once(f"asked with {m} thoughts a turn, but trained with {self.latent_length}")
         return Request(list(questions), kinds, columns, rounds, latent_length=m, method=method)
 
     def agent(self, role):

@@ -50,6 +50,13 @@ class Plan:
     measure: str = "accuracy"    # or loss: nats per token of the gold answer, nothing is decoded
 
 
+def m_and_rounds(training):
+    """m and R of a training, as flags of evaluate.py. It asks with 1, 2, .. and R rounds."""
+    m, R = training.get("latent_length"), training.get("num_recursive_rounds")
+    found = {"latent_length": m, "num_recursive_rounds": R and list(range(1, R + 1))}
+    return {name: value for name, value in found.items() if value}
+
+
 def possible_methods(style, task, batches, wanted=()):
     """The methods asked for, or all that this style, task and batches can serve.
 

@@ -11,10 +11,14 @@ together, `latent` are thoughts, and both are means per question, as `ms` is.
 Intervals. With one answer per question, accuracy is a share of right answers. Its interval is
 Wilson's, which stays within [0, 1] and is right for small n. Several answers to one question are
 not independent, so their interval is a bootstrap over questions (evaluation/statistics.py).
+
+With --measure loss the table has `nats` in place of accuracy, and fewer are better. Nothing is
+read, so there is no column `unparsed`.
 """
 import importlib.util
 from statistics import fmean
 
+from checkpoints import PROJECT
 from evaluation.answers import METHODS
 from evaluation.statistics import bootstrap, paired, value_of, wilson
 from recurse import CONTROLS
@@ -77,23 +81,35 @@ def measure_of(entries):
 
 # ---- tables and pictures ------------------------------------------------------------------------
 
-def write_report(entries, out, settings, task=None, examples=()):
-    """Print the table, and write OUT/summary.json and OUT/summary.png."""
+def made_for(mas, task):
+    """Whether `mas` is the system that the task's ceiling is about (Task.team): the same roles with
+    the same models, which hear the same roles. The style's name does not count."""
+    ours = [(role.name, mas.agents[role.name].name, *mas.style.heard_by(role.name))
+            for role in mas.style.roles]
+    return ours == [(role, str((PROJECT / model).resolve()), *heard)
+                    for role, model, *heard in task.team]
+
+
+def write_report(entries, out, settings, mas=None, task=None, examples=()):
+    """Print the table, and write OUT/summary.json and OUT/summary.png. mas, task, examples: what
+    was asked, for the best accuracy possible; merged tables leave them out."""
     write_json(out / "summary.json", {"settings": settings, "rows": entries})
     interval = "lowest - highest" if "runs" in entries[0] else "95 % interval"
     measure = measure_of(entries)
+    read = measure == "accuracy"                         # else nothing was decoded and read
     print(f"\n{'method':12s} {'rounds':>6s} {measure:>8s}  {interval:16s} "
-          f"{'unparsed':>8s} {'tokens':>7s} {'latent':>6s} {'ms':>7s}   (means per question)")
+          f"{'unparsed ' if read else ''}{'tokens':>7s} {'latent':>6s} {'ms':>7s}   "
+          f"(means per question{'' if read else '; fewer nats are better'})")
     for one in entries:
         low, high = one["ci95"]
+        unparsed = f"{one['unparsed']:8.3f} " if read else ""
         more = f"  pass@{one['samples']} {one['pass_at_k']:.3f}" if "samples" in one else ""
         more += f"  {one['errors']} failed" if one["errors"] else ""
         print(f"{one['method']:12s} {one['rounds']:6d} {one[measure]:8.3f}  {low:.3f} - {high:.3f}"
-              f"    {one.get('unparsed', 0):8.3f} {one['decoded_tokens']:7.1f} "
+              f"    {unparsed}{one['decoded_tokens']:7.1f} "
               f"{one['latent_steps']:6.0f} {1000 * one['seconds']:7.2f}{more}")
-    # The ceiling is that of the system that was made for the task, and of no other.
     ceiling = {}
-    if task and measure == "accuracy" and entries[0]["style"] == task.name:
+    if task and read and made_for(mas, task):
         depths = sorted({one["rounds"] for one in entries})
         ceiling = {depth: best for depth in depths if (best := task.ceiling(examples, depth))}
     print_comparison(entries, ceiling)
@@ -111,7 +127,7 @@ def print_comparison(entries, ceiling):
             pair = one["latent_minus_this"]
             low, high = pair["ci95"]
             print(f"latent minus {method:12s} {pair['difference']:+.3f}  {low:+.3f} to {high:+.3f}"
-                  f"  over the same {pair['n']} questions: higher in {pair['ours_only']}, lower in "
+                  f"  over the same {pair['n']} questions: better in {pair['ours_only']}, worse in "
                   f"{pair['theirs_only']}")
     ours = by.get("latent")
     for other in ("text", "text_brief"):
@@ -119,7 +135,7 @@ def print_comparison(entries, ceiling):
         if ours and theirs and not ours["errors"] + theirs["errors"] and ours["decoded_tokens"]:
             fewer = 100 - 100 * ours["decoded_tokens"] / theirs["decoded_tokens"]
             print(f"latent against {other} at {deepest} rounds: {fewer:.1f} % fewer decoded "
-                  f"tokens, {theirs['seconds'] / ours['seconds']:.2f} x as fast")
+                  f"tokens; {other} takes {theirs['seconds'] / ours['seconds']:.2f} times as long")
     if ceiling:
         print("expected of a perfect system by rounds (what does not fit is guessed): "
               + ", ".join(f"{depth}: {best:.3f}" for depth, best in ceiling.items()))
@@ -142,8 +158,9 @@ def plot(entries, path, ceiling=None):
     ceiling: {rounds: the best accuracy possible}, drawn as dashed lines. Controls are pale."""
     measure = measure_of(entries)
     spread = "lowest to highest run" if "runs" in entries[0] else "95 % intervals"
-    panels = {measure: f"{measure} ({spread})", "decoded_tokens": "decoded tokens per question",
-              "seconds": "seconds per question"}
+    better = "" if measure == "accuracy" else " per token, lower is better"
+    panels = {measure: f"{measure}{better} ({spread})",
+              "decoded_tokens": "decoded tokens per question", "seconds": "seconds per question"}
     figure = new_figure(width=15)
     axes = dict(zip(panels, figure.subplots(1, 3)))
     methods = list(dict.fromkeys(one["method"] for one in entries))

@@ -44,12 +44,14 @@ def paired(ours, theirs):
 
     Two methods are asked the same questions, and a hard question is hard for both. So the interval
     of the difference (a bootstrap over questions) is narrower than the two intervals suggest.
-    ours_only and theirs_only count questions that one method alone gets right (McNemar's counts):
-    if both methods are equally good, the two counts are about equal."""
+    ours_only and theirs_only count questions on which one method is better, by more right answers
+    or by fewer nats (with right and wrong alone, these are McNemar's counts). If both methods are
+    equally good, the two counts are about equal."""
     by_id = {line["id"]: value_of(line) for line in theirs if line["outputs"]}
     pairs = [(value_of(line), by_id[line["id"]]) for line in ours
              if line["outputs"] and line["id"] in by_id]
     differences = [a - b for a, b in pairs] or [math.nan]
+    sign = -1 if any("nats" in line for line in ours) else 1             # fewer nats are better
     return {"difference": fmean(differences), "ci95": bootstrap(differences),
-            "n": len(pairs), "ours_only": sum(a > b for a, b in pairs),
-            "theirs_only": sum(a < b for a, b in pairs)}
+            "n": len(pairs), "ours_only": sum(sign * a > sign * b for a, b in pairs),
+            "theirs_only": sum(sign * a < sign * b for a, b in pairs)}

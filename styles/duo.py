@@ -24,7 +24,7 @@ duo = Style(
                         "batch_size": 16},
         "train_outer": {"latent_length": 8, "num_recursive_rounds": 1, "batch_size": 2,
                         "warm_start_steps": 1000, "gradient_checkpointing": 0},
-        "evaluate": {"latent_length": 8, "num_recursive_rounds": [1], "temperature": 0.0},
+        "evaluate": {"temperature": 0.0},
         "gsm8k": {"max_new_tokens": 300}, "humaneval": {"max_new_tokens": 300},
     },
 )

@@ -23,8 +23,7 @@ relay = Style(
         "train_outer": {**TRAINING, "num_samples": 8000, "num_recursive_rounds": 1,
                         "batch_size": 12, "outer_lr": 3e-4, "warm_start_steps": 1000,
                         "max_steps": 400, "gradient_checkpointing": 0},
-        "evaluate": {"dataset": "relay", "num_recursive_rounds": [1], "latent_length": 6,
-                     "temperature": 0.0, "batch_size": 32},
+        "evaluate": {"dataset": "relay", "temperature": 0.0, "batch_size": 32},
         **dict.fromkeys(("relay", "relay_number", "relay_sentence"), {"max_new_tokens": 16}),
     },
 )

@@ -29,6 +29,7 @@ tiny = Style(
                         "batch_size": 32, "outer_lr": 1e-3, "max_grad_norm": 0.3,
                         "latent_length": 6, "role_loss_weight": 1.0, "warm_start_steps": 400,
                         "random_rounds": 1, "gradient_checkpointing": 0, "eval_samples": 300},
-        "tiny": {"latent_length": 6, "max_new_tokens": 32, "temperature": 0.0, "batch_size": 125},
+        # For every data set: the agents know no notes longer than these.
+        "evaluate": {"max_new_tokens": 32, "temperature": 0.0, "batch_size": 125},
     },
 )

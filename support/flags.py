@@ -7,7 +7,8 @@ one counts:
     settings={"train_outer": {"batch_size": 32}}             what the style sets for this script
     python train_outer.py --batch_size 8                     what the user gives
 
-A style may set defaults for a script or for a data set. Those that took effect are printed.
+A style may set defaults for a script or for a data set, and trained links may know theirs. Those
+that took effect are printed.
 """
 import argparse
 import math
@@ -118,7 +119,8 @@ def first_look(parser):
 
 
 def parse(parser, settings):
-    """The flags, with a style's settings as defaults. Settings that took effect are printed.
+    """The flags, with the settings of style and links as defaults. Those that took effect are
+    printed.
 
     Raises ValueError for a setting that is not a flag of this script. The value of a setting is
     checked as a user's is."""
@@ -133,7 +135,7 @@ def parse(parser, settings):
     args = parser.parse_args([*given, *sys.argv[1:]])
     used = [f"{name}={value}" for name, value in settings.items() if getattr(args, name) == value]
     if used:
-        print("the style sets " + " ".join(used), flush=True)
+        print("defaults of this system: " + " ".join(used), flush=True)
     return args
 
 

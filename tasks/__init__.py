@@ -61,6 +61,7 @@ class Task:
     leave_out = ()               # words of the test that no training may see (relay)
     samples = 1                  # answers to draw per question, as the publishers did (pass@k)
     retry = None                 # (text put after an answer that cannot be read, tokens after it)
+    team = ()                    # whose ceiling is known: a (role, model, roles it hears ..) each
     train_rows = None            # train_rows(n, seed) -> [row], if the task makes training data
 
     def __init__(self, name, path=None):
@@ -68,7 +69,8 @@ class Task:
         self.name = name
 
     def ceiling(self, examples, rounds):
-        """The best accuracy possible in `rounds` rounds, or None if it is not known."""
+        """The best accuracy that `team` can reach in `rounds` rounds, or None if it is not known.
+        """
 
     def ready(self, allow_unsafe=False):
         """Raise ValueError, before anything is generated, if answers cannot be scored here."""
@@ -129,6 +131,13 @@ def found(read, *arguments):
     return Score(False, read(*arguments))
 
 
+def need_limit(limit):
+    """Raise ValueError for a limit of load() that is not a number of questions. -1 would be all of
+    them to one task, and all but the last to another."""
+    need(limit is None or limit >= 1,
+         f"load() takes at least 1 question, or None for all of them, not {limit}")
+
+
 def pass_at_k(n, c, k):
     """Unbiased estimate of P(at least one of k samples is right), from c right ones among n.
 
@@ -168,6 +177,7 @@ class RowTask(Task):
 
         Raises ValueError or OSError naming the row: for one that is not an object, or has the id of
         another, and where nothing is left."""
+        need_limit(limit)
         need(not (self.path and split), f"{self.path} has no split '{split}': leave --dataset_split"
              " out")
         origin, config, usual = (self.path, None, None) if self.path else self.names[self.name]

@@ -23,7 +23,7 @@ import random
 from pathlib import Path
 
 from support.errors import need
-from tasks import Example, Score, Task
+from tasks import Example, Score, Task, need_limit
 
 TEST_SIZE, SEED = 64, 7
 WORDS = Path(__file__).parent / "words.txt"
@@ -64,6 +64,7 @@ class Relay(Task):
 
     def load(self, limit=None, split=None):
         """The 64 facts of the test as Examples, or 64 of the training rows (split "train")."""
+        need_limit(limit)
         need(split in (None, "test", "train"),
              f"{self.name} has no split '{split}': choose test or train")
         start = TEST_SIZE if split == "train" else 0

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from support.errors import need
-from tasks import Example, Score, Task
+from tasks import Example, Score, Task, need_limit
 
 TEST_SIZE, TEST_SEED = 500, 999
 SHORTEST, LONGEST = 2, 12
@@ -118,6 +118,7 @@ def train_rows(n, seed):
 
 def load(limit=None, split=None):
     """The test problems as Examples, the first `limit` of them. There is one split."""
+    need_limit(limit)
     need(split in (None, "test"), f"tiny has no split '{split}': leave --dataset_split out")
     return [Example(f"tiny-{i}", problem.question, str(problem.values[-1]), kind="math",
                     row={"events": len(problem.operations),
@@ -149,5 +150,7 @@ def check_m(agent, m):
 class Tiny(Task):
     """The functions above. There is nothing to read from a file."""
     names, kind, brief = ("tiny",), "math", NOTE
+    team = (("planner", "tiny/planner", "solver"), ("critic", "tiny/critic", "planner"),
+            ("solver", "tiny/solver", "critic"))
     load, score, train_rows = staticmethod(load), staticmethod(score), staticmethod(train_rows)
     ceiling, check_m = staticmethod(ceiling), staticmethod(check_m)

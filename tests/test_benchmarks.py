@@ -377,5 +377,5 @@ def test_a_styles_settings_for_a_data_set(case, monkeypatch, capsys):
     shutil.copy(PROJECT / "tests/data/styles/settings.txt", "mine.py")
     args = parsed(monkeypatch, *case["flags"].split())
     assert vars(args).items() >= {**case["given"], **case["set"]}.items()
-    printed = capsys.readouterr().out.split("the style sets ")[1].split("\n")[0].split()
+    printed = capsys.readouterr().out.split("defaults of this system: ")[1].split("\n")[0].split()
     assert set(printed) == {f"{name}={value}" for name, value in case["set"].items()}

@@ -230,7 +230,7 @@ def test_links_know_their_prompts_and_their_m(tmp_path, capsys, run):
                         2, "--method", "single", "--out", tmp_path / "asked")
     settings = json.loads((tmp_path / "asked/summary.json").read_text())["settings"]
     assert code == 0 and settings["latent_length"] == 6
-    assert settings["num_recursive_rounds"] == [1] and "trained with num_recursive_rounds" in said
+    assert settings["num_recursive_rounds"] == [1] and "num_recursive_rounds=[1]" in said
 
 
 # ---- folders that cannot be written to ----------------------------------------------------------

@@ -50,12 +50,12 @@ def mas():
 
 
 def respond(mas, questions, rounds, latent_length, kind="math", method="latent", trace=False,
-            change=None, **options):
+            change=None, columns=None, **options):
     """mas.respond, with the fields of Writing and Sampling as options."""
     sampling = {name: options.pop(name) for name in [*options] if hasattr(Sampling, name)}
     writing = Writing(sampling=Sampling(**sampling), **options)
     return mas.respond(questions, rounds, latent_length, kind=kind, method=method, trace=trace,
-                       writing=writing, change=change)
+                       writing=writing, change=change, columns=columns)
 
 
 def text_from(agent, ids):

@@ -13,8 +13,6 @@ from support.errors import say_once
 from tasks import get_task
 from training.rows import flags_to_ask
 
-QUESTIONS = [example.question for example in get_task("tiny").load(2)]
-
 
 def test_a_participants_task_is_asked_as_in_training(shipped, tmp_path, run, monkeypatch):
     """By its m, and greedily: by evaluate.py, and by the trainer at its end."""
@@ -37,15 +35,14 @@ def test_a_foreign_m_is_told_once(shipped, capsys):
     """R and m swapped are the usual slip. Methods in words have no m."""
     say_once.cache_clear()
     for method, m, told in (("text", 3, 0), ("latent", 6, 0), ("latent", 3, 1), ("latent", 3, 0)):
-        shipped.request(QUESTIONS, 6, m, method=method)
+        shipped.request(["start 2 s1 x7"], 6, m, method=method)
         said = capsys.readouterr().out
         assert said.count("\n") == told and ("3" in said and "6" in said) == told
 
 
 def test_the_trainers_last_line_names_questions_like_those_of_the_training():
-    for style, kind, flags in (
-            ("sequential_light", "math", "math500"), ("duo", "code", "humaneval"),
-            ("relay", "math", "relay"), ("duo", "search", "FILE --task")):
+    for style, kind, flags in (("sequential_light", "code", "mbppplus"), ("duo", "math", "gsm8k"),
+                               ("relay", "math", "relay"), ("duo", "search", "FILE --task")):
         assert f"--dataset {flags}" in flags_to_ask(None, get_style(style).settings, kind)
 
 

@@ -29,6 +29,7 @@ def test_a_participants_task_is_asked_as_in_training(shipped, tmp_path, run, mon
     monkeypatch.setattr("sys.argv", ["evaluate.py", "--style", "duo", "--dataset", "chain"])
     args = evaluate.parse()[0]
     assert (args.latent_length, args.num_recursive_rounds, args.temperature) == (8, [1], 0)
+    assert evaluate.m_and_rounds({"num_recursive_rounds": 2}) == {"num_recursive_rounds": [1, 2]}
 
 
 def test_a_foreign_m_is_told_once(shipped, capsys):

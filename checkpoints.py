@@ -8,7 +8,8 @@
 
 The manifests say what a file name cannot:
 
-    adapter_config.json     {"adapter_type": "ln_res_adapter"}              the inner link's kind
+    adapter_config.json     {"adapter_type": "ln_res_adapter"}              the inner link's kind,
+                            or ours for each task: "math": .., "code": ..
     innerlink_config.json   {"tasks": {"math": {"adapter.pt": "adapter(math).pt"}, ..}}
     outerlink_config.json   {"adapters": [{"legacy_key": "outer_12", "filename": "outer_12.pt",
                              "adapter_type": "outer_ln_res_adapter", "in_dim": 2048,
@@ -85,12 +86,14 @@ def save_inner(link, folder, task="math", format="safetensors"):
     earlier training in the same folder."""
     stem = "adapter" if task is None else f"adapter({link_task(task)})"
     name = save_weights(link, folder, stem, format)
-    manifest = Path(folder) / "innerlink_config.json"
+    manifest, config = Path(folder) / "innerlink_config.json", Path(folder) / "adapter_config.json"
     tasks = read_json(manifest).get("tasks", {})
+    # The link for the other task may be of another kind, so the config keeps that one.
+    kinds = {"adapter_type": KINDS[link.kind], **read_json(config)}
     for served in ("math", "code") if task is None else (link_task(task),):
-        tasks[served] = {"adapter.pt": name}
+        tasks[served], kinds[served] = {"adapter.pt": name}, KINDS[link.kind]
     write_json(manifest, {"tasks": tasks})
-    write_json(Path(folder) / "adapter_config.json", {"adapter_type": KINDS[link.kind]})
+    write_json(config, kinds)
 
 
 def load_inner(folder, width, task="math", kind=RELEASED):
@@ -108,7 +111,8 @@ def load_inner(folder, width, task="math", kind=RELEASED):
          f"train_inner.py --save_dir {folder}", FileNotFoundError)
     config = folder / "adapter_config.json"
     with blame(config):
-        link = InnerLink(width, read_json(config).get("adapter_type", kind))
+        kinds = read_json(config)
+        link = InnerLink(width, kinds.get(task) or kinds.get("adapter_type", kind))
     load_weights(link, found[0])
     return link
 
@@ -127,16 +131,19 @@ def save_outer(links, folder, style="", format="safetensors", task=None):
     write_json(Path(folder) / "outerlink_config.json", manifest)
 
 
-def read_outer(path):
-    """The outer link in a file. Some manifests name only keys and files, so the weights tell the
-    rest: their names tell the link's kind, their shapes its widths."""
-    with blame(f"link file {path} is damaged, or it holds no outer link"):
-        state = read_weights(path)
-        last, kind = ("proj2", "2layer") if "proj2.weight" in state else ("proj1", "1layer")
-        kind += "_ln" * ("ln_source.weight" in state) + "_res" * ("residual_proj.weight" in state)
-        source, target = state["proj1.weight"].shape[1], len(state[f"{last}.weight"])
-        link = OuterLink(source, target, kind)
-        link.load_state_dict(state)
+def read_outer(path, told):
+    """The outer link in a file. told: its kind and widths in the manifest. Some manifests name only
+    keys and files. Then the weights tell: their names tell the kind, their shapes the widths."""
+    if not {"adapter_type", "in_dim", "out_dim"} <= told.keys():
+        with blame(f"link file {path} is damaged, or it holds no outer link"):
+            state = read_weights(path)
+            last, kind = ("proj2", "2layer") if "proj2.weight" in state else ("proj1", "1layer")
+            kind += "_ln" * ("ln_source.weight" in state)
+            kind += "_res" * ("residual_proj.weight" in state)
+            told = {"adapter_type": kind, "in_dim": state["proj1.weight"].shape[1],
+                    "out_dim": len(state[f"{last}.weight"]), **told}
+    link = OuterLink(told["in_dim"], told["out_dim"], told["adapter_type"])
+    load_weights(link, path)
     return link
 
 
@@ -156,7 +163,7 @@ def load_outer(folder, widths, task="math"):
         need(task in tasks, f"its links are for task {', '.join(tasks) or 'none'}, not '{task}': "
              "train them, or choose other questions")
         entries = manifest.get("adapters") or manifest["tasks"][task]["adapters"]
-        links = {entry["legacy_key"]: read_outer(folder / entry["filename"]) for entry in entries}
+        links = {one["legacy_key"]: read_outer(folder / one["filename"], one) for one in entries}
         found = {key: link.widths for key, link in links.items()}
         need(found == widths, f"it holds the links {found} (by widths), but this system needs "
              f"{widths}: they belong to another style or to other models")

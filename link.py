@@ -27,16 +27,19 @@ training, the share of the planner's thoughts that read as the right word is:
 On a real model only the matched gain gives readable thoughts. SmolLM2's thoughts 2 to 8 read as the
 right word for .77 to .80 of the questions. With gain 1 the share is .28 for thought 2, and at most
 .03 for the others (docs/real.md).
-
-checkpoints.py saves and loads links. Parameters keep the names that they have in the released
-files: proj1, proj2, pre_ln, post_ln, residual_proj, ln_source, ln_target.
 """
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from support.errors import need
+
 # The paper compares several designs. Left: our name. Right: the published name of the inner link.
 # An outer link's published name is the same with "outer_" in front.
+# To add a kind, for example one that ends in a tanh:
+# 1. Name it here: "2layer_ln_res_tanh": "tanh_adapter". A part of its name is new: "tanh".
+# 2. Write "tanh" into PARTS of InnerLink, OuterLink or both, and build it in __init__ and forward.
+# Flags, saved files and tests then know it. A class refuses a kind with a part not in its PARTS.
 KINDS = {
     "1layer": "linear_adapter",             # W1 h
     "1layer_res": "linear_res_adapter",     # h + W1 h
@@ -48,10 +51,13 @@ KINDS = {
 RELEASED = "2layer_ln_res"                  # the kind that was released
 
 
-def kind_name(name):
-    """Our name of a link kind, given ours or the published one. Raises ValueError if unknown."""
+def kind_name(name, link=None):
+    """Our name of a link kind, given ours or the published one. Raises ValueError if it is unknown,
+    or if the class of `link` does not build all its parts."""
     for ours, published in KINDS.items():
         if name in (ours, published, "outer_" + published):
+            need(not link or set(ours.split("_")) <= link.PARTS, f"{type(link).__name__} does not "
+                 f"build link kind '{name}': see KINDS in link.py")
             return ours
     raise ValueError(f"unknown link kind '{name}': choose one of {', '.join(KINDS)}")
 
@@ -61,10 +67,11 @@ class InnerLink(nn.Module):
 
     Input and output are (.., width). kind: one of KINDS. gain: where the last LayerNorm's gain
     starts (see the head of this file); a kind without LayerNorms has no gain to set."""
+    PARTS = {"1layer", "2layer", "ln", "res"}       # of kinds' names: what is built here
 
     def __init__(self, width, kind=RELEASED, gain=1.0):
         super().__init__()
-        self.kind = kind_name(kind)
+        self.kind = kind_name(kind, self)
         self.two_layers, self.residual = "2layer" in self.kind, "_res" in self.kind
         self.proj1 = nn.Linear(width, width)
         if self.two_layers:
@@ -91,10 +98,11 @@ class OuterLink(nn.Module):
     Input is (.., src_width), output (.., dst_width). kind and gain are as in InnerLink. The agents
     differ in width, so the residual goes through a matrix W3. The hidden width is 2 dst_width with
     LayerNorms and dst_width without them, as in the released links."""
+    PARTS = {"1layer", "2layer", "ln", "res"}
 
     def __init__(self, src_width, dst_width, kind=RELEASED, gain=1.0):
         super().__init__()
-        self.kind = kind_name(kind)
+        self.kind = kind_name(kind, self)
         self.widths = (src_width, dst_width)
         self.two_layers, self.residual = "2layer" in self.kind, "_res" in self.kind
         hidden_width = 2 * dst_width if "_ln" in self.kind else dst_width

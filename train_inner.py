@@ -31,7 +31,7 @@ import torch
 from checkpoints import load_agent, load_inner, local_folder, save_inner
 from evaluation.in_words import readability, tell
 from gpu.compiled import set_compile
-from link import InnerLink, kind_name, word_losses
+from link import InnerLink, word_losses
 from proof import need_proved
 from styles import KINDS, PUBLISHED_DESIGNS, get_style
 from support import flags
@@ -175,8 +175,8 @@ def new_link(agent, args):
     """The link to train: a new one, or the one in --load_dir."""
     if args.load_dir:
         folder = local_folder(args.load_dir, who="--load_dir")
-        return load_inner(folder, agent.width, args.mas_task,
-                          kind_name(args.adapter_type)).to(agent.device)
+        link = load_inner(folder, agent.width, args.mas_task, args.adapter_type)
+        return link.to(agent.device)
     torch.manual_seed(args.seed)
     gain = agent.embedding_rms if args.scale_match else 1.0               # see link.py
     return InnerLink(agent.width, args.adapter_type, gain).to(agent.device)

@@ -8,11 +8,16 @@ import torch
 import torch.nn.functional as F
 from helpers import holds, inner_equation, largest_difference, outer_equation, randomise, refuses
 
+import checkpoints
 from checkpoints import load_inner, load_outer, load_weights, save_inner, save_outer
 from link import KINDS, RELEASED, InnerLink, OuterLink, kind_name
 
-ALIASES = {name: ours for ours, published in KINDS.items()
+PUBLISHED = {
+    "1layer": "linear_adapter", "1layer_res": "linear_res_adapter", "2layer": "adapter",
+    "2layer_res": "res_adapter", "2layer_ln": "ln_adapter", "2layer_ln_res": "ln_res_adapter"}
+ALIASES = {name: ours for ours, published in PUBLISHED.items()
            for name in (ours, published, f"outer_{published}")}
+NEW = {"2layer_ln_res_tanh": "tanh_adapter", "1layer_gate": "gate_adapter"}
 FORMATS = ("safetensors", "pt")
 WIDTHS = {"outer_12": (6, 4), "outer_21": (4, 6)}
 ONE = {"outer_12": (6, 4)}
@@ -35,10 +40,8 @@ def in_format(link, format):
 # ---- the equations ------------------------------------------------------------------------------
 
 def test_kinds_are_the_published_ones():
-    assert KINDS == {
-        "1layer": "linear_adapter", "1layer_res": "linear_res_adapter", "2layer": "adapter",
-        "2layer_res": "res_adapter", "2layer_ln": "ln_adapter", "2layer_ln_res": "ln_res_adapter"}
-    assert RELEASED == "2layer_ln_res"
+    """And a participant may add others."""
+    assert KINDS.items() >= PUBLISHED.items() and RELEASED == "2layer_ln_res"
     with refuses("3layer", *KINDS):
         kind_name("3layer")
 
@@ -130,8 +133,8 @@ def test_inner_roundtrip(tmp_path, format, kind):
     assert {value.dtype for value in written.values()} == {
         torch.bfloat16 if format == "pt" else torch.float32}
     assert holds(link, written) == (format != "pt")
-    assert json.loads((tmp_path / "adapter_config.json").read_text()) == {
-        "adapter_type": KINDS[kind]}
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["adapter_type"] == KINDS[kind]
 
 
 KEYS = ("legacy_key", "filename", "in_dim", "out_dim", "adapter_type")
@@ -157,6 +160,46 @@ def test_outer_roundtrip(tmp_path, kind, format, keep):
         assert holds(link, in_format(links[key], format))
     with refuses(path, "outer_12", "(6, 4)", "(6, 5)"):
         load_outer(tmp_path, {"outer_12": (6, 5), "outer_21": (5, 6)})
+
+
+def with_new_parts(link):
+    """A link's class as a participant changes it: a new last step, and a new parameter."""
+    class New(link):
+        PARTS = {*link.PARTS, "tanh", "gate"}
+
+        def __init__(self, *given):
+            super().__init__(*given)
+            self.gate = torch.nn.Parameter(torch.tensor(0.3)) if "gate" in self.kind else 1.0
+
+        def forward(self, x):
+            y = super().forward(x) * self.gate
+            return y.tanh() if "tanh" in self.kind else y
+    return New
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("kind", NEW)
+def test_a_new_kind_is_loaded_as_it_was_saved(kind, format, tmp_path, monkeypatch):
+    """The manifests name it, and the parameters' names cannot. Where its class does not build it,
+    it is refused: as a new link, and from a file."""
+    monkeypatch.setitem(KINDS, kind, NEW[kind])
+    for new, widths in ((InnerLink, (6,)), (OuterLink, (6, 4))):
+        with refuses(new.__name__, kind):
+            new(*widths, kind)
+    inner, outer = with_new_parts(InnerLink), with_new_parts(OuterLink)
+    monkeypatch.setattr(checkpoints, "InnerLink", inner)
+    monkeypatch.setattr(checkpoints, "OuterLink", outer)
+    links, x = [inner(6, kind), outer(6, 4, kind)], torch.randn(3, 6)
+    save_inner(links[0], tmp_path, "math", format)
+    save_inner(random_inner(6, "1layer_res"), tmp_path, "code")            # has the same names
+    save_outer({"outer_12": links[1]}, tmp_path, format=format)
+    for link, again in zip(links, (load_inner(tmp_path, 6), load_outer(tmp_path, ONE)["outer_12"])):
+        link = link.bfloat16().float() if format == "pt" else link
+        assert again.kind == kind and torch.equal(again(x), link(x))
+    assert load_inner(tmp_path, 6, "code").kind == "1layer_res"
+    monkeypatch.undo()
+    with refuses(tmp_path / "outerlink_config.json", NEW[kind]):
+        load_outer(tmp_path, ONE)
 
 
 def test_a_second_task_keeps_the_first(tmp_path):

@@ -42,7 +42,7 @@ def apply_link(link, states, dtype):
     if dtype in (torch.bfloat16, torch.float16):
         with torch.autocast(states.device.type, dtype):
             return link(states).to(dtype)
-    return link(states.to(next(link.parameters()).dtype)).to(dtype)
+    return link(states.to(next(link.parameters(), states).dtype)).to(dtype)
 
 
 def greedy(logits, written, u):

@@ -246,28 +246,6 @@ def notes_of(name):
     return {}
 
 
-def trained_with(folder, style, override):
-    """What the outer links in a folder were trained with: (notes, models, inner links).
-
-    notes: its train_args.json, or {}. models: {role: base model}; an override that brings its own
-    model counts more. inner links: {role: folder}; an override counts more. A line is printed if
-    the override names another inner link, and if the style's prompts have changed since."""
-    notes, models, inner = notes_of(folder), {}, {}
-    if notes.get("prompts") not in (None, fingerprint([], style.words())):
-        print(f"the links in {folder} were trained with other prompts or edges than those of style "
-              f"{style.name}", flush=True)
-    for role in style.roles:
-        given, trained = override.get(role.name), notes.get(f"{role.name}_inner")
-        if not (Path(given or "/") / "config.json").is_file():
-            models[role.name] = notes.get(f"{role.name}_model")
-        if trained:
-            inner[role.name] = given or trained
-        if trained and given and Path(given).resolve() != Path(trained).resolve():
-            print(f"role {role.name}: the inner link is {given}; the outer links were trained with "
-                  f"{trained}", flush=True)
-    return notes, models, inner
-
-
 def load_agents(style, device="auto", dtype="auto", task="math", trust_remote_code=False,
                 override=None, revision=None, models=None, inner_kind=RELEASED, thinking=False,
                 offload=False, need_links=True):
@@ -302,8 +280,9 @@ def load_agents(style, device="auto", dtype="auto", task="math", trust_remote_co
         if folder is None:
             if speaks:
                 print(f"{who}: no inner link, so it gets a new, untrained one", flush=True)
-            torch.manual_seed(42)
-            agent.inner = InnerLink(agent.width, inner_kind, agent.embedding_rms)
+            with torch.random.fork_rng(devices=[]):      # the caller's random numbers stay
+                torch.default_generator.manual_seed(42)
+                agent.inner = InnerLink(agent.width, inner_kind, agent.embedding_rms)
         else:
             agent.inner = load_inner(folder, agent.width, task, inner_kind)
         agent.inner.to(agent.device).requires_grad_(False)
@@ -320,9 +299,28 @@ def outer_folder(style, override, revision=None, need_links=True):
 
 
 def load_outer_links(folder, style, agents, task="math"):
-    """The outer links of a style as a ModuleDict. Each is on the device of the agent that hears."""
+    """The outer links in a folder as a ModuleDict."""
     widths = {edge.key: (agents[edge.src].width, agents[edge.dst].width) for edge in style.edges}
-    links = torch.nn.ModuleDict(load_outer(folder, widths, task))
+    return placed(load_outer(folder, widths, task), style, agents)
+
+
+def new_outer_links(style, agents, kinds, scale_match=True, seed=42):
+    """Untrained outer links as a ModuleDict. kinds: {edge key: kind}, by default the released one.
+    scale_match: whether their gain starts at the RMS of the hearing agent's embeddings."""
+    links = {}
+    with torch.random.fork_rng(devices=[]):              # the caller's random numbers stay
+        torch.default_generator.manual_seed(seed)
+        for edge in style.edges:
+            source, target = agents[edge.src], agents[edge.dst]
+            gain = target.embedding_rms if scale_match else 1.0
+            links[edge.key] = OuterLink(source.width, target.width,
+                                        kinds.get(edge.key, RELEASED), gain)
+    return placed(links, style, agents)
+
+
+def placed(links, style, agents):
+    """Links {edge key: OuterLink} as a ModuleDict, frozen. A link lives where the hearing agent
+    lives, so R_in(H) (B, m, d) is what crosses over."""
     for edge in style.edges:
         links[edge.key].to(agents[edge.dst].device).requires_grad_(False)
-    return links
+    return torch.nn.ModuleDict(links)

@@ -52,8 +52,8 @@ RELEASED = "2layer_ln_res"                  # the kind that was released
 
 
 def kind_name(name, link=None):
-    """Our name of a link kind, given ours or the published one. Raises ValueError if it is unknown,
-    or if the class of `link` does not build all its parts."""
+    """Our name of a kind, given ours or the published one. Raises ValueError if it is unknown, or
+    if the class of `link` does not build it."""
     for ours, published in KINDS.items():
         if name in (ours, published, "outer_" + published):
             need(not link or set(ours.split("_")) <= link.PARTS, f"{type(link).__name__} does not "

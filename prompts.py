@@ -98,6 +98,11 @@ class BatchPrompts:
             self.made[role.name, slots] = prompts
         return prompts
 
+    def asked(self):
+        """B tuples of all roles' prompts, with empty slots. Equal ones ask the same question."""
+        return list(zip(*(self.prompts(role, {}, tuple(self.style.heard_by(role.name)))
+                          for role in self.style.roles)))
+
     def prefix(self, role):
         """The beginning of a role's prompts, up to the first slot, read once and without gradient:
         (B token lists, their Context), or None if there is nothing to share."""

@@ -32,12 +32,13 @@ from numbers import Integral
 import torch
 
 from agents import apply_link
-from checkpoints import load_agents, load_outer_links, outer_folder, trained_with
+from checkpoints import load_agents, load_outer_links, new_outer_links, outer_folder
 from gpu.compiled import set_compile
-from link import RELEASED, OuterLink
+from link import RELEASED
 from prompts import WORDS, BatchPrompts, Request, Turn
+from remembered import need_as_trained, trained_with
 from styles import KINDS, get_style
-from support.batches import chunks
+from support.batches import chunks, others
 from support.devices import settle
 from support.errors import need, say_once
 from tools.sandbox import require_sandbox
@@ -58,17 +59,14 @@ class Recursion:
 
 # ---- what can be sent ---------------------------------------------------------------------------
 
-def shuffled(edge, message):
-    """The message (B, m, d) about the next question of the batch. It has the right form and the
-    wrong content. So it shows what the form alone is worth."""
-    need(len(message) > 1, "method shuffle needs at least two questions in a batch")
-    return message.roll(1, 0)
-
-
-# A control changes what arrives: change(edge, message) -> a message of the same shape. To add one,
-# name such a function here. recurse(change=..) takes any of them. (Where agents exchange texts, the
-# message is a list of B texts.) `zero` sends nothing: what does the last agent know by itself?
-CONTROLS = {"zero": lambda edge, message: torch.zeros_like(message), "shuffle": shuffled}
+# A control changes what arrives: change(edge, message, asked) -> a message of the same shape. To
+# add one, name such a function here. recurse(change=..) takes any of them. (Where agents exchange
+# texts, the message is a list of B texts.) asked: B entries, equal where the question is the same.
+# `zero` sends nothing: what does the last agent know by itself? `shuffle` sends the message about
+# another question of the batch. It has the right form and the wrong content, so it shows what the
+# form alone is worth.
+CONTROLS = {"zero": lambda edge, message, asked: torch.zeros_like(message),
+            "shuffle": lambda edge, message, asked: message[others(asked)]}
 
 
 # ---- the recursion ------------------------------------------------------------------------------
@@ -118,7 +116,7 @@ def recurse(mas, questions, rounds=None, latent_length=None, kind="math", method
             for edge in style.edges:
                 if edge.src == role.name:
                     message = said if in_words else mas.send(edge, said)  # R_out(R_in(H)) (B, m, d)
-                    message = change(edge, message) if change else message
+                    message = change(edge, message, prompts.asked()) if change else message
                     heard[edge.dst][role.name] = message
                     if trace and not in_words:
                         run.sent[round, edge.key] = message
@@ -198,15 +196,8 @@ class MAS:
         """The same agents with new, untrained outer links. kinds: {edge key: kind of link}, by
         default those of the links that are there, else the released kind."""
         kinds = kinds or {key: link.kind for key, link in (self.outer or {}).items()}
-        torch.manual_seed(seed)
-        links = torch.nn.ModuleDict()
-        for edge in self.style.edges:
-            source, target = self.agents[edge.src], self.agents[edge.dst]
-            gain = target.embedding_rms if scale_match else 1.0       # see link.py
-            link = OuterLink(source.width, target.width, kinds.get(edge.key, RELEASED), gain)
-            # A link lives where the hearing agent lives, so R_in(H) (B, m, d) is what crosses over.
-            links[edge.key] = link.to(target.device).requires_grad_(False)
-        return replace(self, outer=links)
+        return replace(self, outer=new_outer_links(self.style, self.agents, kinds, scale_match,
+                                                   seed))
 
     @torch.no_grad()
     def respond(self, questions, rounds=None, latent_length=None, kind="math", method="latent",
@@ -271,9 +262,8 @@ def load_mas_system(style, device="auto", dtype="auto", task="math", trust_remot
         override={**override, **inner}, revision=revision, models=models,
         inner_kind=notes.get("inner_adapter_type_fallback", RELEASED), thinking=thinking,
         offload=offload, need_links=need_links)
+    need_as_trained(folder, style, agents, inner=inner, override=override)
     set_compile(agents.values(), compile)
-    # m and R: what the links were trained with, else what the style trains with.
-    notes = {**style.settings.get("train_outer", {}), **notes}
     mas = MAS(style, agents, None, offload, rounds=notes.get("num_recursive_rounds"),
               latent_length=notes.get("latent_length"))
     if folder is None:

@@ -32,11 +32,12 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import evaluate
-from checkpoints import PROJECT, load_agents, save_outer
+from checkpoints import load_agents, save_outer
 from evaluation.gradients import keep_gradients, message_gradients, plot_gradients
 from gpu.compiled import set_compile
 from link import kind_name
 from recurse import MAS, recurse
+from remembered import fingerprints
 from styles import KINDS, get_style
 from support import flags
 from support.devices import settle
@@ -84,11 +85,8 @@ def parse():
     add("--eval_samples", type=flags.at_least(0), default=500, help="problems of the comparison")
     add("--shuffle", action="store_true", help="no effect: rows are always shuffled")
     args = flags.parse(parser, style.settings.get("train_outer", {}))
-    for role in style.roles:
-        inner = vars(args)[f"{role.name}_inner"]
-        found = [(folder / inner).resolve() for folder in (Path(), PROJECT) if inner]
-        need(Path(args.save_dir).resolve() not in found, f"--save_dir {args.save_dir} holds the "
-             f"inner link of {role.name}: name another folder")
+    need(not (Path(args.save_dir) / "adapter_config.json").is_file(), f"--save_dir {args.save_dir} "
+         "holds an inner link: name another folder")
     return args, style
 
 
@@ -228,8 +226,8 @@ def main():
     schedule, scaler = new_schedule(optimizer, args, steps), new_scaler(links, last.dtype)
     inner = [agent.inner for agent in mas.agents.values()]
     state = State(args, steps, contents=fingerprint(inner, style.roles, style.edges, rows),
-                  notes={"prompts": fingerprint([], style.words())}, links=links,
-                  optimizer=optimizer, schedule=schedule, scaler=scaler)
+                  notes=fingerprints(style, mas.agents), links=links, optimizer=optimizer,
+                  schedule=schedule, scaler=scaler)
 
     # 3. The loop.
     for step in state.steps("outer links"):

@@ -17,6 +17,7 @@ import torch  # noqa: E402
 from link import KINDS, RELEASED, InnerLink  # noqa: E402
 from recurse import MAS, load_mas_system  # noqa: E402
 from styles import Edge, get_style  # noqa: E402
+from support.batches import others  # noqa: E402
 from tasks import Example, get_task  # noqa: E402
 from tasks.tiny import training_problems  # noqa: E402
 from training.warm_start import warm_start  # noqa: E402
@@ -89,9 +90,9 @@ def exercise_4(mas):
 
 def exercise_5(mas):
     """A role that lies: the solver believes what it hears, so the system falls to chance. The
-    critic sends the notes about the next problem of the batch."""
-    def lie(edge, message):
-        return message.roll(1, 0) if edge.src == "critic" else message           # (B, m, d)
+    critic sends the notes about another problem of the batch."""
+    def lie(edge, message, asked):
+        return message[others(asked)] if edge.src == "critic" else message       # (B, m, d)
 
     told, lied = accuracy(mas), accuracy(mas, change=lie)
     print(f"5. honest critic {told:.2f}, lying critic {lied:.2f}")

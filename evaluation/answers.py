@@ -61,12 +61,13 @@ def possible_methods(style, task, batches, wanted=()):
     """The methods asked for, or all that this style, task and batches can serve.
 
     Raises ValueError for a method that was asked for and cannot be served."""
-    last, few = style.roles[-1], min(map(len, batches)) < 2
+    last = style.alone().roles[0]
+    few = min(len({repr((one.question, one.row)) for one in batch}) for batch in batches) < 2
     why_not = {
         "text_brief": "" if task.brief else f"{task.name} has no brief message length",
-        "shuffle": "it needs at least two questions in a batch (--batch_size)" if few else "",
-        "single": "" if last.first else "its last role has no `first` prompt",
-        "single_loop": "" if last.own and last.first else "its last role lacks `first` or `own`"}
+        "shuffle": "it needs two different questions in a batch (--batch_size)" if few else "",
+        "single": "" if last.first else "its last role has no `first` or `alone` prompt",
+        "single_loop": "" if last.first and last.prompt else "its last role lacks `first` or `own`"}
     for method in wanted:
         need(not why_not.get(method), f"method {method}: {why_not.get(method)}")
     return list(wanted) or [name for name in METHODS if not why_not.get(name)]

@@ -2,6 +2,7 @@
 import torch
 from tqdm import tqdm
 
+from support.errors import need
 from support.ranks import rank
 
 
@@ -16,6 +17,15 @@ def by_length(lengths, size):
 
     A batch is as long as its longest item, and the rest is padding. So little is wasted."""
     return chunks(sorted(range(len(lengths)), key=lengths.__getitem__), size)
+
+
+def others(items):
+    """For each item of a batch, the place of another one: the nearest before it that is not equal
+    to it. (The first item stands behind the last one.) Raises ValueError if all are equal."""
+    places = [next((place for place in range(i - 1, i - len(items), -1)      # -1 is the last place
+                    if items[place] != item), None) for i, item in enumerate(items)]
+    need(None not in places, "method shuffle needs two different questions in a batch: ask more")
+    return places
 
 
 def progress(items, name, **settings):

@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 from support.errors import blame, need
 from support.ranks import rank
 
+SHIPPED = Path(__file__).resolve().parent.parent / "tiny"        # no run may write here
 RESULTS = ("results.jsonl", "summary.json", "summary.png", "parts")      # of an evaluation
 HALF_WRITTEN = f"*.{'[0-9a-f]' * 8}.part"                                # see write_whole
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)                   # of a file system
@@ -68,8 +69,11 @@ def claim(folder):
     """Lock a folder for this run before any work is done. release() unlocks it. (Of several ranks,
     rank 0 holds the lock for all.)
 
-    Raises ValueError if another run writes to it, OSError if nothing can be written. The system
-    unlocks the folder of a process that dies, and the next run removes its half-written files."""
+    Raises ValueError if another run writes to it, or if it is a shipped one; OSError if nothing can
+    be written. The system unlocks the folder of a process that dies, and the next run removes its
+    half-written files."""
+    need(not Path(folder).resolve().is_relative_to(SHIPPED), f"{folder} belongs to the shipped "
+         "system, which a run would replace: name a folder under out/")
     if rank() > 0:
         return
     release()

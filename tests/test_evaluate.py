@@ -187,10 +187,10 @@ def test_show_prints_every_turn_and_scores_nothing(m, tmp_path, run):
 
 @pytest.mark.parametrize("method", ["latent", "text"])
 def test_a_control_from_outside_reaches_every_message(method, shipped):
-    """change(edge, message) is called for each edge in each round in order. Its result is heard."""
+    """A change is called for each edge in each round in order. What it returns is heard."""
     seen = []
 
-    def change(edge, message):
+    def change(edge, message, _):
         seen.append((edge.key, message))
         return ["none" for _ in message] if method == "text" else message + 1
 

@@ -15,7 +15,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from helpers import PROJECT, Script, lines_of, links_of, refuses
+from helpers import PROJECT, Script, lines_of, links_of, randomise, refuses
 
 import evaluate
 import train_inner
@@ -233,6 +233,34 @@ def test_links_know_their_prompts_and_their_m(tmp_path, capsys, run):
     assert settings["num_recursive_rounds"] == [1] and "num_recursive_rounds=[1]" in said
 
 
+def test_outer_links_know_their_inner_links(tmp_path, capsys, run, monkeypatch):
+    """Not by their path: what stands there may have changed, or all may have moved together."""
+    links = [randomise(InnerLink(96), 0.2, seed) for seed in (1, 2)]
+    save_inner(links[0], tmp_path / "inner", None)
+    monkeypatch.chdir(tmp_path)
+    flags = ["--planner_inner_aligner_path", "inner", "--save_dir", "outer"]
+    assert run(train_outer, *OUTER, *flags)[0] == 0
+    for name in ("inner", "outer"):
+        shutil.copytree(name, tmp_path / "away/there" / name)
+    save_inner(links[1], "away/inner", None)              # another one, where the path would lead
+    monkeypatch.chdir(tmp_path / "away")
+
+    def planner(**given):
+        mas = load_mas_system("tiny", device="cpu", ckpt_override={"outer": "there/outer", **given})
+        return [torch.equal(mas.agents["planner"].inner.proj1.weight, link.proj1.weight)
+                for link in links], "there/outer were" in capsys.readouterr().out
+
+    assert planner() == ([True, False], False)
+    save_inner(links[1], "there/inner", None)
+    code, _, errors = run(evaluate, *ASK, "--ckpt_override", "outer=there/outer")
+    assert code == 2 and len(errors) == 1 and "planner: the inner link in there/inner" in errors[0]
+    assert planner(planner="there/inner") == ([False, True], True)
+    assert planner(planner=tmp_path / "inner") == ([True, False], False)
+    notes = files.read_json("there/outer/train_args.json")      # and one of an earlier revision:
+    files.write_json("there/outer/train_args.json", {**notes, "inner_links": {}})
+    assert planner() == ([False, True], False)
+
+
 # ---- folders that cannot be written to ----------------------------------------------------------
 
 @pytest.mark.parametrize("script, options", [
@@ -245,6 +273,11 @@ def test_no_folder_is_one_line_before_the_work(script, options, tmp_path, run):
         assert code == 2 and len(errors) == 1 and str(tmp_path / name) in errors[0]
         assert "frozen models" not in said                                  # no model was loaded
     assert (tmp_path / "file").read_text() == "no folder"
+    (tmp_path / "link").symlink_to(PROJECT / "tiny")
+    for name in (os.path.relpath(PROJECT / "tiny/new"), tmp_path / "link/new"):         # shipped
+        code, _, errors = run(script, *options, name)
+        assert code == 2 and len(errors) == 1 and str(name) in errors[0]
+    assert not (PROJECT / "tiny/new").exists()
 
 
 @pytest.fixture

@@ -300,11 +300,12 @@ PLACES = [{"Question": f"Where is {i}?", "Answer": f"Oslo {i}"} for i in range(5
 def service(monkeypatch):
     """It answers in place of judge and search, by reply(body) -> (status, content). asked: the
     bodies of all requests, keys: those that they were signed with."""
-    def post(session, url, json, auth, **options):
-        there.asked.append(json)
+    def post(session, url, auth, **options):
+        there.asked.append(options["json"])
         there.keys.add(auth[:])
-        status, content = there.reply(json)
-        return types.SimpleNamespace(status_code=status, json=lambda: content, text=str(content))
+        status, content = there.reply(options["json"])
+        raw = types.SimpleNamespace(read=lambda *_, **__: json.dumps(content).encode())
+        return types.SimpleNamespace(status_code=status, raw=raw)
 
     for name, value in (("API_KEY", SECRET), ("API_BASE_URL", "http://j"), ("API_MODEL", "m")):
         monkeypatch.setenv(name, value)

@@ -91,7 +91,8 @@ def test_floods_in_what_is_loaded_are_refused(tmp_path):
     safetensors.torch.save_file({f"k{i}": torch.zeros(1) for i in range(2000)}, file)
     with refuses(file, "list of tensors"):
         checkpoints.load_weights(InnerLink(8), file)
-    agent = new_agent("qwen3", template="{{ messages[0].content }}{{ 'a' * 200000 }}")
+    agent = new_agent("qwen3")
+    agent.tokenizer.chat_template = "{{ messages[0].content }}{{ 'a' * 200000 }}"
     agent.model.save_pretrained(tmp_path)
     agent.tokenizer.save_pretrained(tmp_path)
     with refuses(tmp_path, "chat template", "2000"):

@@ -357,7 +357,8 @@ def test_one_clock_for_all_tries(client, slow, service, monkeypatch):
     """No thread stays with a service that sends a little now and then, or with its address."""
     service.replies, look_up = [slow], socket.getaddrinfo
     if not slow:
-        monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: time.sleep(1) or look_up(*a, **k))
+        monkeypatch.setattr(socket, "getaddrinfo",
+                            lambda *a, **k: time.sleep(1) or look_up(*a, **k))
     monkeypatch.setattr(web, "ALL_TRIES_S", 0.3)
     before, started = set(threading.enumerate()), time.monotonic()
     with fails(service.url, 0.3):

@@ -275,6 +275,7 @@ def load_agents(style, device="auto", dtype="auto", task="math", trust_remote_co
             need_proved(agent)
             if offload:                               # MAS.agent brings the weights back
                 agent.model.to("cpu")
+                agent.recorder.recorded = None        # it knows where the weights were
             filled[emptiest] += agent.model.get_memory_footprint()
         agent = agents[role.name] = copy.copy(loaded[base])
         if folder is None:

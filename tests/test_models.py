@@ -41,8 +41,6 @@ def agent_of(family, dtype=torch.float32):
     """An agent whose model is a small random one of a family, with lively weights."""
     plain = CONFIG_MAPPING[family]().to_dict()
     sizes = {name: size for name, size in SIZES.items() if isinstance(plain.get(name), int)}
-    if "kv_lora_rank" in plain:
-        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     if kinds := list(dict.fromkeys(plain.get("layer_types") or ())):
         sizes["layer_types"] = (kinds * 2)[:max(2, len(kinds))]            # one layer of each kind
         sizes["num_hidden_layers"] = len(sizes["layer_types"])

@@ -8,8 +8,8 @@
 
 The manifests say what a file name cannot:
 
-    adapter_config.json     {"adapter_type": "ln_res_adapter"}              the inner link's kind,
-                            or ours for each task: "math": .., "code": ..
+    adapter_config.json     {"adapter_type": "ln_res_adapter"}              the inner link's kind
+                            (and "code": "adapter", where that task's link is of another kind)
     innerlink_config.json   {"tasks": {"math": {"adapter.pt": "adapter(math).pt"}, ..}}
     outerlink_config.json   {"adapters": [{"legacy_key": "outer_12", "filename": "outer_12.pt",
                              "adapter_type": "outer_ln_res_adapter", "in_dim": 2048,
@@ -87,13 +87,14 @@ def save_inner(link, folder, task="math", format="safetensors"):
     stem = "adapter" if task is None else f"adapter({link_task(task)})"
     name = save_weights(link, folder, stem, format)
     manifest, config = Path(folder) / "innerlink_config.json", Path(folder) / "adapter_config.json"
-    tasks = read_json(manifest).get("tasks", {})
-    # The link for the other task may be of another kind, so the config keeps that one.
-    kinds = {"adapter_type": KINDS[link.kind], **read_json(config)}
-    for served in ("math", "code") if task is None else (link_task(task),):
-        tasks[served], kinds[served] = {"adapter.pt": name}, KINDS[link.kind]
-    write_json(manifest, {"tasks": tasks})
-    write_json(config, kinds)
+    tasks, kind = read_json(manifest).get("tasks", {}), KINDS[link.kind]
+    served = ("math", "code") if task is None else (link_task(task),)
+    # The other task may have a link of another kind. Then the config names both.
+    kinds = read_json(config) if tasks.keys() - set(served) else {}
+    kinds = {"adapter_type": kind, **kinds, **dict.fromkeys(served, kind)}
+    write_json(manifest, {"tasks": {**tasks, **{one: {"adapter.pt": name} for one in served}}})
+    write_json(config, {one: kind for one, kind in kinds.items()
+                        if one == "adapter_type" or kind != kinds["adapter_type"]})
 
 
 def load_inner(folder, width, task="math", kind=RELEASED):

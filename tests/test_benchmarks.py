@@ -142,7 +142,7 @@ def test_a_wrong_call_is_one_line(flags, named, refused):
 @pytest.mark.parametrize("flags, missing", [([], "text_brief"), (["--num_samples", 1], "shuffle")])
 def test_the_default_methods_are_those_that_are_possible(flags, missing, ask):
     """MedQA has no length for a brief message. A single question has no other beside it."""
-    data = [] if flags else file_of("medqa", [MEDQA, MEDQA])
+    data = [] if flags else file_of("medqa", [MEDQA, {**MEDQA, "question": "Another one?"}])
     _, entries = ask(*data, *flags, *QUICK)
     assert [entry["method"] for entry in entries] == [
         method for method in METHODS if method != missing]

@@ -66,7 +66,7 @@ def possible_methods(style, task, batches, wanted=()):
     why_not = {
         "text_brief": "" if task.brief else f"{task.name} has no brief message length",
         "shuffle": "it needs two different questions in a batch (--batch_size)" if few else "",
-        "single": "" if last.first else "its last role has no `first` or `alone` prompt",
+        "single": "" if last.first else "its last role lacks `first`",
         "single_loop": "" if last.first and last.prompt else "its last role lacks `first` or `own`"}
     for method in wanted:
         need(not why_not.get(method), f"method {method}: {why_not.get(method)}")

@@ -13,6 +13,7 @@ A role has up to three prompts, all written out:
     first     round 1, where some of them speak later                        those that spoke
               the last role, asked alone (methods `single`, `single_loop`)   none
     own       the last role alone, hearing its own last text (single_loop)   its own name
+              the same with nothing in the slot, where its `first` has slots
 
 A style is a file of this folder that makes a Style, or any other .py file, given by its path.
 Nothing has to be registered. To change a shipped style, make a file that imports it and uses
@@ -89,8 +90,8 @@ class Style:
     links_by_task: bool = False
 
     def __post_init__(self):
-        # Only alone() makes a style of one role that hears itself, from a style that was checked.
-        if not (len(self.roles) == 1 and self.edges and self.edges[0].src == self.edges[0].dst):
+        # Only alone() makes a style with the edge `own`, from a style that was checked.
+        if [edge.key for edge in self.edges] != ["own"]:
             check(self)
 
     def role(self, name):
@@ -118,7 +119,7 @@ class Style:
         text = getattr(role, which)
         text = text.get(kind) if isinstance(text, dict) else text
         slots = {other.name for other in self.roles if text and f"{{{other.name}}}" in text}
-        called = "own" if list(heard) == [role.name] else which             # see alone()
+        called = f"{which}` or `own" if list(heard) == [role.name] else which     # see alone()
         wanted = ", ".join(f"{{{name}}}" for name in heard) or "nobody"
         need(text and slots == set(heard), f"style {self.name}: role {role.name} has no `{called}`"
              f" prompt for kind '{kind}' with a slot for those heard there ({wanted}) and no other "
@@ -131,9 +132,23 @@ class Style:
                 self.edges)
 
     def alone(self):
-        """The last role by itself, hearing its own last text: methods single and single_loop."""
-        last = replace(self.roles[-1], prompt=self.roles[-1].own)
-        return replace(self, roles=(last,), edges=(Edge("own", last.name, last.name),))
+        """The last role by itself, hearing its own last text: methods single and single_loop.
+
+        If it hears itself in the rounds too, its `first` may have slots. It begins with `own` then.
+        """
+        last = self.roles[-1]
+        first, early = last.first, self.heard_first(last.name)
+        if early and early != self.heard_by(last.name):
+            first = without_slot(last.own, last.name)
+        return replace(self, roles=(replace(last, prompt=last.own, first=first),),
+                       edges=(Edge("own", last.name, last.name),))
+
+
+def without_slot(words, name):
+    """A prompt, one text or {kind: text}, with nothing in the slot of a role."""
+    if isinstance(words, dict):
+        return {kind: without_slot(text, name) for kind, text in words.items()}
+    return words.replace(f"{{{name}}}", "")
 
 
 # ---- checks -------------------------------------------------------------------------------------
@@ -159,7 +174,7 @@ def check(style):
                  f"use one of {', '.join(names)}")
         # The key names a file, a flag and a module of a ModuleDict.
         need(re.fullmatch(r"\w+", edge.key) and not hasattr(torch.nn.ModuleDict, edge.key)
-             and edge.key not in ("training", "outer_adapter", "lr_scheduler"),
+             and edge.key not in ("own", "training", "outer_adapter", "lr_scheduler"),
              f"{who}: edge key '{edge.key}' is taken or cannot name a file: use other letters")
     need(style.heard_by(names[-1]),
          f"{who}: {names[-1]}, the last role, hears nobody: add an edge to it")
@@ -170,7 +185,7 @@ def check_prompts(style):
     """Ask now for every prompt that a run can ask for: a missing one would cost hours later.
 
     A role is asked when it has heard everyone, and in round 1, when it has heard those who speak
-    before it. A role with a `first` can be asked alone, and the last role can hear its own text."""
+    before it. The last role can also be asked alone, and then hear its own text."""
     asked, known = [], {"question", "answer_format", *(role.name for role in style.roles)}
     for role in style.roles:
         who = f"style {style.name}: role {role.name}"
@@ -179,14 +194,14 @@ def check_prompts(style):
             odd = sorted(set(prompts) - set(KINDS)) if isinstance(prompts, dict) else []
             need(not odd, f"{who} has prompts for the unknown kinds {', '.join(odd)}: use "
                  f"{', '.join(KINDS)}")
-        heard, early = style.heard_by(role.name), style.heard_first(role.name)
-        nobody = [[]] if role.first and heard == early else []
-        asked += [(style, role, told) for told in (heard, early, *nobody)]
-    alone = style.alone()                                # its prompt is the last role's `own`
-    asked += [(alone, role, [role.name]) for role in alone.roles if role.prompt]
-    for one, role, told in asked:
-        for kind in role.prompt if isinstance(role.prompt, dict) and role.prompt else KINDS[:1]:
-            text = one.words_for(role, kind, told)
+        asked += [(role, style.heard_by(role.name)), (role, style.heard_first(role.name))]
+    last = style.alone().roles[0]
+    asked += [(replace(last, prompt=words, first=words), told)
+              for words, told in ((last.first, []), (last.prompt, [last.name])) if words]
+    for role, told in asked:
+        prompt = style.role(role.name).prompt
+        for kind in prompt if isinstance(prompt, dict) and prompt else KINDS[:1]:
+            text = style.words_for(role, kind, told)
             who, found = f"style {style.name}: role {role.name}", names_in(text)
             need(found - known or "question" in found, f"{who} is asked {text!r}, without "
                  "{question} or another column of the data: add it")

@@ -65,9 +65,9 @@ def text_from(agent, ids):
 
 # ---- the plain recursion ------------------------------------------------------------------------
 
-def embedded(agent, name, question, heard):
-    """The prompt of one question to a role of THREE as embeddings (1, T, d)."""
-    return reference.embed(agent, plain_parts(THREE, question, THREE.role(name), heard))[None]
+def embedded(agent, name, question, heard, style=THREE):
+    """The prompt of one question to a role of a style as embeddings (1, T, d)."""
+    return reference.embed(agent, plain_parts(style, question, style.role(name), heard))[None]
 
 
 @torch.no_grad()
@@ -94,7 +94,7 @@ def plain_texts(mas, question, rounds, brief=None):
     for r in range(1, rounds + 1):
         for name in ROLES:
             agent, last = mas.agents[name], r == rounds and name == "solver"
-            ids = plain_write(agent, embedded(agent, name, question, heard[name]),
+            ids = plain_write(agent, embedded(agent, name, question, heard[name], mas.style),
                               N if last or not brief else brief)
             texts[r, name] = text_from(agent, ids)
             count += len(ids)
@@ -295,19 +295,41 @@ def test_every_text_has_its_own_seed(mas, monkeypatch):
     assert len(seen) == 3 * 6 * 5 and len(set(seen)) == 2 * 6 * 5 and seen[:30] == seen[60:]
 
 
+@pytest.fixture(scope="module")
+def itself():
+    """The same agents, but planner and solver also hear themselves."""
+    return in_float64(new_mas(made_style("itself")))
+
+
+@pytest.mark.parametrize("method", ["latent", "text", "text_brief", "zero", "shuffle"])
+def test_roles_may_hear_themselves(method, itself):
+    texts, run = respond(itself, QUESTIONS[:2], 3, M, method=method, trace=True, brief=3,
+                         max_new_tokens=N)
+    for b, question in enumerate(QUESTIONS[:2]):
+        if method == "latent":
+            assert_as_plain(run, b, *plain_recursion(itself, question, 3, M)[:2])
+        elif method.startswith("text"):
+            wanted, _ = plain_texts(itself, question, 3, 3 if method == "text_brief" else None)
+            assert {key: said[b] for key, said in run.texts.items()} == wanted
+        else:
+            assert bool(run.sent[1, "outer_33"][b].any()) == (method == "shuffle") and texts[b]
+
+
+@pytest.mark.parametrize("hears_itself", [False, True])
 @pytest.mark.parametrize("method, rounds, turns", [
     ("single", 1, 1), ("single", 3, 1), ("single_loop", 2, 6)])
-def test_the_last_agent_alone(mas, method, rounds, turns):
+def test_the_last_agent_alone(mas, itself, hears_itself, method, rounds, turns):
     """single: the solver is asked its `first` prompt, once, whatever the number of rounds.
-    single_loop: it takes the turns of all roles. After `first`, it is asked its `own` prompt."""
-    solver = mas.agents["solver"]
+    single_loop: it takes the turns of all roles. After `first`, it is asked its `own` prompt. A
+    solver that hears itself in the rounds too begins with `own`, with nothing in the slot."""
+    mas, solver = itself if hears_itself else mas, mas.agents["solver"]
     texts, run = respond(mas, QUESTIONS[:3], rounds, M, method=method, max_new_tokens=N)
     assert run.latent_steps == 0
     assert set(run.texts) == {(turn, "solver") for turn in range(1, turns + 1)}
     for b, question in enumerate(QUESTIONS[:3]):
         user, count = f"{question}\n{ANSWER_FORMAT['math']}", 0
         for turn in range(1, turns + 1):
-            own = user if turn == 1 else f"{user}\nplan: {last}"
+            own = f"{user}\nplan: {last}" if turn > 1 else user + "\nplan:" * hears_itself
             ids = plain_write(solver, embed_words(solver, words(chat(own))), N)
             last, count = text_from(solver, ids), count + len(ids)
             assert run.texts[turn, "solver"][b] == last

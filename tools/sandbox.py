@@ -125,7 +125,7 @@ def confined_run(code, stdin, timeout_s, memory_mb, test=None, layers=None):
         folder = mkdtemp(prefix=FOLDER)
         stack.callback(remove, folder)
         with suppress(OSError):                 # a file system may know no locks
-            stack.callback(os.close, lock(folder))
+            lock(folder, stack)
         Path(folder, "program.py").write_bytes(code.encode("utf-8", "replace"))
         # Files, because nobody has to read or write them while the program runs, unlike pipes.
         # The input lies in the folder: only there may the program open it again, as /dev/stdin.
@@ -206,25 +206,20 @@ def remove(folder, wait_s=None):
             CLEAN_UP_S if wait_s is None else wait_s)
 
 
-def lock(folder):
-    """Lock a folder while we live -> the descriptor that holds the lock. Raises OSError if another
-    process holds it."""
+def lock(folder, stack):
+    """Lock a folder until `stack` ends or we die. Raises OSError if another process holds it."""
     held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(held)
-        raise
-    return held
+    stack.callback(os.close, held)
+    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def remove_left_behind():
     """Remove the folders of our user's runs that were killed: nobody holds their lock any more."""
     for folder in Path(gettempdir()).glob(FOLDER + "*"):
-        with suppress(OSError):
+        with suppress(OSError), ExitStack() as stack:
             about = folder.lstat()
             if about.st_uid == os.geteuid() and time.time() - about.st_mtime > 10:
-                os.close(lock(folder))          # a newer one may not be locked yet
+                lock(folder, stack)             # a newer one may not be locked yet
                 remove(folder, wait_s=0)
 
 

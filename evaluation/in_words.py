@@ -12,12 +12,10 @@ from pathlib import Path
 import torch
 
 from evaluation.answers import Job
-from recurse import recurse
 from support.batches import chunks, progress
 from support.errors import shown
 from support.files import write_json
 from training.rows import read_role_texts
-from writing import write_turn
 
 
 @torch.no_grad()
@@ -27,15 +25,12 @@ def in_words(mas, example, plan):
     A list of (round, role, "thinks", m words, one for each thought). Its last entry is the last
     turn, (round, role, "writes", [the written text])."""
     job = Job(None, plan, "latent", max(plan.rounds), examples=[example])
-    run = recurse(mas, job.request(mas), trace=True)
-    turns = []
+    (text, *_), run = mas.respond(job.request(mas), trace=True, writing=plan.writing)
+    last, turns = run.last_turn, []
     for (round, role), H in run.thoughts.items():
         agent = mas.agent(role)
         tokens = agent.logits(H[0]).argmax(-1).tolist()                              # m tokens
         turns.append((round, role, "thinks", agent.tokenizer.convert_ids_to_tokens(tokens)))
-    last = run.last_turn
-    mas.agent(last.role)                                # its weights on its device (--offload)
-    text, *_ = write_turn(mas, run, last, questions=[example.question], writing=plan.writing)
     return [*turns, (last.round, last.role, "writes", [text])]
 
 

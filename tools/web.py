@@ -60,13 +60,12 @@ class Key(str):
 
 
 class Patience(Retry):
-    """urllib3's Retry with a bound on what a service can ask for by `retry-after`."""
+    """urllib3's Retry, for services that say how long to wait in a way that cannot be read."""
 
     def get_retry_after(self, response):
-        """Seconds to wait. 0 if the service does not say how long, or says it unreadably."""
+        """Seconds to wait. None if the service does not say how long, or says it unreadably."""
         with contextlib.suppress(InvalidHeader):
-            return min(super().get_retry_after(response) or 0, LONGEST_WAIT)
-        return 0
+            return super().get_retry_after(response)
 
 
 class Line(HTTPAdapter):
@@ -125,7 +124,7 @@ def post(url, key, body, timeout_s, end, read):
     says = f"{url} failed {MAX_FAILED} questions in a row: this run does not ask it again"
     need(FAILED[url] < MAX_FAILED, says, ServiceError)
     retry = Patience(total=5, backoff_factor=1, status_forcelist=(408, 429, 500, 502, 503, 504),
-                     allowed_methods=None, raise_on_status=False)
+                     allowed_methods=None, raise_on_status=False, retry_after_max=LONGEST_WAIT)
     line, answers = Line(max_retries=retry), False
     # In a thread of its own, because nothing ends a slow look-up of an address.
     asked = pebble.concurrent.thread(send)(line, url, key, body, timeout_s)

@@ -117,9 +117,9 @@ def evaluate(mas, fresh, task, examples, plan, out, settings, resume=False):
     fresh: the same system with new outer links, for `untrained`. settings: what summary.json says
     of the run. Methods take turns on each batch. Whatever else the machine does meets all of them
     alike, so their times can be compared."""
-    jobs = {}                                            # {file for its lines: what is asked}
+    jobs, batches = {}, in_batches(examples, plan.batch_size)    # {file for its lines: a Job}
     for rounds in sorted(set(plan.rounds)):
-        for number, batch in enumerate(in_batches(examples, plan.batch_size)):
+        for number, batch in enumerate(batches):
             for method in plan.methods:
                 depth = 1 if method == "single" else rounds         # it has one round
                 part = out / "parts" / f"{method}_{depth}_{number:05d}.json"
@@ -129,13 +129,12 @@ def evaluate(mas, fresh, task, examples, plan, out, settings, resume=False):
         write_json(out / "summary.json", {"settings": settings, "rows": []})
     wait_for_ranks()
     todo = [(part, job) for part, job in jobs.items() if not finished(part, job)]
-    first = next(iter(jobs.values())).examples
+    first = Job(task, plan, "latent", rounds=1, examples=batches[0][:2])
     with contextlib.suppress(RuntimeError):     # the first call is slow (imports, choosing kernels)
-        mas.respond([one.question for one in first[:2]], 1, plan.latent_length, kind=first[0].kind,
-                    writing=Writing(2), columns=[one.row for one in first[:2]])
+        mas.respond(first.request(mas), writing=Writing(2))
     mine, answered = todo[rank()::ranks()], {}           # answered: {file: its lines}
     try:
-        for part, job in progress(mine, f"evaluate, {len(first)} questions per batch"):
+        for part, job in progress(mine, f"evaluate, {len(batches[0])} questions per batch"):
             answered[part] = answer_batch(fresh if job.method == "untrained" else mas, job)
             write_json(part, {"lines": answered[part]})
     finally:

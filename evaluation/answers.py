@@ -142,15 +142,13 @@ def answers_to(mas, job):
     answers = []
     for b in range(len(job.examples)):
         mine = scores[b * K:(b + 1) * K]
+        error = {"error": one.note for one in mine if one.note.startswith(NOT_SCORED)}
         answers.append({
             "outputs": texts[b * K:(b + 1) * K], "parsed": [one.parsed for one in mine],
             "correct": [one.correct for one in mine], "notes": [one.note for one in mine],
             "retried": sum(i // K == b for i in unread), "decoded_tokens": run.decoded[b],
             "latent_steps": run.latent_steps, "seconds": seconds / len(job.examples),
-            "peak_memory_mb": peak_memory_mb()})
-        for one in mine:
-            if one.note.startswith(NOT_SCORED):
-                answers[-1]["error"] = one.note
+            "peak_memory_mb": peak_memory_mb(), **error})
     return answers
 
 

@@ -152,7 +152,7 @@ def save_figure(figure, path):
     write_whole(path, lambda part: figure.savefig(part, format="png", dpi=120))
 
 
-def plot(entries, path, ceiling=None):
+def plot(entries, path, ceiling):
     """Draw what each method reaches and costs, by rounds, as bars side by side.
 
     ceiling: {rounds: the best accuracy possible}, drawn as dashed lines. Controls are pale."""
@@ -173,7 +173,7 @@ def plot(entries, path, ceiling=None):
             panel.bar(middles, [one[name] for one in mine], width, color=color, label=method,
                       alpha=0.4 if method in PALE else 1.0)
         axes[measure].vlines(middles, *zip(*(one["ci95"] for one in mine)), color="gray")
-    for depth, best in (ceiling or {}).items():
+    for depth, best in ceiling.items():
         axes[measure].hlines(best, depth - 0.45, depth + 0.45, color="black", linestyle="--")
     for name, panel in axes.items():
         panel.set(xlabel="rounds", title=panels[name], ylim=(0, None),

@@ -16,7 +16,7 @@ SHIPPED = Path(__file__).resolve().parent.parent / "tiny"        # no run may wr
 RESULTS = ("results.jsonl", "summary.json", "summary.png", "parts")      # of an evaluation
 HALF_WRITTEN = f"*.{'[0-9a-f]' * 8}.part"                                # see write_whole
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)                   # of a file system
-HELD = {}          # {the lock of this run's folder: (its inode, what was saved at the beginning)}
+HELD = {}          # {this run's folder: (its lock, the lock's inode, what was saved before)}
 
 
 def write_whole(path, write):
@@ -98,7 +98,7 @@ def claim(folder):
         need(problem.errno in NO_LOCKS, f"{says}: {problem}", OSError)
         print(f"{folder} lies on a file system without locks ({problem.strerror}): start no second "
               "run into it", flush=True)
-    HELD[lock] = os.stat(lock.lock_file).st_ino, saved_in(folder)
+    HELD[folder] = lock, os.stat(lock.lock_file).st_ino, saved_in(folder)
     with blame(says, OSError):
         # A full disk still has room for an empty lock. So we try whether 4 kB fit.
         write_whole(folder / ".room", lambda part: part.write_text("room?\n" * 700))
@@ -115,22 +115,20 @@ def saved_in(folder):
 
 def saved():
     """The folder of this run, if the run has saved anything there, else None."""
-    for lock, (_, before) in HELD.items():
-        folder = Path(lock.lock_file).parent
-        if saved_in(folder) - before:
-            return folder
+    changed = (folder for folder, (*_, before) in HELD.items() if saved_in(folder) - before)
+    return next(changed, None)
 
 
 def release():
     """Unlock this run's folder, and remove it if it is empty."""
-    for lock, (inode, _) in HELD.items():
-        path = Path(lock.lock_file)
+    for folder, (lock, inode, _) in HELD.items():
         with contextlib.suppress(OSError):       # on Windows an open file cannot be removed
-            if path.stat().st_ino == inode:      # else ours was deleted, and this is another run's
-                path.unlink()
+            # Another inode says that ours was deleted, and that this is another run's.
+            if (folder / ".lock").stat().st_ino == inode:
+                (folder / ".lock").unlink()
         lock.release()
         with contextlib.suppress(OSError):       # the folder is not empty
-            path.parent.rmdir()
+            folder.rmdir()
     HELD.clear()
 
 

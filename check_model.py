@@ -23,16 +23,15 @@ hear the sender through such a link. If most arrive, there is a channel for word
 training goes on (docs/real.md). Whether more than single words comes through, and whether that
 helps, is for evaluate.py to measure.
 """
-import copy
 import datetime
 
 import torch
 
-from chats import DAY
+from chats import DAY, render
 from checkpoints import load_agent, local_folder
 from evaluation.statistics import wilson
 from link import OuterLink
-from proof import need_proved, prove
+from proof import held, need_proved, prove
 from support import flags
 from support.devices import Clock, pick_device
 from training.warm_start import learn_words
@@ -77,10 +76,8 @@ def figures(agent):
 def prompt_figures(agent):
     """{label: text} of what the chat template makes of a prompt. It is asked, not read: the same
     words are rendered in two ways, and the results are compared."""
-    # Agents of one model may differ in this switch, so a copy of the agent is asked.
-    thinker = copy.copy(agent)
-    thinker.thinking = not agent.thinking
     plain, asked = agent.render("", "Hello."), agent.render("Be brief.", "Hello.")
+    switched = render(agent.tokenizer, "", "Hello.", not agent.thinking)
     # Templates without a system role get the system text there, and some put it there themselves.
     moved = asked == agent.render("", "Be brief.\n\nHello.")
     today, ours = (any(day.strftime(date) in plain for date in DATES)
@@ -88,19 +85,11 @@ def prompt_figures(agent):
     return {
         "prompt": repr(plain),
         "system text": "at the head of the user's turn" if moved else "where the template puts it",
-        "thinking": "the template has no switch" if thinker.render("", "Hello.") == plain
+        "thinking": "the template has no switch" if switched == plain
                     else "--enable_thinking changes the prompt",
         "date": "THE DAY'S DATE IS IN EACH PROMPT: results change with it" if today
                 else f"always {DAY}, so that results do not change" if ours else "none",
     }
-
-
-def bytes_of(cache):
-    """The bytes of all tensors that a cache keeps. Layers of linear attention have dicts of them.
-    """
-    kept = [value for layer in cache.layers for value in vars(layer).values()]
-    states = [state for value in kept if isinstance(value, dict) for state in value.values()]
-    return sum(one.nbytes for one in [*kept, *states] if torch.is_tensor(one))
 
 
 @torch.no_grad()
@@ -112,7 +101,8 @@ def cache_growth(agent):
     embeds = agent.embedding(torch.zeros(1, TOKENS, dtype=torch.long, device=agent.device))
     mask = torch.ones(1, TOKENS, dtype=torch.long, device=agent.device)                # (1, T)
     once = agent.read(embeds, mask)
-    first, both = bytes_of(once.cache), bytes_of(agent.read(embeds, mask, once).cache)
+    first, both = (sum(tensor.nbytes for tensor in held(context))
+                   for context in (once, agent.read(embeds, mask, once)))
     return (both - first) / TOKENS, 2 * first - both
 
 
@@ -168,8 +158,7 @@ def main():
         torch.set_num_threads(args.threads)
     places = [pick_device(device.strip(), args.dtype) for device in args.device.split(",")]
     agents = []
-    for name in filter(None, (args.model, args.other)):
-        place = places[len(agents) % len(places)]
+    for name, place in zip(filter(None, (args.model, args.other)), 2 * places):
         agents.append(load_agent(local_folder(name, args.revision), *place,
                                  trust_remote_code=args.trust_remote_code))
         report(agents[-1])

@@ -24,7 +24,6 @@ import torch
 from support.errors import need, say_once
 
 LONG, SHORT = 12, 7                          # tokens of the two prompts; they begin alike
-ALLOWED = {torch.float32: 1e-3, torch.float64: 1e-3}          # half precision: .25
 
 
 def relative(got, wanted):
@@ -105,7 +104,7 @@ def prove(agent):
 def need_proved(agent):
     """Print a line if the agent's model passes the four checks. Raises ValueError if it does not:
     the line names the model, its family and the check."""
-    most = ALLOWED.get(agent.dtype, .25)
+    most = .25 if agent.dtype.itemsize == 2 else 1e-3                       # 2 bytes: half precision
     for check, error in prove(agent).items():
         need(not isinstance(error, str) and error <= most, f"{agent.name}: a model of the family "
              f"{agent.model.config.model_type} cannot be read here as the library reads it (check "

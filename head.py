@@ -8,7 +8,7 @@ are the same without it. Samples and losses are not. The library has this code i
 of each model's own class, and a list of all the ways would be out of date with its next version.
 
 So the model's own forward pass runs here, without its body. We take a copy of the model that shares
-all weights, and put a module in the place of the body that hands on what it is given. What goes in
+all weights, and has a module in the place of the body that hands on what it is given. What goes in
 as embeddings comes out as hidden states, and the library goes on from there.
 """
 import copy
@@ -22,21 +22,14 @@ class Head:
     """Logits (.., V) of hidden states (.., d), as the library computes them. Differentiable."""
 
     def __init__(self, model):
-        self.model = without(model.get_decoder(), model)
+        # deepcopy copies nothing that its memo holds: it takes what stands there instead.
+        shared = {id(kept): kept for part in model.modules()
+                  for kept in (part._parameters, part._buffers)}
+        self.model = copy.deepcopy(model, {**shared, id(model.get_decoder()): HandOn()})
 
     def __call__(self, states):
         one_row = states.reshape(1, -1, states.shape[-1])                           # (1, N, d)
         return self.model(inputs_embeds=one_row).logits.view(*states.shape[:-1], -1)
-
-
-def without(body, part):
-    """A copy of a part of a model with HandOn in the place of the body. All weights are shared."""
-    if part is body:
-        return HandOn()
-    part = copy.copy(part)                   # its dict of weights is the same object as before ..
-    if part is not None:                     # .. and its dict of parts is a new one
-        part._modules = {name: without(body, inside) for name, inside in part._modules.items()}
-    return part
 
 
 class HandOn(torch.nn.Module):

@@ -6,6 +6,7 @@ text, or leave it out. Some write the date of the day into the prompt, and then 
 would be others: here it is always the same day. And the template knows where a turn of the model
 ends: the configuration of a base model often names another token.
 """
+import contextlib
 import datetime
 import re
 
@@ -42,13 +43,10 @@ def render(tokenizer, system, user, thinking=False):
     """The chat around a user's text as one text, up to where the model has to go on.
 
     A template without a system role gets the system text at the head of the user's turn."""
-    text, system = None, system.strip()        # many templates strip the system text
-    if system:
-        try:
-            text = write_chat(tokenizer, [("system", system), ("user", user)], thinking)
-        except jinja2.TemplateError:
-            pass                               # this template refuses a system role ..
-    if text is None or system not in text:     # .. or leaves the system text out
+    text, system = "", system.strip()          # many templates strip the system text
+    with contextlib.suppress(jinja2.TemplateError):        # this template refuses a system role ..
+        text = system and write_chat(tokenizer, [("system", system), ("user", user)], thinking)
+    if not text or system not in text:                     # .. or leaves the system text out
         text = write_chat(tokenizer, [("user", f"{system}\n\n{user}".strip())], thinking)
     marks = MARK.format("(.*?)")
     need(re.findall(marks, text) == re.findall(marks, user), "the chat template of "

@@ -258,14 +258,12 @@ def load_mas_system(style, device="auto", dtype="auto", task="math", trust_remot
     # The links know the system they were trained in: models, inner links, m, R.
     notes, models, inner = trained_with(folder, style, override)
     agents = load_agents(
-        style, device, dtype, task=task, trust_remote_code=trust_remote_code,
-        override={**override, **inner}, revision=revision, models=models,
-        inner_kind=notes.get("inner_adapter_type_fallback", RELEASED), thinking=thinking,
-        offload=offload, need_links=need_links)
+        style, device, dtype, task=task, override=inner, revision=revision, models=models,
+        trust_remote_code=trust_remote_code, thinking=thinking, offload=offload,
+        inner_kind=notes.get("inner_adapter_type_fallback", RELEASED), need_links=need_links)
     need_as_trained(folder, style, agents, inner=inner, override=override)
     set_compile(agents.values(), compile)
-    mas = MAS(style, agents, None, offload, rounds=notes.get("num_recursive_rounds"),
-              latent_length=notes.get("latent_length"))
-    if folder is None:
-        return mas.with_fresh_outer()
-    return replace(mas, outer=load_outer_links(folder, style, agents, task))
+    outer = (load_outer_links(folder, style, agents, task) if folder
+             else new_outer_links(style, agents, kinds={}))
+    return MAS(style, agents, outer, offload, rounds=notes.get("num_recursive_rounds"),
+               latent_length=notes.get("latent_length"))

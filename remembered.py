@@ -30,9 +30,8 @@ def trained_with(folder, style, override):
 
     notes: its train_args.json, and for the rest what the style trains with. models: {role: base
     model}; an override that brings its own model counts more. inner links: {role: folder}; an
-    override counts more."""
+    override counts more, and the style's own counts where nothing else is named ("": no link)."""
     notes = {**style.settings.get("train_outer", {}), **notes_of(folder)}
-    models, inner = {}, {}
 
     def place(name):
         """A path of the training: beside the outer links if all were moved, else as it was."""
@@ -41,29 +40,27 @@ def trained_with(folder, style, override):
         moved = moved and os.path.normpath(os.path.join(folder, moved))
         return moved if moved and os.path.isdir(moved) else path
 
-    for role in style.roles:
-        given, trained = override.get(role.name), place(f"{role.name}_inner")
-        if not (Path(given or "/") / "config.json").is_file():
-            models[role.name] = place(f"{role.name}_model")
-        if trained:
-            inner[role.name] = given or trained
+    inner = {role.name: override.get(role.name) or place(f"{role.name}_inner") or role.repo
+             for role in style.roles}
+    models = {role: place(f"{role}_model") for role in inner
+              if not (Path(override.get(role) or "/") / "config.json").is_file()}
     return notes, models, inner
 
 
 def need_as_trained(folder, style, agents, inner, override):
     """Compare the loaded agents with those that the outer links in a folder were trained with.
 
-    inner: {role: folder}. Other prompts or edges are a printed line, and so is another inner link
-    that the override names. Any other inner link is a ValueError, naming role and folder."""
+    inner: {role: folder, or "" for a new link}. Other prompts or edges are a printed line, and so
+    is another inner link that the override names. Any other inner link is a ValueError, naming role
+    and folder."""
     trained, now = notes_of(folder), fingerprints(style, agents)
     if trained.get("prompts", now["prompts"]) != now["prompts"]:
         print(f"the links in {folder} were trained with other prompts or edges than those of style "
               f"{style.name}", flush=True)
     for role, found in now["inner_links"].items():
-        where = override.get(role) or inner.get(role) or style.role(role).repo    # "": a new link
-        if where and trained.get("inner_links", {}).get(role, found) != found:
-            says = (f"role {role}: the inner link in {where} is not the one that the outer links in"
-                    f" {folder} were trained with")
+        if inner[role] and trained.get("inner_links", {}).get(role, found) != found:
+            says = (f"role {role}: the inner link in {inner[role]} is not the one that the outer "
+                    f"links in {folder} were trained with")
             need(role in override, f"{says}: train the outer links again, or go on with it by "
-                 f"--ckpt_override {role}={where}")
+                 f"--ckpt_override {role}={inner[role]}")
             print(says, flush=True)

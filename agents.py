@@ -31,6 +31,7 @@ from head import Head
 from support.errors import need, say_once
 from support.words import tell_unknown
 
+PADDING, LATENT = -1, -2     # stand in the place of a token's id where no token is
 LAYER_KINDS = {"full_attention", "sliding_attention", "linear_attention"}       # those we support
 
 
@@ -97,11 +98,8 @@ class Agent:
         plain: treat `<|im_end|>` in the text as ordinary characters. Used for tool output. goes_on:
         other tokens stand before these. Some tokenizers (Llama 2's) put a blank before every text,
         which would not stand there. So a sign is put before the text, and taken off its tokens."""
-        unique = list(dict.fromkeys(texts))        # a text after a slot is the same B times
-        if not unique:
-            return []
         # JSON may hold half a surrogate pair. Tokenizers fail on it, so it is replaced by `?`.
-        proper = [text.encode("utf-8", "replace").decode() for text in unique]
+        proper = [text.encode("utf-8", "replace").decode() for text in texts]
         blank = "".join(self.tokenizer.tokenize("a")).startswith(("\u2581", "\u0120"))
         sign = MARK[0] if goes_on and blank else ""
         ids = self.tokenizer([sign, *(sign + text for text in proper)], add_special_tokens=False,
@@ -109,8 +107,7 @@ class Agent:
         ids = [tokens[len(ids[0]):] for tokens in ids[1:]]
         unknown = self.tokenizer.unk_token_id                                     # maybe None
         tell_unknown(self.tokenizer, [text for text, one in zip(proper, ids) if unknown in one])
-        found = dict(zip(unique, ids))
-        return [found[text] for text in texts]
+        return ids
 
     def render(self, system, user):
         """The chat around a user's text as one text, up to where the model has to go on."""
@@ -149,28 +146,25 @@ class Agent:
         """Prompts with latents in their slots: embeds (B, T, d), mask (B, T), padded on the left.
 
         prompts: see tokenize_prompts. heard: {slot: B latents (m, d)}, where m may differ."""
-        # 1. Token ids, with a 0 for each latent; and which question and position each latent has.
-        tokens, spots, latents = [[] for _ in prompts], [], []
+        # 1. Token ids, with a sign for each latent; and the latents in the same order.
+        tokens, latents = [[] for _ in prompts], []
         for b, parts in enumerate(prompts):
             for part in parts:
                 if isinstance(part, str):
                     latents.append(heard[part][b])                                  # (m, d)
-                    spots += [(b, len(tokens[b]) + i) for i in range(len(latents[-1]))]
-                    part = [0] * len(latents[-1])
+                    part = [LATENT] * len(latents[-1])
                 tokens[b] = tokens[b] + part
         # 2. All of it as words.
         ids = [torch.tensor(one, dtype=torch.long) for one in tokens]
-        mask = pad_sequence([torch.ones_like(one) for one in ids], True, 0, "left")
-        ids = pad_sequence(ids, True, 0, "left")                                    # (B, T)
+        ids = pad_sequence(ids, True, PADDING, "left").to(self.device)              # (B, T)
         need(ids.numel() == 0 or ids.max() < self.embedding.num_embeddings, f"{self.name}: its "
              "tokenizer knows more tokens than its model: they do not belong together")
-        embeds = self.embedding(ids.to(self.device))                                # (B, T, d)
+        embeds = self.embedding(ids.clamp(min=0))                                   # (B, T, d)
         # 3. Latents take the positions that were kept for them. Gradients flow into them.
         if latents:
-            b, t = torch.tensor(spots, device=self.device).view(-1, 2).T
-            t = t + (mask == 0).sum(1).to(self.device)[b]                           # skip padding
-            embeds = embeds.index_put((b, t), torch.cat(list(latents)).to(embeds.dtype))
-        return embeds, mask.to(self.device)
+            latents = torch.cat(latents).to(embeds.dtype)                           # (N, d)
+            embeds = embeds.masked_scatter((ids == LATENT)[..., None], latents)
+        return embeds, (ids != PADDING).long()
 
     # ---- read, think, follow, write ---------------------------------------------------------
 
@@ -237,12 +231,12 @@ class Agent:
         State i, from 0, has read the prompt and i tokens, so it predicts tokens[i]. States after
         the end of a shorter list mean nothing. tokens: B lists of ids."""
         lists = [torch.tensor(one, dtype=torch.long, device=self.device) for one in tokens]
-        ids = pad_sequence(lists, True)                                             # (B, n)
+        ids = pad_sequence(lists, True, PADDING)                                    # (B, n)
         if ids.shape[1] == 0:
             return context.hidden
-        real = pad_sequence([torch.ones_like(one) for one in lists], True)          # (B, n)
-        mask = torch.cat([context.mask, real], 1)                                   # (B, T + n)
-        states = self.forward(self.embedding(ids), context.fork(), mask)            # (B, n, d)
+        mask = torch.cat([context.mask, (ids != PADDING).long()], 1)                # (B, T + n)
+        embeds = self.embedding(ids.clamp(min=0))                                   # (B, n, d)
+        states = self.forward(embeds, context.fork(), mask)                         # (B, n, d)
         return torch.cat([context.hidden, states], 1)
 
     def answer_loss(self, context, targets):

@@ -104,7 +104,7 @@ def prove(agent):
 def need_proved(agent):
     """Print a line if the agent's model passes the four checks. Raises ValueError if it does not:
     the line names the model, its family and the check."""
-    most = .25 if agent.dtype.itemsize == 2 else 1e-3                       # 2 bytes: half precision
+    most = .25 if agent.dtype.itemsize == 2 else 1e-3               # 2 bytes: half precision
     for check, error in prove(agent).items():
         need(not isinstance(error, str) and error <= most, f"{agent.name}: a model of the family "
              f"{agent.model.config.model_type} cannot be read here as the library reads it (check "

@@ -208,10 +208,8 @@ class Agent:
     def steps(self, context, count):
         """Single steps after a Context, `count` of them: recorded ones on a GPU without gradients,
         if the card has room for their buffers."""
-        recorded = None
-        if self.device.type != "cpu" and not torch.is_grad_enabled():
-            recorded = self.recorder.steps(context, count)
-        return recorded or Growing(self.read, context)
+        can_record = self.device.type != "cpu" and not torch.is_grad_enabled()
+        return can_record and self.recorder.steps(context, count) or Growing(self.read, context)
 
     def think(self, context, m):
         """m latent thoughts H = [h_1 .. h_m], (B, m, d): the paper's rollout. Differentiable.

@@ -238,13 +238,12 @@ def notes_of(name):
     """train_args.json of the links in a folder here. {} if there is none, or if the links are on
     the hub. latent_length is left out if the training sent one state per token of a text (teacher).
     """
+    notes = {}
     for folder in (Path(name).expanduser(), PROJECT / name) if name else ():
-        if (folder / "train_args.json").is_file():
-            notes = read_json(folder / "train_args.json")
-            if notes.get("latents") == "teacher":
-                notes.pop("latent_length", None)
-            return notes
-    return {}
+        notes = notes or read_json(folder / "train_args.json")
+    if notes.get("latents") == "teacher":
+        notes.pop("latent_length", None)
+    return notes
 
 
 def load_agents(style, device="auto", dtype="auto", task="math", trust_remote_code=False,

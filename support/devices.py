@@ -22,20 +22,18 @@ def pick_device(device="auto", dtype="auto"):
     a GPU, float16 on a card without bfloat16, float32 on a CPU. Raises ValueError for a device that
     is not there."""
     asked, gpus = str(device), torch.cuda.device_count()
+    why = "" if asked != "auto" else " (a GPU is there)" if gpus else " (no GPU found)"
     if asked in ("auto", "cuda") and gpus:
         asked = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    why = "" if str(device) != "auto" else (
-        " (no GPU found)" if asked == "auto" else " (a GPU is there)")
     need(re.fullmatch(r"auto|cpu|cuda(:\d+)?", asked), f"unknown device '{device}': use auto, cpu, "
          "cuda or cuda:N")
     device = torch.device("cpu" if asked == "auto" else asked)
     need(device.type == "cpu" or (device.index or 0) < gpus, f"there is no {device}: torch sees "
          f"{gpus} GPUs on this machine")
     dtype = str(dtype).removeprefix("torch.")                  # a torch.dtype will do as well
-    if dtype == "auto":
-        dtype = "float32"
-        if device.type == "cuda":              # cards before compute capability 8 emulate bfloat16
-            dtype = "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
+    if dtype == "auto":                        # cards before compute capability 8 emulate bfloat16
+        dtype = "float32" if device.type == "cpu" else (
+            "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16")
     need(dtype in DTYPES, f"unknown dtype '{dtype}': choose auto, {', '.join(DTYPES)}")
     print(f"device {device}{why}, frozen models in {dtype}, links in float32", flush=True)
     return device, DTYPES[dtype]

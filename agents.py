@@ -266,6 +266,7 @@ class Agent:
             torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed))
             for seed in seeds or [0] * len(going)]).to(self.device)                 # (B, steps)
         written, ends = [[] for _ in going], {}              # ends[b]: how long text b is
+        enough = max(map(len, stop), default=0) + 1          # tokens that hold any of `stop`
         hidden, steps, room = context.hidden, None, 0
         for step in range(max_new_tokens):
             # 1. The next word of each text.
@@ -274,7 +275,8 @@ class Agent:
             # 2. Which texts have ended?
             for b, token in zip(going, tokens.tolist()):
                 written[b].append(token)
-                if token in self.end_tokens or self._stopped(written[b], stop):
+                tail = self.tokenizer.decode(written[b][-enough:]) if stop else ""
+                if token in self.end_tokens or any(text in tail for text in stop):
                     ends.setdefault(b, step + 1)
             open_ones = [i for i, b in enumerate(going) if b not in ends]
             if not open_ones or step == max_new_tokens - 1:
@@ -292,10 +294,3 @@ class Agent:
             # 4. The word goes in, the next hidden state comes out.
             hidden, room = steps.step(self.embedding(tokens)[:, None]), room - 1    # (b, 1, d)
         return [tokens[:ends.get(b)] for b, tokens in enumerate(written)]
-
-    def _stopped(self, tokens, stop):
-        """Whether one of the stop strings has just been written (the last tokens are enough)."""
-        if not stop:
-            return False
-        tail = self.tokenizer.decode(tokens[-max(map(len, stop)) - 1:])
-        return any(text in tail for text in stop)

@@ -126,8 +126,7 @@ class Agent:
         With slots ("planner",):
 
             "{question} <|notes|> {planner}"  ->  [[1, 4, 8, 25, .., 6], "planner", [7]]"""
-        names = sorted([*values, *slots], key=len, reverse=True)
-        user = re.sub("{(" + "|".join(map(re.escape, names)) + ")}",
+        user = re.sub("{(" + "|".join(map(re.escape, [*values, *slots])) + ")}",
                       lambda found: MARK.format(found[1]), user)
         chat = self.render(system, user)
         pieces = re.split(MARK.format("(" + "|".join(map(re.escape, slots)) + ")"), chat)

@@ -57,11 +57,9 @@ def render(tokenizer, system, user, thinking=False):
 
 def turn_ends(tokenizer):
     """Ids of the special token that the template puts after what an assistant says: one or none."""
-    said = MARK.format("")
-    try:
+    chat = said = MARK.format("")            # if the template refuses, nothing comes after it
+    with contextlib.suppress(jinja2.TemplateError):
         chat = write_chat(tokenizer, [("user", "?"), ("assistant", said)], ask=False)
-    except jinja2.TemplateError:
-        return set()
     after = tokenizer(chat.rpartition(said)[2].strip(), add_special_tokens=False).input_ids
     added = tokenizer.added_tokens_decoder
     return {token for token in after[:1] if token in added and added[token].special}

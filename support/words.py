@@ -3,6 +3,8 @@ cannot tell one question from another. The answers look fine, and nothing else w
 """
 from collections import defaultdict
 
+from support.errors import shown
+
 MOST = 40      # words named of one tokenizer. (A thousand questions would fill many screens.)
 TOLD = defaultdict(set)        # {tokenizer's name: the words that were named by now}
 
@@ -18,4 +20,5 @@ def tell_unknown(tokenizer, texts):
     TOLD[name].update(new)
     if new:
         more = ". Further ones are not named" if len(TOLD[name]) == MOST else ""
-        print(f"{name} reads {unknown} for unknown words: {', '.join(new)}{more}", flush=True)
+        words = shown(", ".join(new))
+        print(f"{name} reads {unknown} for unknown words: {words}{more}", flush=True)

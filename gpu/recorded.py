@@ -57,8 +57,7 @@ class Recorded:
     compiled: a CompiledForward, used instead of `forward` if it works."""
 
     def __init__(self, forward, context, count, graph=True, compiled=None):
-        self.forward, self.compiled, self.ready = forward, compiled, False
-        self.graph, self.wants_graph = None, graph
+        self.forward, self.compiled, self.graph = forward, compiled, None
         B, T = context.mask.shape
         # Rounded up, so that prompts of nearly the same length share one recording.
         self.capacity = -(-(T + count) // ROOM) * ROOM
@@ -68,6 +67,7 @@ class Recorded:
         self.cache = DynamicCache()
         self.cache.layers = [fixed_layer(layer, B, self.capacity)
                              for layer in context.cache.layers]
+        self.prepare(graph)
 
     def fits(self, context, count):
         """Do `count` steps after this Context fit? After a Context that lies in these very buffers
@@ -95,8 +95,6 @@ class Recorded:
     def step(self, x):
         """The next position's hidden state. x (B, 1, d) -> h (B, 1, d)."""
         self.x.copy_(x)
-        if not self.ready:
-            self.prepare()
         if self.graph is None:
             self.run()
         else:
@@ -104,38 +102,33 @@ class Recorded:
         self.length += 1
         return self.hidden.clone()               # a clone, because the next step overwrites it
 
-    def prepare(self):
+    @torch.no_grad()
+    def prepare(self, graph):
         """Choose the fastest way to take a step that works here: compiled layers and a graph, else
         a graph, else neither. A line says what failed."""
-        self.ready = True
-        failed = self.compiled and self.trial()
+        failed = self.compiled and self.trial(graph)
         if failed:
             self.compiled.give_up(failed)
             self.compiled = None
-        if self.wants_graph and not self.graph:
-            failed = self.trial()
+        if graph and not self.graph:
+            failed = self.trial(graph)
             if failed:
                 say_once(f"no CUDA graph, so steps are launched kernel by kernel: {failed}")
 
-    def trial(self):
-        """Try a step, and record it. Returns what failed, or None if nothing did.
+    def trial(self, graph):
+        """Try a step in the empty buffers, and record it. Returns what failed, or None if nothing
+        did. (What the step writes does no harm, because load() overwrites all of it.)
 
         The first call of a kernel chooses how to run it (or compiles it), and that choice must not
-        be recorded. So the step runs once before. (Recording runs nothing.) What that one step
-        changed is put back."""
-        changed = [self.mask, self.column, *counters(self.cache)]
-        before = [tensor.clone() for tensor in changed]
+        be recorded. So the step runs once before. (Recording runs nothing.)"""
         try:
-            if self.wants_graph:
+            if graph:
                 self.graph = self.recording()
             else:
                 self.run()
         except Exception as problem:      # a compiler and a driver fail in errors of any class
             says = " ".join(f"{type(problem).__name__}: {problem}".split())
             return says.split(". ")[0][:200]       # what follows has numbers, new ones each time
-        finally:
-            for tensor, value in zip(changed, before):
-                tensor.copy_(value)
 
     def recording(self):
         """The step as a CUDA graph."""
@@ -184,13 +177,3 @@ def fill(fixed, layer, length):
     fixed.keys.zero_()[:, :, :length] = layer.keys[:, :, :length]
     fixed.values.zero_()[:, :, :length] = layer.values[:, :, :length]
     fixed.cumulative_length.fill_(length)
-
-
-def counters(cache):
-    """The tensors of a cache that a step must not change twice: lengths, and recurrent states.
-    (Keys and values may be written twice, because a repeated step writes the same columns.)"""
-    for layer in cache.layers:
-        if isinstance(layer, LinearAttentionLayer):
-            yield from (layer.conv_states[0], layer.recurrent_states[0])
-        else:
-            yield layer.cumulative_length

@@ -125,20 +125,12 @@ def own_tokens(agent, texts, args):
 
 
 @torch.no_grad()
-def states_along(agent, texts, tokens):
-    """Hidden states along given tokens after the prompts of RoleTexts: [(n, d)].
-
-    State i, from 0, has read the prompt and i tokens, so it predicts tokens[i]."""
-    context = data.read_role_texts(agent, texts)
-    states = agent.follow(context, [text[:-1] for text in tokens])                 # (B, n, d)
-    return [h[:len(text)] for h, text in zip(states, tokens)]
-
-
 def hidden_states(agent, texts, tokens, args):
     """Hidden states along all texts, computed once: [(states (n, d), tokens (n,))].
 
-    They lie in a file of --save_dir that is mapped into memory. The file is unlinked before this
-    returns, so the system frees it when the process ends, even by a crash."""
+    State i, from 0, has read the prompt and i tokens, so it predicts tokens[i]. They lie in a file
+    of --save_dir that is mapped into memory. The file is unlinked before this returns, so the
+    system frees it when the process ends, even by a crash."""
     lengths, file = list(map(len, tokens)), Path(args.save_dir) / f"hidden_states.rank{rank()}.bin"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.unlink(missing_ok=True)         # a link would lead the states into another file
@@ -151,9 +143,10 @@ def hidden_states(agent, texts, tokens, args):
           f"{file}", flush=True)
     of_text = states.split(lengths)                                                # [(n, d)]
     for batch in progress(by_length(lengths, args.batch_size), "hidden states"):
-        found = states_along(agent, [texts[i] for i in batch], [tokens[i] for i in batch])
-        for i, h in zip(batch, found):
-            of_text[i].copy_(h)
+        context = data.read_role_texts(agent, [texts[i] for i in batch])
+        along = agent.follow(context, [tokens[i][:-1] for i in batch])             # (B, n, d)
+        for i, h in zip(batch, along):
+            of_text[i].copy_(h[:lengths[i]])
     file.unlink()
     return list(zip(of_text, (torch.tensor(text, device=agent.device) for text in tokens)))
 
@@ -175,8 +168,7 @@ def new_link(agent, args):
     """The link to train: a new one, or the one in --load_dir."""
     if args.load_dir:
         folder = local_folder(args.load_dir, who="--load_dir")
-        link = load_inner(folder, agent.width, args.mas_task, args.adapter_type)
-        return link.to(agent.device)
+        return load_inner(folder, agent.width, args.mas_task, args.adapter_type).to(agent.device)
     torch.manual_seed(args.seed)
     gain = agent.embedding_rms if args.scale_match else 1.0               # see link.py
     return InnerLink(agent.width, args.adapter_type, gain).to(agent.device)

@@ -65,8 +65,7 @@ class Recorded:
         self.column = context.mask.new_zeros(1)                  # where the next position goes
         self.x = context.hidden.new_zeros(B, 1, context.hidden.shape[2])    # the step's input
         self.cache = DynamicCache()
-        self.cache.layers = [fixed_layer(layer, B, self.capacity)
-                             for layer in context.cache.layers]
+        self.cache.layers = [fixed_layer(layer, self.capacity) for layer in context.cache.layers]
         self.prepare(graph)
 
     def fits(self, context, count):
@@ -149,19 +148,18 @@ class Recorded:
         return Context(self.cache, self.mask[:, :self.length], self.hidden)
 
 
-def fixed_layer(layer, B, capacity):
-    """An empty layer for B questions and `capacity` positions, in tensors that never move."""
+def fixed_layer(layer, capacity):
+    """An empty layer for `capacity` positions of as many questions, in tensors that never move."""
     if isinstance(layer, LinearAttentionLayer):
         fixed = LinearAttentionLayer()           # the library's own layer overwrites its states
         vars(fixed).update(vars(layer), record_past=False)       # its flags: a prompt was read
         conv, state = layer.conv_states[0], layer.recurrent_states[0]
-        fixed.conv_states = {0: conv.new_zeros(B, conv.shape[1], layer.conv_kernel_size[0])}
-        fixed.recurrent_states = {0: state.new_zeros(B, *state.shape[1:])}
+        fixed.conv_states = {0: conv.new_zeros(*conv.shape[:2], layer.conv_kernel_size[0])}
+        fixed.recurrent_states = {0: state.new_zeros(state.shape)}
         return fixed
     fixed = StaticLayer(capacity)
     # It makes zeros of the full length, with the number of questions and heads of these tensors.
-    fixed.lazy_initialization(*(part[:1].expand(B, -1, -1, -1)
-                                for part in (layer.keys, layer.values)))
+    fixed.lazy_initialization(layer.keys, layer.values)
     return fixed
 
 

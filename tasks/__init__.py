@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from support.errors import blame, need, shown
-from tasks.boxes import last_box, without_fonts    # noqa: F401: what scorers are made of
 from tools import worker
 
 ID_COLUMNS = ("unique_id", "id", "_id", "problem_idx", "Record ID", "task_id", "question_id")

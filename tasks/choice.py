@@ -21,9 +21,8 @@ import random
 import re
 
 from support.errors import need
-from tasks import (BOXED_RETRY, Example, RowTask, Score, Unusable, column, in_time, last_box,
-                   without_fonts)
-from tasks.boxes import STEPS, replaced
+from tasks import BOXED_RETRY, Example, RowTask, Score, Unusable, column, in_time
+from tasks.boxes import STEPS, last_box, replaced, without_fonts
 
 GPQA_OPTIONS = ("Correct Answer", *(f"Incorrect Answer {number}" for number in (1, 2, 3)))
 LETTERS = "ABCDEFGHIJ"

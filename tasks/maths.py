@@ -18,8 +18,8 @@ import logging
 import re
 
 from support.errors import need
-from tasks import (BOXED_RETRY, Example, RowTask, Score, Unusable, column, found, in_time,
-                   last_box)
+from tasks import BOXED_RETRY, Example, RowTask, Score, Unusable, column, found, in_time
+from tasks.boxes import last_box
 from tasks.formulas import plain
 
 
@@ -71,22 +71,16 @@ def load_grammar():
 
 def compare(gold, answer):
     """In the worker: the Score of an answer against gold. An answer that cannot be read is None."""
-    can_be_read, correct = equal(gold, answer)
-    return Score(correct, answer if can_be_read else None)
-
-
-def equal(gold, answer):
-    """(Can the answer be read, is it equal to gold)."""
     from math_verify import parse, verify
-    gold, answer = plain(gold), plain(answer)
-    their_base, our_base = in_base(gold), in_base(answer)
+    gold, formula = plain(gold), plain(answer)
+    their_base, our_base = in_base(gold), in_base(formula)
     if our_base:                           # math-verify does not see a base: 204_5, 204_6, 204
-        return True, our_base == (their_base or (gold, "10"))
+        return Score(our_base == (their_base or (gold, "10")), answer)
     gold = their_base[0] if their_base else gold         # the question asked for this base
     # Boxed, an answer is taken as a whole. Bare, math-verify would look for a formula within it.
-    theirs, ours = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (gold, answer))
+    theirs, ours = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (gold, formula))
     same = verify(theirs, ours, timeout_seconds=None) and not differ(theirs[0], ours[0])
-    return bool(ours), bool(same)
+    return Score(bool(same), answer if ours else None)
 
 
 def in_base(formula):

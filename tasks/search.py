@@ -19,8 +19,8 @@ import string
 import unicodedata
 
 from support.errors import need
-from tasks import (BOXED_RETRY, Example, RowTask, Score, Unusable, cell_text, column, in_time,
-                   last_box, without_fonts)
+from tasks import BOXED_RETRY, Example, RowTask, Score, Unusable, cell_text, column, in_time
+from tasks.boxes import last_box, without_fonts
 
 
 class Search(RowTask):

@@ -12,7 +12,8 @@ import checkpoints
 import evaluate
 from link import InnerLink
 from support.errors import shown
-from tasks import Score, Source, choice, coding, get_task, last_box, maths, search
+from tasks import Score, Source, choice, coding, get_task, maths, search
+from tasks.boxes import last_box
 from tools import calls, web
 from tools import worker as clock
 

@@ -22,9 +22,9 @@ from helpers import (GPQA, HUMAN, MBPP, MEDQA, PROJECT, ROWS, lines_of, live_row
 
 import tasks
 from support import files
-from tasks import (Example, Score, Source, choice, coding, generated_task, get_task, last_box,
-                   maths, read_rows, search, task_names)
-from tasks.boxes import without_fonts
+from tasks import (Example, Score, Source, choice, coding, generated_task, get_task, maths,
+                   read_rows, search, task_names)
+from tasks.boxes import last_box, without_fonts
 from tools import web, worker as clock
 from tools.web import JudgeSettings, Key
 

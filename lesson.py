@@ -80,12 +80,9 @@ assert h.shape == (planner.width,) and int(planner.logits(h).argmax()) == writte
 # errors add up, because each thought is made from the one before it. The right length mends a part
 # of the loss. The trained link also mends the direction, and loses nothing over six thoughts.
 # %%
-class Shorter(torch.nn.Module):
-    """h as long as an embedding: h / rms(h) * rms(embeddings)."""
-
-    def forward(self, h):
-        """(.., d) -> (.., d)."""
-        return h / h.pow(2).mean(-1, keepdim=True).sqrt() * planner.embedding_rms
+def shorter(h):
+    """h (.., d) as long as an embedding: h / rms(h) * rms(embeddings)."""
+    return h / h.pow(2).mean(-1, keepdim=True).sqrt() * planner.embedding_rms
 
 
 @torch.no_grad()
@@ -102,7 +99,7 @@ def readable(agent, link, role="planner", m=6, count=20):
     return right / count
 
 
-links = {"no link": torch.nn.Identity(), "right length": Shorter(), "trained": planner.inner}
+links = {"no link": torch.nn.Identity(), "right length": shorter, "trained": planner.inner}
 curves = {name: readable(planner, link) for name, link in links.items()}
 with torch.no_grad():
     thoughts = reference.think(planner, embeds, 6)                               # (6, d)
@@ -217,8 +214,8 @@ source, target = torch.tensor(pairs).T
 R_out = OuterLink(planner.width, critic.width, gain=critic.embedding_rms)
 optimizer = torch.optim.AdamW(R_out.parameters(), lr=2e-3)
 with torch.no_grad():
-    x = F.normalize(planner.embedding(source), dim=-1)
-    x = x * planner.width ** .5 * planner.embedding_rms       # as long as what R_in puts out
+    # As long as what R_in puts out. (rms_norm makes the rms 1.)
+    x = F.rms_norm(planner.embedding(source), (planner.width,)) * planner.embedding_rms
 for step in range(400):
     noise = .3 * planner.embedding_rms * torch.randn_like(x)
     got = R_out(x + noise)

@@ -111,9 +111,8 @@ class BatchPrompts:
             begun = [parts[0][:len(parts[0]) - self.loose] for parts in prompts]
             self.prefixes[role.name] = None
             if all(begun) and not any(isinstance(tokens, str) for tokens in begun):
-                agent = self.mas.agents[role.name]
                 with torch.no_grad():
-                    context = agent.read(*agent.embed([[tokens] for tokens in begun], {}))
+                    context = self.mas.agents[role.name].read_prompts([[one] for one in begun], {})
                 self.prefixes[role.name] = begun, context
         return self.prefixes[role.name]
 

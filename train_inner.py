@@ -92,17 +92,14 @@ def texts_of(args, style, role):
 
 
 def tokens_of(agent, texts, args):
-    """The tokens to train along, a list for each of these RoleTexts."""
+    """The tokens to train along, a list for each of these RoleTexts: of its gold text, or of what
+    the frozen agent itself writes for its prompt.
+
+    Own texts are written in batches into a file of --save_dir. A run that is started again goes on
+    with it."""
     if args.text == "gold":
         return [tokens[:args.max_length] for tokens in agent.tokenize([one.text for one in texts])]
     print("texts: the agent's own, along which latents stay readable (--text gold: the rows')")
-    return own_tokens(agent, texts, args)
-
-
-def own_tokens(agent, texts, args):
-    """What the frozen agent itself writes for the prompts of these RoleTexts: a token list each.
-
-    Written in batches into a file of --save_dir. A run that is started again goes on with it."""
     file = Path(args.save_dir) / f"own_texts.rank{rank()}.jsonl"
     lines = read_lines(file)
     write_lines(file, lines)      # not through a link, and without a line that a crash has cut off

@@ -115,13 +115,10 @@ def text_seed(*parts):
 
 def new_drafts(turn, questions, writing):
     """Empty drafts, writing.samples per question, side by side. Each has a seed of its own."""
-    drafts = []
-    for b, question in enumerate(questions):
-        for _ in range(writing.samples):
-            sample = len(drafts) % (writing.samples * writing.repeats)
-            seed = text_seed(writing.seed, turn.role, turn.round, question, sample)
-            drafts.append(Draft(b, seed))
-    return drafts
+    numbers = [b for b in range(len(questions)) for _ in range(writing.samples)]
+    own = writing.samples * writing.repeats          # so many drafts in a row are of one question
+    return [Draft(b, text_seed(writing.seed, turn.role, turn.round, questions[b], i % own))
+            for i, b in enumerate(numbers)]
 
 
 def go_on(turn, drafts, writing, limits, stop=()):
@@ -184,11 +181,10 @@ def write_message(mas, recursion, turn, request, writing):
     text_brief cuts a text after writing.brief tokens, which hold all that it has to say. It is the
     fair baseline for latents, because its texts are short too. But its user has to know the length.
     """
-    limit = writing.max_new_tokens
+    writing = replace(writing, samples=1)
     if request.method == "text_brief":
         need(writing.brief, "method text_brief needs a task that has a brief message length")
-        limit = min(writing.brief, limit)
-    writing = replace(writing, samples=1, max_new_tokens=limit)
+        writing = replace(writing, max_new_tokens=min(writing.brief, writing.max_new_tokens))
     return write_turn(mas, recursion, turn, questions=request.questions, writing=writing)
 
 

@@ -105,14 +105,11 @@ class Recorded:
     def prepare(self, graph):
         """Choose the fastest way to take a step that works here: compiled layers and a graph, else
         a graph, else neither. A line says what failed."""
-        failed = self.compiled and self.trial(graph)
-        if failed:
+        if self.compiled and (failed := self.trial(graph)):
             self.compiled.give_up(failed)
             self.compiled = None
-        if graph and not self.graph:
-            failed = self.trial(graph)
-            if failed:
-                say_once(f"no CUDA graph, so steps are launched kernel by kernel: {failed}")
+        if graph and not self.graph and (failed := self.trial(graph)):
+            say_once(f"no CUDA graph, so steps are launched kernel by kernel: {failed}")
 
     def trial(self, graph):
         """Try a step in the empty buffers, and record it. Returns what failed, or None if nothing

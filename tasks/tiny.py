@@ -22,7 +22,7 @@ a model writing in words would give, and that latent thoughts need not spell out
 import functools
 import random
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
 
 from support.errors import need
 from tasks import Example, Score, Task, need_limit
@@ -60,9 +60,8 @@ class Problem:
 def random_problem(rng, longest=LONGEST):
     """A problem of 2..longest events, every length equally likely."""
     operations = tuple(rng.choice(list(OPERATIONS)) for _ in range(rng.randint(SHORTEST, longest)))
-    values = [rng.randint(0, 9)]
-    for operation in operations:
-        values.append(OPERATIONS[operation](values[-1]))
+    values = accumulate(operations, lambda value, operation: OPERATIONS[operation](value),
+                        initial=rng.randint(0, 9))
     return Problem(operations, tuple(values))
 
 

@@ -147,10 +147,8 @@ def role_texts_of(style, role, rows, kind):
     earlier, found = style.heard_first(role.name), []
     for row in rows:
         for round, text in enumerate(role_texts(role, row) or [""], start=1):
-            heard = {}
-            for name in earlier if round == 1 else style.heard_by(role.name):
-                spoken = round if name in earlier else round - 1
-                heard[name] = role_text(style.role(name), row, spoken)
+            heard = {name: role_text(style.role(name), row, round if name in earlier else round - 1)
+                     for name in (earlier if round == 1 else style.heard_by(role.name))}
             found.append(RoleText(
                 style, role, question=question_of(row), kind=kind_of(row, kind), row=row, text=text,
                 heard=heard if all(heard.values()) else {}))

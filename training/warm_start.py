@@ -45,9 +45,8 @@ def nearest_tokens(agent, vectors):
 
 def as_thoughts(agent, tokens, scale_match):
     """Embeddings of tokens (n,) as long as what the agent's inner link puts out: (n, d)."""
-    embeds = agent.embedding(tokens).float()
-    rms = embeds.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1e-6)
-    return embeds / rms * (agent.embedding_rms if scale_match else 1.0)
+    embeds = F.rms_norm(agent.embedding(tokens).float(), (agent.width,), eps=1e-12)
+    return embeds * (agent.embedding_rms if scale_match else 1.0)
 
 
 def warm_start(mas, args, leave_out=()):

@@ -40,11 +40,6 @@ def prompt(role, heard, question):
     return [heard.get(part, part) for part in parts if part]
 
 
-def in_words(agent, states):
-    """Hidden states (m, d) read through the vocabulary head: which word would each one choose?"""
-    return agent.tokenizer.decode(agent.logits(states).argmax(-1))
-
-
 # %% [markdown]
 # 1. A language model is a function from embeddings to a hidden state.
 #
@@ -104,8 +99,9 @@ curves = {name: readable(planner, link) for name, link in links.items()}
 with torch.no_grad():
     thoughts = reference.think(planner, embeds, 6)                               # (6, d)
 size = h.pow(2).mean().sqrt().item()
+read = planner.tokenizer.decode(planner.logits(thoughts).argmax(-1))   # each one's likeliest word
 print(f"2. rms of the hidden state {size:.2f}, of an embedding {planner.embedding_rms:.2f}")
-print(f"   six thoughts, read as words: {in_words(planner, thoughts)}")
+print(f"   six thoughts, read as words: {read}")
 for name, curve in curves.items():
     print(f"   {name:13s} reads as written, by thought: "
           + " ".join(f"{share:.2f}" for share in curve.tolist()))

@@ -9,7 +9,7 @@ from there. So there is one way to write:
     go_on(turn, drafts, writing, limits, stop)        each draft grows by at most limits[i] words
     insert(turn, draft, text)                         a text is put after a draft
 
-write() does a whole turn with these three, tool calls included.
+write_turn() does a whole turn with these three, tool calls included.
 """
 import hashlib
 import math
@@ -81,14 +81,13 @@ class Writing:
     """How texts are written.
 
     samples: drafts per question. repeats: each question stands `repeats` times in the batch,
-    because agents that exchange words need a conversation of its own for each sample. stop: strings
-    that end a text. brief: how many tokens hold all that a message says (method text_brief)."""
+    because agents that exchange words need a conversation of its own for each sample. brief: how
+    many tokens hold all that a message says (method text_brief)."""
     max_new_tokens: int = 1000
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = 42
     samples: int = 1
     repeats: int = 1
-    stop: tuple = ()
     brief: int | None = None
 
     def __post_init__(self):
@@ -128,9 +127,8 @@ def go_on(turn, drafts, writing, limits, stop=()):
         context = turn.read(numbers, [draft.tokens for draft in drafts])
     else:                                          # all samples start from one reading
         context = turn.read().pick(numbers)
-    written = turn.agent.write(
-        context, max(limits), choose=writing.sampling.choose, stop=(*writing.stop, *stop),
-        seeds=[text_seed(draft.seed, len(draft.tokens)) for draft in drafts])
+    seeds = [text_seed(draft.seed, len(draft.tokens)) for draft in drafts]
+    written = turn.agent.write(context, max(limits), writing.sampling.choose, seeds=seeds, stop=stop)
     for draft, tokens, limit in zip(drafts, written, limits):
         draft.newest = tokens[:limit]
         draft.tokens = draft.tokens + draft.newest
@@ -149,25 +147,19 @@ def text_of(turn, draft):
     return turn.agent.tokenizer.decode(draft.tokens, skip_special_tokens=True).strip()
 
 
-def write(turn, questions, writing, tools=(), search=None):
-    """Write a whole turn: its drafts, writing.samples per question.
-
-    tools: names of the tools that the writer may call. search: query -> text, or None."""
-    drafts = going = new_drafts(turn, questions, writing)
-    for calls_left in range(MAX_CALLS if tools else 0, -1, -1):
-        limits = [writing.max_new_tokens - draft.decoded for draft in going]
-        go_on(turn, going, writing, limits=limits, stop=TAGS if calls_left else ())
-        going = use_tools(turn, going, writing, tools=tools, search=search) if calls_left else []
-        if not going:
-            return drafts
-
-
 def write_turn(mas, recursion, turn, questions, writing):
     """Write one turn of a recursion: its texts, B * writing.samples of them.
 
-    The Recursion keeps texts and drafts, and counts the words."""
+    The last role may call its style's tools. The Recursion keeps texts and drafts, and counts the
+    words."""
     tools = mas.style.tools if turn.role == mas.style.roles[-1].name else ()
-    recursion.drafts = write(turn, questions, writing, tools=tools, search=mas.search)
+    recursion.drafts = going = new_drafts(turn, questions, writing)
+    for calls_left in range(MAX_CALLS if tools else 0, -1, -1):
+        limits = [writing.max_new_tokens - draft.decoded for draft in going]
+        go_on(turn, going, writing, limits=limits, stop=TAGS if calls_left else ())
+        going = use_tools(turn, going, writing, tools, mas.search) if calls_left else []
+        if not going:
+            break
     for draft in recursion.drafts:
         recursion.decoded[draft.b // writing.repeats] += draft.decoded
     texts = [text_of(turn, draft) for draft in recursion.drafts]

@@ -101,11 +101,10 @@ class CompiledForward:
         import torch._dynamo                            # here, because importing it takes seconds
         torch._dynamo.config.allow_unspec_int_on_nn_module = True    # else each layer_idx is a case
         torch._dynamo.config.recompile_limit = 256      # of all models and shapes of a process
-        how = dict(fullgraph=True, backend=self.backend)
         tunes = {"coordinate_descent_tuning": True} if self.backend == "inductor" else None
         self.kind = type(self.agent.body.layers[0])
-        self.step = {True: torch.compile(self.kind.forward, options=tunes, **how),   # tuned
-                     False: torch.compile(self.kind.forward, **how)}
+        self.step = [torch.compile(self.kind.forward, fullgraph=True, backend=self.backend,
+                                   options=options) for options in (None, tunes)]    # [tuned]
         self.layers = torch.nn.ModuleList(map(self.twin, range(len(self.agent.body.layers))))
 
     def twin(self, i):

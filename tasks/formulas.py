@@ -34,11 +34,6 @@ NO_UNIT = set("a half halves squared cubed factorial base plus minus less if not
               "quarters fourths fifth fifths sixths eighths tenths hundredths thousandths".split())
 
 
-def modern(found):
-    """NFKC turns ² into 2 and ½ into 1⁄2. SIGNS turns the rest into LaTeX."""
-    return unicodedata.normalize("NFKC", found[0]).translate(SIGNS)
-
-
 def unfold(found):
     """The content of a font. Words (two letters in a row, no digit) become \\text{..}."""
     return rf"\text{{{found[1]}}}" if re.fullmatch(r"\D*[A-Za-z]{2}\D*", found[1]) else found[1]
@@ -60,7 +55,8 @@ STEPS = (                # what is found, what replaces it, and an example
     (r"([¼-¾⅐-⅞])", r"\\frac{\1}"),                                        # 2½
     (r"([⁰¹²³⁴-⁹⁺⁻ⁿ]+)", r"^{\1}"),                                        # x²
     (r"([₀-₉]+)", r"_{\1}"),                                               # x₁
-    (r"[^\0-~]+", modern),                                                 # 45°
+    # NFKC would turn ² into 2 and ½ into 1⁄2. So the steps above read these first.
+    (r"[^\0-~]+", lambda found: unicodedata.normalize("NFKC", found[0]).translate(SIGNS)),  # 45°
     (r"√\s*(?:\{([^{}]*)\}|\(([^()]*)\)|(\d+|\w))", r"\\sqrt{\1\2\3}"),    # √3
     (r"\\(?:text)?color\{\w*\}|^\s*\*\*|\*\*\s*$", ""),                    # **5**
     (r"\\(?:text\w*|math(?:rm|bf|it|sf|tt)|[mh]box|emph|underline)\s*\{([^{}]*)\}", unfold),

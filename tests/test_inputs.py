@@ -13,13 +13,12 @@ import evaluate
 from link import InnerLink
 from support.errors import shown
 from tasks import Score, Source, choice, coding, get_task, maths, search
-from tasks.boxes import last_box
 from tools import calls, web
 from tools import worker as clock
 
 FORK = multiprocessing.get_context("fork")
 READERS = {                         # what reads a model's text, or the output of its program
-    "last_box": last_box, "verdict": web.read_verdict, "next_call": calls.next_call,
+    "last_box": maths.last_box, "verdict": web.read_verdict, "next_call": calls.next_call,
     "choice": lambda text: choice.chosen(text, ["iron", "zinc"], "A"),
     "search": lambda text: search.exact_match(text, ["zinc"]),
     "program": lambda text: coding.program_in(text, defines=True),

@@ -104,16 +104,16 @@ def mean_over_tokens(links, state):
     The sums are over the micro-batches of this rank. Here the other ranks' are added. A NaN on one
     rank becomes a NaN on all of them, so all skip the step together."""
     gradients = [weight.grad for weight in links.parameters() if weight.grad is not None]
+    state.sums["stops"] = float(state.asked_to_stop)        # if one rank is told to stop, all stop
     if ranks() > 1:
         # With R = 1 the feedback link is unused and its gradient is None, on every rank alike. It
         # stays None: AdamW would move a link with a zero gradient by its momentum.
-        state.sums["stops"] = float(state.asked_to_stop)    # if one rank is told to stop, all stop
         device = next(links.parameters()).device
         sums = torch.tensor(list(state.sums.values()), device=device)
         for tensor in (sums, *gradients):
             torch.distributed.all_reduce(tensor)
         state.sums = dict(zip(state.sums, sums.tolist()))
-        state.stops = state.sums.pop("stops") > 0
+    state.stops = state.sums.pop("stops") > 0
     tokens = state.sums.pop("tokens")
     for gradient in gradients:
         gradient /= tokens
@@ -180,7 +180,6 @@ class State:
 
         norm: of the gradient before clipping. finite: False if the step was skipped. Raises
         ValueError after MAX_SKIPPED such steps in a row."""
-        stops = self.stops if ranks() > 1 else self.asked_to_stop
         self.skipped += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         self.done += 1
@@ -193,9 +192,9 @@ class State:
                                       for name, value in self.logged.items()}) + "\n")
         # At the end the script writes the links first, which are smaller, and then the state.
         every = self.args.save_steps or self.total_steps
-        if stops or self.done % every == 0 and not ends:
+        if self.stops or self.done % every == 0 and not ends:
             self.save()
-        if stops:
+        if self.stops:
             raise KeyboardInterrupt
         need(not gives_up, f"the loss or its gradient was not finite {MAX_SKIPPED} steps in a row: "
              "begin again with a lower learning rate")

@@ -81,8 +81,8 @@ def learn_words(link, source, target, args, name, leave_out=()):
         x = (x + NOISE * x.pow(2).mean().sqrt() * noise).to(target.device)
         got = apply_link(link, x, target.dtype).float()                                # (n, d_dst)
         words = batch[:, 1].to(target.device)
-        loss = word_losses(got, words, target.embedding)[0]                            # 1 - cos
-        loss = loss + contrast(got, words, target.embedding)
+        # loss = 1 - cos + contrast
+        loss = word_losses(got, words, target.embedding)[0] + contrast(got, words, target.embedding)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

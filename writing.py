@@ -128,8 +128,8 @@ def go_on(turn, drafts, writing, limits, stop=()):
     else:                                          # all samples start from one reading
         context = turn.read().pick(numbers)
     seeds = [text_seed(draft.seed, len(draft.tokens)) for draft in drafts]
-    written = turn.agent.write(context, max(limits), writing.sampling.choose, seeds=seeds, stop=stop)
-    for draft, tokens, limit in zip(drafts, written, limits):
+    pieces = turn.agent.write(context, max(limits), writing.sampling.choose, seeds=seeds, stop=stop)
+    for draft, tokens, limit in zip(drafts, pieces, limits):
         draft.newest = tokens[:limit]
         draft.tokens = draft.tokens + draft.newest
         draft.decoded += len(draft.newest)

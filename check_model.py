@@ -113,8 +113,7 @@ def report(agent):
             print(f"  {label:15s} {text}", flush=True)
 
     print(f"\n{agent.name}")
-    show(figures(agent))
-    show(prompt_figures(agent))
+    show({**figures(agent), **prompt_figures(agent)})
     errors = prove(agent)
     show({f"check {name}": error if isinstance(error, str) else f"{error:.0e}"
           for name, error in errors.items()})

@@ -17,7 +17,6 @@ goes on with the missing files (--resume), and under torchrun each rank writes i
 the parts come OUT/results.jsonl (a line per question and method), OUT/summary.json and summary.png.
 """
 import contextlib
-import json
 import random
 import time
 from pathlib import Path
@@ -25,7 +24,7 @@ from pathlib import Path
 from checkpoints import notes_of
 from evaluation import report
 from evaluation.answers import (METHODS, Job, Plan, answer_batch, finished, in_batches,
-                                m_and_rounds, possible_methods, write_again)
+                                m_and_rounds, possible_methods)
 from evaluation.in_words import show
 from recurse import load_mas_system
 from styles import get_style
@@ -133,15 +132,17 @@ def evaluate(mas, fresh, task, examples, plan, out, settings, resume=False):
     with contextlib.suppress(RuntimeError):     # the first call is slow (imports, choosing kernels)
         mas.respond(first.request(mas), writing=Writing(2))
     mine, answered = todo[rank()::ranks()], {}           # answered: {file: its lines}
-    try:
-        for part, job in progress(mine, f"evaluate, {len(batches[0])} questions per batch"):
-            answered[part] = answer_batch(fresh if job.method == "untrained" else mas, job)
-            write_json(part, {"lines": answered[part]})
-    finally:
-        write_again(answered, out / "summary.json", settings)
+    for part, job in progress(mine, f"evaluate, {len(batches[0])} questions per batch"):
+        answered[part] = answer_batch(fresh if job.method == "untrained" else mas, job)
+        write_json(part, {"lines": answered[part]})
     wait_for_ranks()
-    lines = [line for part in jobs for line in json.loads(part.read_text())["lines"]]
+    # Somebody may have removed the folder meanwhile. What this run has answered is still known.
+    lost = sum(not part.is_file() for part in jobs)
+    lines = [line for part in jobs
+             for line in answered.get(part) or read_json(part).get("lines", [])]
     if rank() == 0:
+        if lost:
+            print(f"{lost} of the files in {out / 'parts'} were removed during the run", flush=True)
         write_lines(out / "results.jsonl", lines)
         report.write_report(report.summarise(lines), out, settings, mas, task, examples)
     return lines

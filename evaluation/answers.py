@@ -24,7 +24,7 @@ from recurse import CONTROLS, recurse
 from support.batches import by_length
 from support.devices import Clock, peak_memory_mb, reset_peak_memory
 from support.errors import need
-from support.files import read_json, write_json
+from support.files import read_json
 from tasks import Score
 from training.rows import role_text
 from writing import Writing, go_on, insert, text_of
@@ -212,17 +212,6 @@ def is_whole(line, plan):
     return (all(type(line[name]) is type(least) and line[name] >= least
                 for name, least in kinds.items())
             and [type(one) for one in line["correct"]] == [bool] * len(line["parsed"]))
-
-
-def write_again(parts, summary, settings):
-    """Write those of the parts {file: lines} anew that are missing, and `summary`, without which
-    --resume does not go on. They are missing if somebody has removed the folder during the run."""
-    for part, lines in parts.items():
-        if not part.is_file():
-            write_json(part, {"lines": lines})
-    if not summary.is_file():
-        write_json(summary, {"settings": settings, "rows": []})
-        print(f"{summary.parent} was removed during the run: it is written again", flush=True)
 
 
 @torch.no_grad()

@@ -14,7 +14,6 @@ from support.ranks import rank
 
 SHIPPED = Path(__file__).resolve().parent.parent / "tiny"        # no run may write here
 RESULTS = ("results.jsonl", "summary.json", "summary.png", "parts")      # of an evaluation
-HALF_WRITTEN = f"*.{'[0-9a-f]' * 8}.part"                                # see write_whole
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)                   # of a file system
 HELD = {}          # {this run's folder: (its lock, the lock's inode, what was saved before)}
 
@@ -70,8 +69,7 @@ def claim(folder):
     rank 0 holds the lock for all.)
 
     Raises ValueError if another run writes to it, or if it is a shipped one; OSError if nothing can
-    be written. The system unlocks the folder of a process that dies, and the next run removes its
-    half-written files."""
+    be written. The system unlocks the folder of a process that dies."""
     need(not Path(folder).resolve().is_relative_to(SHIPPED), f"{folder} belongs to the shipped "
          "system, which a run would replace: name a folder under out/")
     if rank() > 0:
@@ -89,8 +87,6 @@ def claim(folder):
                  f"{path} is a link, or not what a run writes: remove it", OSError)
     try:
         lock.acquire(timeout=0)
-        for half in (*folder.glob(HALF_WRITTEN), *folder.glob(f"parts/{HALF_WRITTEN}")):
-            half.unlink()                                # of a process that was killed
     except Timeout:
         raise ValueError(f"another run writes to {folder}: wait for its end, or name another "
                          "folder") from None

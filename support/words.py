@@ -5,20 +5,16 @@ from collections import defaultdict
 
 from support.errors import shown
 
-MOST = 40      # words named of one tokenizer. (A thousand questions would fill many screens.)
 TOLD = defaultdict(set)        # {tokenizer's name: the words that were named by now}
 
 
 def tell_unknown(tokenizer, texts):
-    """Print the words of these texts that the tokenizer does not know: each word once, in one line
-    for all the texts, and at most MOST words in all."""
+    """Print the words of these texts that the tokenizer does not know, in one line for all the
+    texts. A word is named once, else a thousand questions would fill many screens."""
     unknown, name = tokenizer.unk_token, tokenizer.name_or_path or "this model"
     new = [word for word in dict.fromkeys(" ".join(texts).split())
            if word not in TOLD[name] and unknown not in word
            and tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False).input_ids]
-    new = new[:MOST - len(TOLD[name])]
     TOLD[name].update(new)
     if new:
-        more = ". Further ones are not named" if len(TOLD[name]) == MOST else ""
-        words = shown(", ".join(new))
-        print(f"{name} reads {unknown} for unknown words: {words}{more}", flush=True)
+        print(shown(f"{name} reads {unknown} for unknown words: {', '.join(new)}"), flush=True)

@@ -191,9 +191,9 @@ def read_output(file):
     return text + "\n[output cut here]" if len(written) > OUTPUT_CAP else text
 
 
-def remove(folder, wait_s=None):
-    """Remove a folder, however deep or locked it is. After wait_s (CLEAN_UP_S) seconds we stop
-    waiting, and rm continues in the background."""
+def remove(folder):
+    """Remove a folder, however deep or locked it is. After CLEAN_UP_S seconds we stop waiting, and
+    rm continues in the background."""
     with suppress(OSError):                     # most programs leave no file of their own
         Path(folder, "program.py").unlink()
         os.rmdir(folder)
@@ -202,8 +202,7 @@ def remove(folder, wait_s=None):
     unlock = "find \"$0\" -type d -execdir chmod u+rwx {} ';'"
     script = f'rm -rf "$0" 2> /dev/null || {{ {unlock} 2> /dev/null; rm -rf "$0"; }}'
     with suppress(subprocess.TimeoutExpired):               # shutil.rmtree fails on deep folders
-        subprocess.Popen(["sh", "-c", script, folder], start_new_session=True).wait(
-            CLEAN_UP_S if wait_s is None else wait_s)
+        subprocess.Popen(["sh", "-c", script, folder], start_new_session=True).wait(CLEAN_UP_S)
 
 
 def lock(folder, stack):
@@ -220,7 +219,7 @@ def remove_left_behind():
             about = folder.lstat()
             if about.st_uid == os.geteuid() and time.time() - about.st_mtime > 10:
                 lock(folder, stack)             # a newer one may not be locked yet
-                remove(folder, wait_s=0)
+                remove(folder)
 
 
 @functools.cache

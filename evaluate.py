@@ -194,12 +194,6 @@ def plan_of(args, style, task, examples):
                                 brief=task.brief))
 
 
-def need_as_before(out, settings):
-    """Raise if there is no run in `out`, or one with other settings than these."""
-    earlier = need_saved(Path(out) / "summary.json")
-    need_same(earlier, read_json(earlier).get("settings", {}), settings)
-
-
 def main():
     """Questions, system, answers and their table; or --show."""
     (args, style), started = parse(), time.time()
@@ -211,8 +205,6 @@ def main():
     report.need_matplotlib()
     if not args.show:
         claim(args.out)
-        if args.resume:
-            need_as_before(args.out, settings)
         if args.measure == "accuracy":
             task.ready(args.allow_unsafe_code)
 
@@ -233,7 +225,8 @@ def main():
     links = [*mas.outer.values(), *(agent.inner for agent in mas.agents.values())]
     settings["links_prompts_data"] = fingerprint(links, style.roles, style.edges, examples)
     if args.resume:
-        need_as_before(args.out, settings)
+        earlier = need_saved(Path(args.out) / "summary.json")
+        need_same(earlier, read_json(earlier).get("settings", {}), settings)
 
     # 3. The answers and their table.
     lines = evaluate(mas, fresh, task, examples=examples, plan=plan, out=Path(args.out),

@@ -495,7 +495,9 @@ def test_a_full_card_is_one_line(script, train, monkeypatch):
 
 
 def test_odd_rows_are_left_out_and_counted(capsys):
-    odd = lines_of("odd_rows.jsonl")
+    odd = [*lines_of("odd_rows.jsonl"),
+           {"row": {"question": "x" * 10**6, "answer": "x"},
+            "fault": "question is not a text of 1 to 200000 characters"}]
     rows, faults = [ROWS[0], *(one["row"] for one in odd)], [one["fault"] for one in odd]
     assert data.keep_usable(rows, [tiny_style.role("solver")]) == [ROWS[0]]
     said = capsys.readouterr().out

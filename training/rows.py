@@ -19,6 +19,8 @@ from styles import KINDS
 from support.errors import need
 from tasks import generated_task, get_task, read_rows, task_names
 
+LONGEST = 200_000        # characters of a text. A longer one would take minutes and all memory.
+
 
 def load_rows(args):
     """The training rows [dict] of the flags: from a task that makes its own, a local .json or
@@ -99,8 +101,8 @@ def need_room(agents, texts):
 
 
 def is_text(cell):
-    """Whether a cell holds a text with something in it."""
-    return isinstance(cell, str) and bool(cell.strip())
+    """Whether a cell holds a text with something in it, and not a whole book."""
+    return isinstance(cell, str) and bool(cell.strip()) and len(cell) <= LONGEST
 
 
 def fault(row, columns):
@@ -109,7 +111,8 @@ def fault(row, columns):
     if not there:
         return f"no column {' or '.join(columns) or '(the style names no target)'}"
     number = isinstance(row[there[0]], (int, float))
-    return f"{there[0]} is {'a number: write it as a text' if number else 'empty or not a text'}"
+    return f"{there[0]} is " + ("a number: write it as a text" if number else
+                                f"not a text of 1 to {LONGEST} characters")
 
 
 def flags_to_ask(trained_on, settings, kind):

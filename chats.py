@@ -16,20 +16,15 @@ from support.errors import need
 
 MARK = "\ue000{}\ue001"         # stands for a {name} of a prompt: signs of Unicode's private range
 DAY = datetime.date(2024, 7, 26)          # the date in Llama 3's own template
-# A macro in front of the template hides the library's function of that name. The empty expression
-# keeps jinja from dropping a line break with which the template may begin.
-CLOCK = ("{% macro strftime_now(format) %}{{ format"
-         + "".join(f" | replace('%{sign}', '{DAY:%{sign}}')" for sign in "aAbBdHIjmMpSyY")
-         + " }}{% endmacro %}{{ '' }}")
 
 
 def write_chat(tokenizer, messages, thinking=False, ask=True):
     """The chat of messages (role, content) as one text. ask: it ends where the model has to go on.
 
     Raises jinja2.TemplateError if the template refuses a role, ValueError if it writes a flood."""
-    template = tokenizer.get_chat_template()
-    if "strftime_now" in template:
-        template = CLOCK + template
+    # strftime_now("%d %B") in a template is the library's clock. Here it is "26 July".
+    template = re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""",
+                      lambda found: repr(DAY.strftime(found[2])), tokenizer.get_chat_template())
     chat = tokenizer.apply_chat_template(
         [{"role": role, "content": content} for role, content in messages], chat_template=template,
         tokenize=False, add_generation_prompt=ask, enable_thinking=thinking,

@@ -16,7 +16,7 @@ For two models a new outer link is trained in each direction, as train_outer.py 
 (training/warm_start.py): a word's embedding goes in, and the other model's embedding of the same
 word should come out. No model runs for that. The two above take a minute of one core. Then words
 that the link has not seen are sent. How many arrive nearer to the right word than to any other word
-of the receiver's vocabulary? By chance, it is one in as many as that vocabulary holds.
+of the receiver's vocabulary? By chance, one in V words arrives (V: the size of that vocabulary).
 
 What this says, and what it does not. If no more words arrive than by chance, the receiver cannot
 hear the sender through such a link. If most arrive, there is a channel for words, from which
@@ -80,15 +80,14 @@ def prompt_figures(agent):
     switched = render(agent.tokenizer, "", "Hello.", not agent.thinking)
     # Templates without a system role get the system text there, and some put it there themselves.
     moved = asked == agent.render("", "Be brief.\n\nHello.")
-    today, ours = (any(day.strftime(date) in plain for date in DATES)
-                   for day in (datetime.date.today(), DAY))
+    dated = any(datetime.date.today().strftime(date) in plain for date in DATES)
     return {
         "prompt": repr(plain),
         "system text": "at the head of the user's turn" if moved else "where the template puts it",
         "thinking": "the template has no switch" if switched == plain
                     else "--enable_thinking changes the prompt",
-        "date": "THE DAY'S DATE IS IN EACH PROMPT: results change with it" if today
-                else f"always {DAY}, so that results do not change" if ours else "none",
+        "date": "THE DAY'S DATE IS IN EACH PROMPT: results change with it" if dated
+                else f"none, or always {DAY}",
     }
 
 
@@ -133,7 +132,6 @@ def talk(source, target, args):
     The verdict is drawn from the 95 % interval of that share, and not from the share alone."""
     torch.manual_seed(args.seed)
     link = OuterLink(source.width, target.width, gain=target.embedding_rms).to(target.device)
-    print()
     with Clock() as clock:
         right = learn_words(link, source, target, args, f"{source.name} -> {target.name}")    # (n,)
     n, chance = len(right), 1 / target.embedding.num_embeddings

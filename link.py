@@ -37,9 +37,10 @@ from support.errors import need
 # The paper compares several designs. Left: our name. Right: the published name of the inner link.
 # An outer link's published name is the same with "outer_" in front.
 # To add a kind, for example one that ends in a tanh:
-# 1. Name it here: "2layer_ln_res_tanh": "tanh_adapter". A part of its name is new: "tanh".
+# 1. Name it here: "2layer_ln_res_tanh": "tanh_adapter". Both names are new. A name has parts, which
+#    are joined by "_". Here the part "tanh" is new.
 # 2. Write "tanh" into PARTS of InnerLink, OuterLink or both, and build it in __init__ and forward.
-# Flags, saved files and tests then know it. A class refuses a kind with a part not in its PARTS.
+# Flags, saved files and tests then know it. A class refuses a kind if a part is not in its PARTS.
 KINDS = {
     "1layer": "linear_adapter",             # W1 h
     "1layer_res": "linear_res_adapter",     # h + W1 h
@@ -49,6 +50,7 @@ KINDS = {
     "2layer_ln_res": "ln_res_adapter",      # the two equations above
 }
 RELEASED = "2layer_ln_res"                  # the kind that was released
+need(len(set(KINDS.values())) == len(KINDS), "KINDS of link.py names one published kind twice")
 
 
 def kind_name(name, link=None):
@@ -67,7 +69,7 @@ class InnerLink(nn.Module):
 
     Input and output are (.., width). kind: one of KINDS. gain: where the last LayerNorm's gain
     starts (see the head of this file); a kind without LayerNorms has no gain to set."""
-    PARTS = {"1layer", "2layer", "ln", "res"}       # of kinds' names: what is built here
+    PARTS = {"1layer", "2layer", "ln", "res"}       # parts of names that this class can build
 
     def __init__(self, width, kind=RELEASED, gain=1.0):
         super().__init__()

@@ -157,9 +157,10 @@ class MAS:
              "list of texts, none of them empty: for a single one write [question]")
         kinds = [kind] * len(questions) if isinstance(kind, str) else list(kind)
         columns = list(columns or [{}] * len(questions))
-        need(len(kinds) == len(columns) == len(questions) and set(kinds) <= set(KINDS),
-             f"{len(questions)} questions need as many kinds, of {', '.join(KINDS)}, not {kind!r}, "
-             f"and as many rows in columns, not {len(columns)}")
+        need(len(columns) == len(questions), f"{len(questions)} questions need as many rows in "
+             f"columns, not {len(columns)}")
+        need(len(kinds) == len(questions) and set(kinds) <= set(KINDS), f"{len(questions)} "
+             f"questions need as many kinds, of {', '.join(KINDS)}, not {kind!r}")
         methods = ("latent", *CONTROLS, *WORDS)
         need(method in methods, f"unknown method '{method}': choose one of {', '.join(methods)}")
         need(all(isinstance(one, Integral) for one in (rounds, m)) and rounds >= 1

@@ -34,7 +34,8 @@ def trained_with(folder, style, override):
     notes = {**style.settings.get("train_outer", {}), **notes_of(folder)}
 
     def place(name):
-        """A path of the training: beside the outer links if all were moved, else as it was."""
+        """Where a folder of the training is now. If it lies beside the outer links as it did then,
+        that one counts."""
         path = notes.get(name)
         moved = path and os.path.relpath(path, notes.get("save_dir", "."))
         moved = moved and os.path.normpath(os.path.join(folder, moved))
@@ -61,6 +62,6 @@ def need_as_trained(folder, style, agents, inner, override):
         if inner[role] and trained.get("inner_links", {}).get(role, found) != found:
             says = (f"role {role}: the inner link in {inner[role]} is not the one that the outer "
                     f"links in {folder} were trained with")
-            need(role in override, f"{says}: train the outer links again, or go on with it by "
-                 f"--ckpt_override {role}={inner[role]}")
+            need(role in override, f"{says}: train the outer links again, or go on all the same: "
+                 f"add {role}={inner[role]} to --ckpt_override")
             print(says, flush=True)

@@ -61,13 +61,14 @@ def possible_methods(style, task, batches, wanted=()):
     """The methods asked for, or all that this style, task and batches can serve.
 
     Raises ValueError for a method that was asked for and cannot be served."""
-    last = style.alone().roles[0]
+    last, begins = style.alone().roles[0], "own" if style.roles[-1].first else "first"
     few = min(len({repr((one.question, one.row)) for one in batch}) for batch in batches) < 2
     why_not = {
         "text_brief": "" if task.brief else f"{task.name} has no brief message length",
         "shuffle": "it needs two different questions in a batch (--batch_size)" if few else "",
-        "single": "" if last.first else "its last role lacks `first`",
-        "single_loop": "" if last.first and last.prompt else "its last role lacks `first` or `own`"}
+        "single": "" if last.first else f"its last role lacks `{begins}`",
+        "single_loop": "" if last.first and last.prompt else
+                       f"its last role lacks `{'own' if last.first else begins}`"}
     for method in wanted:
         need(not why_not.get(method), f"method {method}: {why_not.get(method)}")
     return list(wanted) or [name for name in METHODS if not why_not.get(name)]
@@ -188,8 +189,11 @@ def score(job, texts, numbers):
         except (RuntimeError, ValueError, OSError) as problem:    # a service away, damaged tests:
             return Score(False, "", f"{NOT_SCORED}: {problem}")   # the text itself is kept
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+    pool = ThreadPoolExecutor(torch.get_num_threads())
+    try:
         return list(pool.map(one, numbers))
+    finally:                                  # after Ctrl-C no further one is begun
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 # ---- the parts on the disk ----------------------------------------------------------------------
@@ -207,11 +211,17 @@ def finished(part, job):
 
 
 def is_whole(line, plan):
-    """Whether a line has all its values, of the right types, and no number below 0 or NaN."""
-    kinds = NOTHING if plan.measure == "accuracy" else {**NOTHING, "nats": 0.0}
-    return (all(type(line[name]) is type(least) and line[name] >= least
-                for name, least in kinds.items())
-            and [type(one) for one in line["correct"]] == [bool] * len(line["parsed"]))
+    """Whether a line has all its values and no others, of the right types and in the right number,
+    and no number below 0, without end or NaN."""
+    kinds, count = NOTHING, plan.writing.samples
+    if plan.measure == "loss":
+        kinds, count = {**NOTHING, "nats": 0.0}, 0
+    return (line.keys() == kinds.keys()
+            and all(type(line[name]) is type(kinds[name]) for name in kinds)
+            and all(0 <= value < 1e15 for value in line.values() if type(value) in (int, float))
+            and list(map(type, line["correct"])) == [bool] * count
+            and len(line["parsed"]) == len(line["notes"]) == count
+            and len(line["outputs"]) == (count or 1))
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from checkpoints import PROJECT
 from evaluation.answers import METHODS
 from evaluation.statistics import bootstrap, paired, value_of, wilson
 from recurse import CONTROLS
+from styles import all_styles
 from support.errors import need
 from support.files import write_json, write_whole
 from tasks import pass_at_k
@@ -82,12 +83,12 @@ def measure_of(entries):
 # ---- tables and pictures ------------------------------------------------------------------------
 
 def made_for(mas, task):
-    """Whether `mas` is the system that the task's ceiling is about (Task.team): the same roles with
-    the same models, which hear the same roles. The style's name does not count."""
-    ours = [(role.name, mas.agents[role.name].name, *mas.style.heard_by(role.name))
-            for role in mas.style.roles]
-    return ours == [(role, str((PROJECT / model).resolve()), *heard)
-                    for role, model, *heard in task.team]
+    """Whether `mas` is the shipped system that the task's ceiling is about: the same models, and
+    the same edges between the same roles. The name of its style does not count."""
+    shipped = all_styles().get(task.name)
+    models = [mas.agents[role.name].name for role in mas.style.roles]
+    return bool(shipped) and shipped.edges == mas.style.edges and models == [
+        str((PROJECT / role.model).resolve()) for role in shipped.roles]
 
 
 def write_report(entries, out, settings, mas=None, task=None, examples=()):

@@ -13,7 +13,7 @@ A role has up to three prompts, all written out:
     first     round 1, where some of them speak later                        those that spoke
               the last role, asked alone (methods `single`, `single_loop`)   none
     own       the last role alone, hearing its own last text (single_loop)   its own name
-              the same with nothing in the slot, where its `first` has slots
+              If its `first` has slots, `own` is asked first, with an empty slot.
 
 A style is a file of this folder that makes a Style, or any other .py file, given by its path.
 Nothing has to be registered. To change a shipped style, make a file that imports it and uses
@@ -134,8 +134,8 @@ class Style:
     def alone(self):
         """The last role by itself, hearing its own last text: methods single and single_loop.
 
-        If it hears itself in the rounds too, its `first` may have slots. It begins with `own` then.
-        """
+        If it hears itself in the rounds too, its `first` has slots. Then it is asked `own` at the
+        beginning too, with nothing in the slot."""
         last = self.roles[-1]
         first, early = last.first, self.heard_first(last.name)
         if early and early != self.heard_by(last.name):
@@ -234,7 +234,7 @@ def get_style(name):
     path, styles = Path(str(name)), all_styles()         # None is an unknown name too
     if path.suffix == ".py":
         sys.path.append(str(path.resolve().parent))      # it may import the files beside it
-        with blame(f"style file {path} does not run"):
+        with blame(f"style file {path} makes no style"):
             made = runpy.run_path(str(path)).values()
         made = [value for value in made if isinstance(value, Style)
                 and value not in styles.values()]        # a shipped style was only imported

@@ -70,8 +70,8 @@ def claim(folder):
 
     Raises ValueError if another run writes to it, or if it is a shipped one; OSError if nothing can
     be written. The system unlocks the folder of a process that dies."""
-    need(not Path(folder).resolve().is_relative_to(SHIPPED), f"{folder} belongs to the shipped "
-         "system, which a run would replace: name a folder under out/")
+    need(not Path(os.path.realpath(folder)).is_relative_to(SHIPPED), f"{folder} belongs to the "
+         "shipped system, which a run would replace: name a folder under out/")
     if rank() > 0:
         return
     release()

@@ -60,7 +60,6 @@ class Task:
     leave_out = ()               # words of the test that no training may see (relay)
     samples = 1                  # answers to draw per question, as the publishers did (pass@k)
     retry = None                 # (text put after an answer that cannot be read, tokens after it)
-    team = ()                    # whose ceiling is known: a (role, model, roles it hears ..) each
     train_rows = None            # train_rows(n, seed) -> [row], if the task makes training data
 
     def __init__(self, name, path=None):
@@ -68,8 +67,7 @@ class Task:
         self.name = name
 
     def ceiling(self, examples, rounds):
-        """The best accuracy that `team` can reach in `rounds` rounds, or None if it is not known.
-        """
+        """The best accuracy of the shipped style of the task's name in `rounds` rounds, or None."""
 
     def ready(self, allow_unsafe=False):
         """Raise ValueError, before anything is generated, if answers cannot be scored here."""

@@ -149,7 +149,5 @@ def check_m(agent, m):
 class Tiny(Task):
     """The functions above. There is nothing to read from a file."""
     names, kind, brief = ("tiny",), "math", NOTE
-    team = (("planner", "tiny/planner", "solver"), ("critic", "tiny/critic", "planner"),
-            ("solver", "tiny/solver", "critic"))
     load, score, train_rows = staticmethod(load), staticmethod(score), staticmethod(train_rows)
     ceiling, check_m = staticmethod(ceiling), staticmethod(check_m)

@@ -20,8 +20,7 @@ def test_the_memory_of_a_cache_is_that_of_its_keys_and_values(family, layers):
 
 @pytest.mark.parametrize("more, label", [
     ("{{ raise_exception('no') if messages[0].role == 'system' }}", "system text"),
-    ("{{ enable_thinking }}", "thinking"), ("{{ strftime_now('%Y-%m-%d') }}", "date"),
-    (f"{datetime.date.today():%d %B %Y}", "date")])
+    ("{{ enable_thinking }}", "thinking"), (f"{datetime.date.today():%d %B %Y}", "date")])
 def test_what_a_template_does_changes_one_row_and_the_prompt(more, label):
     plain, other = (check_model.prompt_figures(new_agent("qwen3", template=template))
                     for template in (CHAT_TEMPLATE, more + CHAT_TEMPLATE))

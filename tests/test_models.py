@@ -127,11 +127,10 @@ def test_models_are_proven_at_loading(tmp_path, monkeypatch, capsys):
 
 
 def test_the_day_of_a_template_is_always_the_same():
-    """Also where it asks the clock itself, with any format, and begins with a line break."""
-    day = ("\n{% set day = '%d %B %Y' %}{{ strftime_now(day) }}, {{ strftime_now('%y-%m-%d') }}, "
-           "{{ date_string }}. ")
-    text = chats.render(byte_tokenizer(day + SAYS), "", "Hello.")
-    assert text == "\n26 July 2024, 24-07-26, 26 Jul 2024. Hello.END"
+    """Also where it asks the clock itself, in any format, and begins with a line break."""
+    day = "\n{{ strftime_now('%-d %B %Y') }}, {% set day = strftime_now( \"%F\" ) %}{{ day }}, "
+    text = chats.render(byte_tokenizer(day + "{{ date_string }}. " + SAYS), "", "Hello.")
+    assert text == "\n26 July 2024, 2024-07-26, 26 Jul 2024. Hello.END"
 
 
 def test_a_turn_ends_where_the_template_ends_it():

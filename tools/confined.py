@@ -4,6 +4,7 @@ tools/sandbox.py starts `python -I -c <the text of this file> <the arguments of 
 So this file imports nothing of ours.
 """
 import ctypes
+import fcntl
 import json
 import os
 import sys
@@ -68,12 +69,17 @@ def confine(layers, calls):
         rules.load()
 
 
-def perform(layers, memory, seconds, calls, err, check, parent):
+def perform(layers, memory, seconds, calls, err, check):
     """Put the layers on, run program.py and, in a check, the test in the file `check`.
 
     Exit code 0 proves nothing (`os._exit(0)`), and neither does printed text. So we read a random
     number only after the program has ended, and write it back only after the test."""
     limit(layers, memory, seconds)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, 9, 0, 0, 0)      # PR_SET_PDEATHSIG: SIGKILL if our parent dies
+    with suppress(OSError):         # our parent holds this lock, or the file system has no locks
+        fcntl.flock(os.open(".", os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os._exit(1)                 # it has died even before that
     if "namespaces" in layers:
         # Signals do not kill the first process of a namespace, not even its own SIGKILL. So the
         # program is a second one. Exit codes are those of a shell: 128 + the signal.
@@ -81,10 +87,6 @@ def perform(layers, memory, seconds, calls, err, check, parent):
         if child:
             code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             os._exit(code if code >= 0 else 128 - code)
-    elif sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, 9, 0, 0, 0)      # PR_SET_PDEATHSIG, SIGKILL: see KILLED_WITH_US
-        if os.getppid() != parent:
-            os._exit(1)
     confine(layers, calls)
     os.write(2, b"layers are on\n")             # from now on, a failure is the program's own
     os.dup2(err, 2)                             # the program cannot reach our log, and unshare's

@@ -25,7 +25,7 @@ import pebble
 from support.errors import need
 
 SECONDS, MEMORY_MB = 4, 4096    # the most that one call may take
-POOLS, PREPARED, LOCK = [], {None}, threading.Lock()
+POOLS, PREPARED, LOCK = [], set(), threading.Lock()
 
 
 def in_worker(function, *arguments, prepare=None):
@@ -50,13 +50,14 @@ def worker(prepare):
     is no fork, on Windows, it is spawned.) After 200 calls a new process goes on, so what sympy
     keeps in memory cannot pile up."""
     with LOCK:
-        if prepare not in PREPARED:
-            prepare()
+        runs = POOLS and POOLS[-1].active          # the system may kill a process that is idle
+        if not runs or prepare not in PREPARED:
+            if prepare:
+                prepare()
             PREPARED.add(prepare)
-            for pool in POOLS:                     # forked before this
-                pool.stop()
-                pool.join()
-        if not POOLS or not POOLS[-1].active:      # the system may kill a process that is idle
+            if runs:                               # it was forked before this
+                POOLS[-1].stop()
+                POOLS[-1].join()
             way = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
             POOLS.append(pebble.ProcessPool(1, max_tasks=200, initializer=confine, context=way))
         return POOLS[-1]

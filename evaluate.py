@@ -137,12 +137,11 @@ def evaluate(mas, fresh, task, examples, plan, out, settings, resume=False):
         write_json(part, {"lines": answered[part]})
     wait_for_ranks()
     # Somebody may have removed the folder meanwhile. What this run has answered is still known.
-    lost = sum(not part.is_file() for part in jobs)
     lines = [line for part in jobs
              for line in answered.get(part) or read_json(part).get("lines", [])]
     if rank() == 0:
-        if lost:
-            print(f"{lost} of the files in {out / 'parts'} were removed during the run", flush=True)
+        if not all(part.is_file() for part in jobs):
+            print(f"files in {out / 'parts'} were removed during the run", flush=True)
         write_lines(out / "results.jsonl", lines)
         report.write_report(report.summarise(lines), out, settings, mas, task, examples)
     return lines

@@ -213,9 +213,8 @@ def finished(part, job):
 def is_whole(line, plan):
     """Whether a line has all its values and no others, of the right types and in the right number,
     and no number below 0, without end or NaN."""
-    kinds, count = NOTHING, plan.writing.samples
-    if plan.measure == "loss":
-        kinds, count = {**NOTHING, "nats": 0.0}, 0
+    kinds, count = (({**NOTHING, "nats": 0.0}, 0) if plan.measure == "loss" else
+                    (NOTHING, plan.writing.samples))
     return (line.keys() == kinds.keys()
             and all(type(line[name]) is type(kinds[name]) for name in kinds)
             and all(0 <= value < 1e15 for value in line.values() if type(value) in (int, float))

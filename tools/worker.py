@@ -68,7 +68,6 @@ def confine():
     far as the system has such limits.) And let it end at once when it is told to."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with contextlib.suppress(ImportError, AttributeError, OSError, ValueError):
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
         import resource
         used_kb = re.search(r"VmData:\s*(\d+)", Path("/proc/self/status").read_text())[1]
         limit = int(used_kb) * 2**10 + MEMORY_MB * 2**20
@@ -79,10 +78,7 @@ def guarded(function, arguments):
     """In the worker: function(*arguments).
 
     If the main process dies, a worker that waits ends, because its pipe is closed. A worker that
-    works is ended by an alarm."""
-    alarm = getattr(signal, "alarm", int)      # Windows has no alarm
-    alarm(2 * SECONDS)
-    try:
-        return function(*arguments)
-    finally:
-        alarm(0)
+    works is ended by a timer of its processor time."""
+    if hasattr(signal, "setitimer"):           # Windows has none
+        signal.setitimer(signal.ITIMER_PROF, 2 * SECONDS)
+    return function(*arguments)

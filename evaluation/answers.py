@@ -205,7 +205,7 @@ def finished(part, job):
         lines = read_json(part)["lines"]
         asked = [(line["question"], line["method"], line["rounds"]) for line in lines
                  if "error" not in line and is_whole(line, job.plan)]
-    except (ValueError, LookupError, TypeError):         # missing, torn, or not ours: ask again
+    except (ValueError, LookupError, TypeError, AttributeError):   # missing, torn, or not ours
         return False
     return asked == [(example.question, job.method, job.rounds) for example in job.examples]
 

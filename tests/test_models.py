@@ -26,7 +26,7 @@ DATA = json.loads((PROJECT / "tests/data/families.json").read_text())
 SIZES = {name: int(size) for size, names in DATA["sizes"].items() for name in names.split()}
 BLOCK = re.search(r"```\n(right .*?)```", (PROJECT / "docs/models.md").read_text(), re.S)[1]
 LISTED = {kind: names for kind, *names in map(str.split, BLOCK.replace("\n  ", " ").splitlines())}
-QUICK = "granite gemma2 qwen3_moe gemma3n_text gemma4_text mamba granitemoehybrid llama4_text".split()
+QUICK = "granite gemma2 gemma3n_text gemma4_text mamba granitemoehybrid llama4_text".split()
 TOKENIZER = word_tokenizer(vocabulary={"<pad>": 0, "<bos>": 1, "<eos>": 2, "<unk>": 3,
                                        **{f"w{i}": i for i in range(4, 99)}})
 SAYS = "{% for m in messages %}{{ m['content'] }}END{% endfor %}"

@@ -100,6 +100,7 @@ class Agent:
         which would not stand there. So a sign is put before the text, and taken off its tokens."""
         # JSON may hold half a surrogate pair. Tokenizers fail on it, so it is replaced by `?`.
         proper = [text.encode("utf-8", "replace").decode() for text in texts]
+        # Tokens write a blank as one of these two signs. Here none was asked for.
         blank = "".join(self.tokenizer.tokenize("a")).startswith(("\u2581", "\u0120"))
         sign = MARK[0] if goes_on and blank else ""
         ids = self.tokenizer([sign, *(sign + text for text in proper)], add_special_tokens=False,
@@ -207,8 +208,9 @@ class Agent:
     def steps(self, context, count):
         """Single steps after a Context, `count` of them: recorded ones on a GPU without gradients,
         if the card has room for their buffers."""
-        can_record = self.device.type != "cpu" and not torch.is_grad_enabled()
-        return can_record and self.recorder.steps(context, count) or Growing(self.read, context)
+        if self.device.type == "cpu" or torch.is_grad_enabled():
+            return Growing(self.read, context)
+        return self.recorder.steps(context, count) or Growing(self.read, context)
 
     def think(self, context, m):
         """m latent thoughts H = [h_1 .. h_m], (B, m, d): the paper's rollout. Differentiable.

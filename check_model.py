@@ -37,7 +37,7 @@ from support.devices import Clock, pick_device
 from training.warm_start import learn_words
 
 DATES = "%d %b %Y", "%d %B %Y", "%B %d, %Y", "%Y-%m-%d", "%d/%m/%Y"     # as templates write a day
-TOKENS = 32             # a cache is measured after so many, and after as many again
+TOKENS = 32             # a cache is measured after 32 tokens, and after 64
 
 
 def parse():

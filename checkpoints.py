@@ -202,7 +202,7 @@ def load_agent(folder, device, dtype, trust_remote_code=False, thinking=False):
         settings = {"trust_remote_code": trust_remote_code}
         config = AutoConfig.from_pretrained(view, **settings)
         need(any(list(Path(view).glob(name)) for name in TOKENIZER_FILES),
-             "there is no tokenizer file")               # the library would make an empty one
+             "it has no tokenizer file")                 # the library would make an empty one
         # AutoTokenizer may replace the folder's way of splitting words by that of its family. If
         # there is a tokenizer.json, that file is the truth.
         has_json = (Path(view) / "tokenizer.json").is_file()

@@ -27,6 +27,9 @@ training, the share of the planner's thoughts that read as the right word is:
 On a real model only the matched gain gives readable thoughts. SmolLM2's thoughts 2 to 8 read as the
 right word for .77 to .80 of the questions. With gain 1 the share is .28 for thought 2, and at most
 .03 for the others (docs/real.md).
+
+checkpoints.py saves and loads links. Parameters keep the names that they have in the released
+files: proj1, proj2, pre_ln, post_ln, residual_proj, ln_source, ln_target.
 """
 import torch
 import torch.nn as nn

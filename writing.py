@@ -115,7 +115,7 @@ def text_seed(*parts):
 def new_drafts(turn, questions, writing):
     """Empty drafts, writing.samples per question, side by side. Each has a seed of its own."""
     numbers = [b for b in range(len(questions)) for _ in range(writing.samples)]
-    own = writing.samples * writing.repeats          # so many drafts in a row are of one question
+    own = writing.samples * writing.repeats          # drafts of one question; they stand in a row
     return [Draft(b, text_seed(writing.seed, turn.role, turn.round, questions[b], i % own))
             for i, b in enumerate(numbers)]
 

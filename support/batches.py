@@ -20,12 +20,12 @@ def by_length(lengths, size):
 
 
 def others(items):
-    """For each item of a batch, the place of another one: the nearest before it that is not equal
-    to it. (The first item stands behind the last one.) Raises ValueError if all are equal."""
-    places = [next((place for place in range(i - 1, i - len(items), -1)      # -1 is the last place
-                    if items[place] != item), None) for i, item in enumerate(items)]
-    need(None not in places, "method shuffle needs two different questions in a batch: ask more")
-    return places
+    """For each item of a batch, the number of another one: the nearest before it that is not equal
+    to it. (Before the first one stands the last one.) Raises ValueError if all are equal."""
+    found = [next((other for other in range(b - 1, b - len(items), -1)      # -1 is the last one
+                   if items[other] != item), None) for b, item in enumerate(items)]
+    need(None not in found, "method shuffle needs a batch of different questions (batch_size)")
+    return found
 
 
 def progress(items, name, **settings):

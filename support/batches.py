@@ -24,7 +24,7 @@ def others(items):
     to it. (Before the first one stands the last one.) Raises ValueError if all are equal."""
     found = [next((other for other in range(b - 1, b - len(items), -1)      # -1 is the last one
                    if items[other] != item), None) for b, item in enumerate(items)]
-    need(None not in found, "method shuffle needs a batch of different questions (batch_size)")
+    need(None not in found, "shuffle needs two different questions in a batch (batch_size)")
     return found
 
 

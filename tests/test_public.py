@@ -1,0 +1,57 @@
+"""Answers that other projects met: their public reports, and how ours scores each (public.jsonl).
+
+A row holds a question with an answer, the verdict that a careful person expects, and the report."""
+import pytest
+from helpers import lines_of, live_row, write_rows
+
+from tasks import Example, get_task
+from tools.web import read_verdict
+
+CASES = lines_of("public.jsonl")
+
+
+def area_of(case):
+    return case["id"].partition("-")[0]
+
+
+def seen(case, path):
+    """What the project says to a case, in the form of its `expected`."""
+    given = case["input"]
+    if "judge_reply" in given:
+        return {"verdict": read_verdict(given["judge_reply"])}
+    if "rows" in given:
+        return loaded(given, path)
+    task = get_task(given["task"], "rows.json")
+    if "tests" in given:
+        row = {"shown": given["tests"], "hidden": "[]", "function": given["function"]}
+    elif "test" in given:
+        row = {"head": given.get("head", ""), "test": given["test"]}
+    else:
+        row = {name: given[name] for name in ("options", "answers") if name in given}
+    score = task.score(Example("1", "", given.get("gold", ""), task.kind, row), given["text"])
+    return {"correct": score.correct, "parsed": score.parsed}
+
+
+def loaded(given, path):
+    """The questions and golds of a file with these rows, or the error that it raises."""
+    task = get_task(given["task"], write_rows(path, given["rows"]))
+    try:
+        examples = task.load()
+    except ValueError:
+        return {"raised": "ValueError"}
+    return {"golds": [one.gold for one in examples], "questions": [one.question for one in examples]}
+
+
+@pytest.mark.parametrize("area", sorted({area_of(case) for case in CASES}))
+def test_public_reports(area, tmp_path):
+    """Each is judged as expected, but for those with a reason in `left`: they may not change
+    without a word."""
+    others = []
+    for case in CASES:
+        if area_of(case) == area:
+            got = seen(case, tmp_path / "rows.jsonl")
+            same = all(got.get(name) == value for name, value in case["expected"].items())
+            if same == ("left" in case):
+                others.append(f"{case['id']} ({case['class']}): {got}")
+    if others:
+        pytest.fail(f"{len(others)} are judged otherwise:\n" + "\n".join(others), pytrace=False)

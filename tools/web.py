@@ -21,7 +21,6 @@ import json
 import os
 import random
 import re
-import socket
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -30,7 +29,6 @@ from pathlib import Path
 import pebble
 import requests
 from requests.adapters import HTTPAdapter
-from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
 
 from support.errors import need
@@ -57,42 +55,6 @@ class Key(str):
         """Sign a request. A Key is passed as `auth`: a plain header would lose to ~/.netrc."""
         request.headers["Authorization"] = "Bearer " + self[:]
         return request
-
-
-class Patience(Retry):
-    """urllib3's Retry, for services that say how long to wait in a way that cannot be read."""
-
-    def get_retry_after(self, response):
-        """Seconds to wait. None if the service does not say how long, or says it unreadably."""
-        with contextlib.suppress(InvalidHeader):
-            return super().get_retry_after(response)
-
-
-class Line(HTTPAdapter):
-    """The way to a service. cut() ends it at any moment.
-
-    A time limit of requests is for each single read. So a server that sends a byte now and then, of
-    a header too, would hold us for ever."""
-    newest, is_cut = None, False                                  # newest: the socket of this try
-
-    def get_connection_with_tls_context(self, *args, **options):
-        """The pool of urllib3, whose connections tell us their socket."""
-        line, pool = self, super().get_connection_with_tls_context(*args, **options)
-
-        class Connection(pool.ConnectionCls):
-            def connect(self):
-                super().connect()
-                line.newest = self.sock
-                need(not line.is_cut, "too late for another try", ServiceError)
-
-        pool.ConnectionCls = Connection
-        return pool
-
-    def cut(self):
-        """End the connection, and allow no other. A thread that waits for it goes on at once."""
-        self.is_cut = True
-        with contextlib.suppress(OSError, TypeError):          # it has ended, or has not begun
-            socket.socket.shutdown(self.newest, socket.SHUT_RDWR)
 
 
 def setting(name):
@@ -123,11 +85,12 @@ def post(url, key, body, timeout_s, end, read):
     no reply comes, if it is too large, or if `read` fails on it."""
     says = f"{url} failed {MAX_FAILED} questions in a row: this run does not ask it again"
     need(FAILED[url] < MAX_FAILED, says, ServiceError)
-    retry = Patience(total=5, backoff_factor=1, status_forcelist=(408, 429, 500, 502, 503, 504),
-                     allowed_methods=None, raise_on_status=False, retry_after_max=LONGEST_WAIT)
-    line, answers = Line(max_retries=retry), False
-    # In a thread of its own, because nothing ends a slow look-up of an address.
-    asked = pebble.concurrent.thread(send)(line, url, key, body, timeout_s)
+    retry = Retry(total=5, backoff_factor=1, status_forcelist=(408, 429, 500, 502, 503, 504),
+                  allowed_methods=None, raise_on_status=False, retry_after_max=LONGEST_WAIT)
+    answers = False
+    # In a thread of its own, because a time limit of requests is for each single read. So a server
+    # that sends a byte now and then would hold us for ever. We do not wait for that thread.
+    asked = pebble.concurrent.thread(send)(retry, url, key, body, timeout_s)
     try:
         status, reply = asked.result(max(0, end - time.monotonic()))
         answers = status not in retry.status_forcelist
@@ -137,17 +100,16 @@ def post(url, key, body, timeout_s, end, read):
         raise ServiceError(f"{url}: no reply of at most 1 MB in {ALL_TRIES_S} s that can be read "
                            f"({type(problem).__name__})") from None
     finally:
-        line.cut()
         FAILED[url] = 0 if answers else FAILED[url] + 1
         if FAILED[url] == MAX_FAILED:
             print(says, flush=True)
     return status, " ".join(reply.decode(errors="replace").split())[:200]
 
 
-def send(line, url, key, body, timeout_s):
+def send(retry, url, key, body, timeout_s):
     """The last of up to six tries: (HTTP status, the reply's bytes without the key)."""
     with requests.Session() as session:
-        session.adapters = {"http": line}                             # and https
+        session.adapters = {"http": HTTPAdapter(max_retries=retry)}   # and https
         response = session.post(url, json=body, auth=key, timeout=timeout_s, stream=True,
                                 allow_redirects=False)                # a key goes nowhere else
         # Of a compressed reply no more is unpacked than this.

@@ -24,7 +24,7 @@ from pathlib import Path
 from checkpoints import notes_of
 from evaluation import report
 from evaluation.answers import (METHODS, Job, Plan, answer_batch, finished, in_batches,
-                                m_and_rounds, possible_methods)
+                                m_and_rounds, possible_methods, write_part)
 from evaluation.in_words import show
 from recurse import load_mas_system
 from styles import get_style
@@ -134,7 +134,7 @@ def evaluate(mas, fresh, task, examples, plan, out, settings, resume=False):
     mine, answered = todo[rank()::ranks()], {}           # answered: {file: its lines}
     for part, job in progress(mine, f"evaluate, {len(batches[0])} questions per batch"):
         answered[part] = answer_batch(fresh if job.method == "untrained" else mas, job)
-        write_json(part, {"lines": answered[part]})
+        write_part(part, answered[part])
     wait_for_ranks()
     # Somebody may have removed the folder meanwhile. What this run has answered is still known.
     lines = [line for part in jobs
@@ -201,7 +201,6 @@ def main():
     plan = plan_of(args, style, task, examples)
     settings = {name: value for name, value in vars(args).items() if name not in CHANGES_NO_ANSWER}
     settings.update(method=plan.methods, num_rollouts=plan.writing.samples)
-    report.need_matplotlib()
     if not args.show:
         claim(args.out)
         if args.measure == "accuracy":

@@ -14,6 +14,8 @@ A line says what was asked and how, what came out, whether that is right, and wh
 A line with an "error" is asked again by --resume. With plan.measure "loss" a line has "nats" (per
 token of the gold answer), and nothing was read or scored.
 """
+import contextlib
+import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -24,7 +26,7 @@ from recurse import CONTROLS, recurse
 from support.batches import by_length
 from support.devices import Clock, peak_memory_mb, reset_peak_memory
 from support.errors import need
-from support.files import read_json
+from support.files import fingerprint, read_json, write_json
 from tasks import Score
 from training.rows import role_text
 from writing import Writing, go_on, insert, text_of
@@ -32,7 +34,7 @@ from writing import Writing, go_on, insert, text_of
 # The methods in the order of the table: baselines in words, controls, the system itself.
 METHODS = (*WORDS, "untrained", *CONTROLS, "latent")
 NOT_SCORED = "not scored"
-# A line of a question that failed. Every line has these names, and values of these types.
+# A line of a question that failed. Every line has these names.
 NOTHING = {"style": "", "dataset": "", "method": "", "rounds": 1, "id": "", "question": "",
            "gold": "", "outputs": [], "parsed": [], "correct": [], "notes": [], "retried": 0,
            "decoded_tokens": 0, "latent_steps": 0, "seconds": 0.0, "peak_memory_mb": 0.0}
@@ -198,29 +200,21 @@ def score(job, texts, numbers):
 
 # ---- the parts on the disk ----------------------------------------------------------------------
 
+def write_part(part, lines):
+    """Write the lines of a finished batch, and a hash of them."""
+    write_json(part, {"lines": lines, "hash": fingerprint([], json.dumps(lines))})
+
+
 def finished(part, job):
-    """Whether a part is there, with an answer to each question and without an error, and with all
-    that the report reads."""
-    try:
-        lines = read_json(part)["lines"]
-        asked = [(line["question"], line["method"], line["rounds"]) for line in lines
-                 if "error" not in line and is_whole(line, job.plan)]
-    except (ValueError, LookupError, TypeError, AttributeError):   # missing, torn, or not ours
-        return False
-    return asked == [(example.question, job.method, job.rounds) for example in job.examples]
-
-
-def is_whole(line, plan):
-    """Whether a line has all its values and no others, of the right types and in the right number,
-    and no number below 0, without end or NaN."""
-    kinds, count = (({**NOTHING, "nats": 0.0}, 0) if plan.measure == "loss" else
-                    (NOTHING, plan.writing.samples))
-    return (line.keys() == kinds.keys()
-            and all(type(line[name]) is type(kinds[name]) for name in kinds)
-            and all(0 <= value < 1e15 for value in line.values() if type(value) in (int, float))
-            and list(map(type, line["correct"])) == [bool] * count
-            and len(line["parsed"]) == len(line["notes"]) == count
-            and len(line["outputs"]) == (count or 1))
+    """Whether a part is there as write_part wrote it, with an answer to each question of a job and
+    without an error."""
+    with contextlib.suppress(ValueError, KeyError):           # torn, missing, or not ours
+        saved = read_json(part)
+        if saved["hash"] == fingerprint([], json.dumps(saved["lines"])):
+            asked = [(line["question"], line["method"], line["rounds"]) for line in saved["lines"]
+                     if "error" not in line]
+            return asked == [(one.question, job.method, job.rounds) for one in job.examples]
+    return False
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ seed alone.
 from pathlib import Path
 from statistics import fmean
 
-from evaluation.report import COSTS, measure_of, need_matplotlib, write_report
+from evaluation.report import COSTS, measure_of, write_report
 from support import flags
 from support.errors import need
 from support.files import read_json
@@ -42,7 +42,6 @@ def main():
     parser.add_argument("folders", nargs="+", help="folders that hold a summary.json")
     parser.add_argument("--out", default="out/merged", help="where summary.json and .png go")
     args = parser.parse_args()
-    need_matplotlib()
     entries = merge([read_json(Path(folder) / "summary.json").get("rows", [])
                      for folder in args.folders])
     write_report(entries, Path(args.out), vars(args))

@@ -15,15 +15,15 @@ not independent, so their interval is a bootstrap over questions (evaluation/sta
 With --measure loss the table has `nats` in place of accuracy, and fewer are better. Nothing is
 read, so there is no column `unparsed`.
 """
-import importlib.util
 from statistics import fmean
+
+from matplotlib.figure import Figure       # it draws into files, so no window is needed
 
 from checkpoints import PROJECT
 from evaluation.answers import METHODS
 from evaluation.statistics import bootstrap, paired, value_of, wilson
 from recurse import CONTROLS
 from styles import all_styles
-from support.errors import need
 from support.files import write_json, write_whole
 from tasks import pass_at_k
 
@@ -144,7 +144,6 @@ def print_comparison(entries, ceiling):
 
 def new_figure(width):
     """An empty matplotlib figure, 4 inches high."""
-    from matplotlib.figure import Figure       # it takes half a second, which most runs can save
     return Figure(figsize=(width, 4), layout="constrained")
 
 
@@ -181,9 +180,3 @@ def plot(entries, path, ceiling):
                   xticks=sorted({one["rounds"] for one in entries}))
     axes["seconds"].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     save_figure(figure, path)
-
-
-def need_matplotlib():
-    """Raise ValueError now, rather than after an hour, if the picture cannot be drawn."""
-    need(importlib.util.find_spec("matplotlib"), "matplotlib is missing, which draws summary.png: "
-         "pip install matplotlib")

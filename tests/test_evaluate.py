@@ -20,7 +20,7 @@ from helpers import PROJECT, Script, write_rows
 
 import evaluate
 from evaluation import merge, report
-from evaluation.answers import Job, Plan, answer_batch
+from evaluation.answers import Job, Plan, answer_batch, write_part
 from evaluation.statistics import bootstrap, wilson
 from recurse import CONTROLS, MAS
 from support import files, flags
@@ -93,7 +93,7 @@ def test_a_broken_run_resumes_to_the_same_results(finished, tmp_path, run):
     missing, torn, failed, *kept = sorted((out / "parts").iterdir())
     lines = json.loads(failed.read_text())["lines"]
     lines[1]["error"] = "OutOfMemoryError: .."
-    failed.write_text(json.dumps({"lines": lines}))
+    write_part(failed, lines)
     torn.write_text(torn.read_text()[:99])
     (out / "parts/a.json.part").write_text("half")                   # what kill -9 leaves behind
     missing.unlink()
@@ -335,9 +335,3 @@ def test_too_little_memory_is_one_line(problem, capsys):
         assert stopped.value.code == 2 and "--batch_size" in said and said.count("\n") == 1
     else:
         assert stopped.value is problem
-
-
-def test_a_missing_package_is_named_before_anything_runs(tmp_path, monkeypatch, run):
-    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
-    code, _, errors = run(evaluate, "--out", tmp_path / "out")
-    assert code == 2 and "matplotlib" in errors[0] and not (tmp_path / "out").exists()

@@ -359,8 +359,9 @@ def test_foreign_lines_in_parts_are_asked_again(tmp_path, run):
     before, parts = outputs(), sorted((tmp_path / "parts").iterdir())
     for part, damage in zip(parts, damages, strict=True):
         if damage.startswith("but "):
-            line, = files.read_json(part)["lines"]
-            damage = json.dumps({"lines": [{**line, **json.loads(damage[4:])}]})
+            part_of = files.read_json(part)
+            line, = part_of["lines"]
+            damage = json.dumps({**part_of, "lines": [{**line, **json.loads(damage[4:])}]})
         part.write_text(damage)
     assert run(*ask, "--resume")[0] == 0
     assert outputs() == before

@@ -36,7 +36,7 @@ from link import KINDS, RELEASED, InnerLink, OuterLink
 from proof import need_proved
 from support.devices import pick_device
 from support.errors import blame, need
-from support.files import fingerprint, read_json, write_json, write_whole
+from support.files import read_json, write_json, write_whole
 
 PROJECT = Path(__file__).resolve().parent
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")

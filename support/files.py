@@ -102,10 +102,8 @@ def claim(folder):
 
 
 def saved_in(folder):
-    """What a run can go on from, state.pt and an evaluation's parts: {(file, its inode, time)}.
-
-    A file that is written anew has another inode, even where the clock stands still."""
-    return {(path, path.lstat().st_ino, path.lstat().st_mtime_ns)
+    """What a run can go on from, state.pt and an evaluation's parts: {(file, its time)}."""
+    return {(path, path.stat().st_mtime_ns)
             for name in ("state.pt", "parts/*.json") for path in folder.glob(name)}
 
 

@@ -12,7 +12,7 @@ import reference
 from agents import Agent
 from bench import __main__ as bench
 from bench import models
-from bench.both_sides import apart, in_float32, plain_think, read
+from bench.both_sides import plain_think
 
 TINY = ["--dims", "tiny", "--device", "cpu", "--threads", "1", "--repeats", "1"]
 
@@ -119,20 +119,6 @@ def test_repeats_and_patience(monkeypatch):
     assert max(one.lines[1]["ours_s"]) < 1e-9 < min(one.lines[0]["ours_s"])
 
 
-def test_apart():
-    """|a - b| / |b|, the largest of a list. Sizes must agree, and a NaN is never close."""
-    a = torch.tensor([3.0, 4.0])
-    assert apart([a], [a]) == 0
-    assert apart([a, a], [a, 2 * a]) == pytest.approx(0.5)
-    assert apart([2 * a, a], [a, a]) == pytest.approx(1)
-    assert apart([a.bfloat16()], [2 * a.bfloat16()]) == pytest.approx(0.5)
-    for ours in ([a * float("nan"), a], [a, a * float("nan")]):
-        assert not apart(ours, [a, a]) <= 1
-    for ours, theirs in (([a], [torch.ones(3)]), ([a], [a, a])):
-        with pytest.raises((RuntimeError, ValueError)):
-            apart(ours, theirs)
-
-
 def test_half_precision_is_judged_by_float32():
     """Ours may be twice as far from the reference's float32 result as the reference's own."""
     one, right = small("bfloat16"), torch.ones(100)
@@ -146,19 +132,6 @@ def test_half_precision_is_judged_by_float32():
     for off in (0.021, -0.021, float("nan")):
         with pytest.raises(RuntimeError, match="far.*0.02 is allowed"):
             one.compare("far", one.agent, theirs, lambda _: [right * (1 + off)])
-
-
-def test_a_copy_in_float32():
-    """It has the same weights and computes in float32. The original stays what it is."""
-    mas = small("bfloat16").mas
-    twin = in_float32(mas)
-    for name, agent in mas.agents.items():
-        assert agent.dtype == agent.embedding.weight.dtype == torch.bfloat16
-        thoughts = [one.think(read(one, ["w5 w6"]), 2) for one in (agent, twin.agents[name])]
-        assert [one.dtype for one in thoughts] == [torch.bfloat16, torch.float32]
-        assert 0 < apart(thoughts[:1], thoughts[1:]) < 0.05
-    weights = zip(mas.outer.parameters(), twin.outer.parameters())
-    assert all(torch.equal(a.float(), b) and b.dtype == torch.float32 for a, b in weights)
 
 
 def test_the_batch_of_the_reference_is_the_reference():

@@ -3,6 +3,7 @@ import dataclasses
 
 import pytest
 import torch
+from helpers import lines_of
 
 import evaluate
 import train_inner
@@ -11,7 +12,6 @@ from recurse import load_mas_system
 from styles import get_style
 from support.devices import Clock, peak_memory_mb, pick_device, settle
 
-TINY, OTHER = get_style("tiny"), get_style("duo")
 CPU = torch.device("cpu")
 
 
@@ -25,30 +25,21 @@ def two_threads(monkeypatch):
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("style, device, threads, variable, chosen, used, line", [
-    (TINY, "auto", 0, "", "cpu", 1, "style tiny: device cpu (the style's), CPU threads 1 (the "
-                                    "style's); its matrices are too small for a GPU"),
-    (TINY, "auto", 0, "16", "cpu", 1, "CPU threads 1 (the style's); "),
-    (TINY, "cuda:1", 0, "", "cuda:1", 1, "device cuda:1 (asked for), CPU threads 1 (the style's)"),
-    (TINY, "auto", 3, "2", "cpu", 3, "device cpu (the style's), CPU threads 3 (asked for)"),
-    (TINY, "cpu", 0, "2", "cpu", 1, "device cpu (asked for), CPU threads 1 (the style's)"),
-    (OTHER, "auto", 0, "", "auto", 2, ""),
-    (OTHER, "auto", 0, "2", "auto", 2, ""),
-    (OTHER, "cuda:0,cuda:1", 0, "", "cuda:0,cuda:1", 2, ""),
-    (OTHER, "auto", 4, "", "auto", 4, "style duo: device auto (default), CPU threads 4 (asked ")])
+@pytest.mark.parametrize("style, device, threads, variable, chosen, used, line",
+                         lines_of("devices.jsonl"))
 def test_who_decides(style, device, threads, variable, chosen, used, line, monkeypatch, capsys):
     """A variable sets torch's threads before any of our code runs, and does not count after."""
     if variable:
         monkeypatch.setenv("OMP_NUM_THREADS", variable)
         torch.set_num_threads(int(variable))
-    assert settle(style, device, threads) == chosen
+    assert settle(get_style(style), device, threads) == chosen
     assert torch.get_num_threads() == used
     said = capsys.readouterr().out
     assert line in said and said.count("\n") == bool(line)
 
 
 def test_a_wrong_setting_is_named():
-    style = dataclasses.replace(TINY, settings={"device": {"cores": 1}})
+    style = dataclasses.replace(get_style("tiny"), settings={"device": {"cores": 1}})
     with pytest.raises(ValueError, match="style tiny.*cores"):
         settle(style)
 
@@ -70,15 +61,6 @@ def test_every_script_asks_the_style(script, options, run, monkeypatch, tmp_path
                               "--compile", 1)
     assert code == 2 and "compile 1" in error
     assert "device cpu (asked for), CPU threads 3 (asked for)" in said
-
-
-def test_a_system_asks_its_style(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    mas = load_mas_system("tiny")
-    assert {agent.device.type for agent in mas.agents.values()} == {"cpu"}
-    assert torch.get_num_threads() == 1 and "the style's" in capsys.readouterr().out
-    load_mas_system("tiny", threads=2)
-    assert torch.get_num_threads() == 2
 
 
 @pytest.mark.parametrize("device", ["cpu", CPU])

@@ -22,7 +22,7 @@ import evaluate
 from evaluation import merge, report
 from evaluation.answers import Job, Plan, answer_batch, write_part
 from evaluation.statistics import bootstrap, wilson
-from recurse import CONTROLS, MAS
+from recurse import MAS
 from support import files, flags
 from support.batches import chunks
 from tasks import get_task
@@ -180,41 +180,10 @@ def test_show_prints_every_turn_and_scores_nothing(m, tmp_path, run):
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize("method", ["latent", "text"])
-def test_a_control_from_outside_reaches_every_message(method, shipped):
-    """A change is called for each edge in each round in order. What it returns is heard."""
-    seen = []
-
-    def change(edge, message, _):
-        seen.append((edge.key, message))
-        return ["none" for _ in message] if method == "text" else message + 1
-
-    options = dict(rounds=2, latent_length=3, method=method, trace=True, writing=Writing(4))
-    texts, ran = shipped.respond(QUESTIONS, change=change, **options)
-    assert [key for key, _ in seen] == ["outer_12", "outer_23", "outer_31", "outer_12", "outer_23"]
-    if method == "latent":
-        sent = {(1 + i // 3, key): message for i, (key, message) in enumerate(seen)}
-        assert ran.sent.keys() == sent.keys()
-        assert all(torch.equal(ran.sent[key], sent[key] + 1) for key in sent)
-        first = shipped.respond(QUESTIONS, **options)[1].sent[1, "outer_23"]
-        assert not torch.equal(sent[1, "outer_23"], first)         # the critic has heard another
-    else:
-        assert texts == shipped.respond(QUESTIONS, method="single", writing=Writing(4))[0]
-
-
 def small_job(method, rounds):
     """QUESTIONS, to be answered in 8 words after 3 thoughts."""
     task, plan = get_task("tiny"), Plan([], [], latent_length=3, batch_size=4, writing=Writing(8))
     return Job(task, plan, method, rounds, task.load(4))
-
-
-@pytest.mark.parametrize("method", CONTROLS)
-def test_a_method_that_is_a_control_is_that_change(method, shipped):
-    lines = answer_batch(shipped, small_job(method, rounds=2))
-    options = dict(rounds=2, latent_length=3, max_new_tokens=8)
-    texts = shipped.answer(QUESTIONS, change=CONTROLS[method], **options)
-    assert [line["outputs"] for line in lines] == [[text] for text in texts]
-    assert texts != shipped.answer(QUESTIONS, **options)
 
 
 @dataclasses.dataclass

@@ -6,7 +6,8 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from helpers import holds, inner_equation, largest_difference, outer_equation, randomise, refuses
+from helpers import (holds, inner_equation, largest_difference, lines_of, outer_equation,
+                     randomise, refuses)
 
 import checkpoints
 from checkpoints import load_inner, load_outer, load_weights, save_inner, save_outer
@@ -265,25 +266,15 @@ def test_a_manifest_of_other_edges_is_named(tmp_path, widths):
         load_outer(tmp_path, widths)
 
 
-def test_a_manifest_for_another_task_is_named(tmp_path):
-    path = tmp_path / "outerlink_config.json"
-    path.write_text('{"tasks": {"math": {"adapters": []}}}')
-    with refuses(path, "math", "'code'"):
-        load_outer(tmp_path, ONE, "code")
-
-
-@pytest.mark.parametrize("file, contents", [
-    ("adapter_config.json", ["{", "", '["ln_res_adapter"]', '{"adapter_type": "lora"}']),
-    ("outerlink_config.json", ["{", "[]", '{"adapters": [{"legacy_key": "outer_12"}]}'])])
-def test_a_bad_manifest_is_named(tmp_path, file, contents):
-    """It is not JSON, or that of something that is not one of our links."""
+@pytest.mark.parametrize("file, content, task, named", lines_of("bad_manifests.jsonl"))
+def test_a_bad_manifest_is_named(file, content, task, named, tmp_path):
+    """It is not JSON, that of something that is not one of our links, or for another task."""
     save_inner(random_inner(), tmp_path)
     save_outer({"outer_12": random_outer()}, tmp_path)
-    for content in contents:
-        (tmp_path / file).write_text(content)
-        with refuses(tmp_path / file):
-            load_inner(tmp_path, 6)
-            load_outer(tmp_path, ONE)
+    (tmp_path / file).write_text(content)
+    with refuses(tmp_path / file, *named):
+        load_inner(tmp_path, 6)
+        load_outer(tmp_path, ONE, task)
 
 
 def test_a_malicious_pickle_is_refused(tmp_path):

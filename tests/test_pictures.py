@@ -1,14 +1,11 @@
 """docs/pictures are whole pictures, and docs/pictures.py shows what the project computes."""
-import math
 import re
 
 import pytest
-import torch
-from helpers import PROJECT, tiny_in_float64
+from helpers import PROJECT
 from PIL import Image
 
 import evaluate
-import reference
 from docs import pictures
 from tasks import tiny
 
@@ -40,23 +37,6 @@ def test_pictures_are_whole(drawn):
                 assert image.format == "PNG" and len(image.convert("RGB").getcolors(2**20)) > 20
                 assert image.size == shipped.size and image.width == 1200
     assert re.findall(r"^    (\w+)\.png", pictures.__doc__, re.M) == [*MEASURED, *DIAGRAMS]
-
-
-def test_pages_show_pictures_that_exist():
-    shown = []
-    for page in (PROJECT / "README.md", *sorted(PROJECT.glob("docs/*.md"))):
-        text = page.read_text()
-        shown += [page.parent / name for name in re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", text)]
-        shown += [FOLDER / name for name in re.findall(r"pictures/([\w.-]+\.png)", text)]
-    assert {path.stem for path in shown} >= {*MEASURED, *DIAGRAMS}
-    assert all(path.is_file() for path in shown), shown
-
-
-def test_the_script_draws_where_it_is_told(run, tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(pictures, "draw_all", lambda mas, out: asked.append((mas.style.name, out)))
-    codes = [run(pictures, *options)[0] for options in (["--out", tmp_path], [])]
-    assert codes == [0, 0] and asked == [("tiny", tmp_path), ("tiny", FOLDER)]
 
 
 def test_the_thoughts_are_those_of_show(drawn, run):
@@ -95,33 +75,6 @@ def test_the_bars_are_shares_of_right_answers(drawn, shipped):
         (_, left), (_, right) = dash.get_segments()[0]
         done = sum(one.question.count(" s") <= 4 * rounds for one in examples)
         assert left == right == pytest.approx((done + (QUESTIONS - done) / 10) / QUESTIONS)
-
-
-def plain_gradients(mas, row):
-    """{(round, edge key): |dL/d(message)|} of one row by reference.py."""
-    def prompt(role, heard):
-        return [f"<bos> <|user|> {row['question']} <|notes|>", *(heard.values() or ["none"]),
-                "<|assistant|>"]
-
-    agent, embeds, sent = reference.recurse(mas, prompt, 3, 6)
-    for message in sent.values():
-        message.retain_grad()
-    gold = torch.tensor(agent.tokenizer.convert_tokens_to_ids(row["answer"][2].split()))
-    states = reference.hidden_states(agent, torch.cat([embeds, agent.embedding(gold[:-1])]))
-    torch.nn.functional.cross_entropy(agent.logits(states[-len(gold):]).float(), gold).backward()
-    return {which: message.grad.norm().item() for which, message in sent.items()}
-
-
-def test_gradients_equal_the_plain_unrolling():
-    """In float64 (but for the cross-entropy), with new links, so that the loss is large."""
-    mas, rows = tiny_in_float64(), tiny.train_rows(BATCH, seed=0)
-    ours = pictures.measure_gradients(mas, rows, 0.0)
-    assert not any(p.requires_grad or p.grad is not None for p in mas.outer.parameters())
-    mas.outer.requires_grad_(True)
-    # Each gold text has six words, so the mean over all words is the mean over rows.
-    plain = [plain_gradients(mas, row) for row in rows]
-    assert ours == pytest.approx({which: math.hypot(*(one[which] for one in plain)) / BATCH
-                                  for which in plain[0]}, rel=1e-5)
 
 
 def test_the_gradients_drawn_are_those_measured(drawn, shipped):

@@ -258,6 +258,11 @@ def test_any_change_of_a_message_is_a_control(mas):
     options = dict(rounds=2, latent_length=M, max_new_tokens=N)
     assert (mas.answer(QUESTIONS, change=CONTROLS["zero"], **options)
             == mas.answer(QUESTIONS, method="zero", **options))
+    texts = mas.answer(QUESTIONS[:2], method="text", **options, change=lambda *_: ["none"] * 2)
+    solver, heard = mas.agents["solver"], dict.fromkeys(ROLES[:2], "none")
+    for question, text in zip(QUESTIONS, texts):
+        prompt = embedded(solver, "solver", question, heard)
+        assert text == text_from(solver, plain_write(solver, prompt, N))
 
 
 # ---- words --------------------------------------------------------------------------------------

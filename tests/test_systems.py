@@ -656,23 +656,6 @@ def test_a_style_file_trains_and_answers(tmp_path, done):
     assert "round 2  right" in done(evaluate, *command[2:])
 
 
-def test_a_style_file_may_start_from_a_shipped_style(tmp_path):
-    """It changes the words of one role. The rest stays as it is, settings and links included."""
-    path, tiny = tmp_path / "mine.py", get_style("tiny")
-    path.write_text("from dataclasses import replace\nfrom styles.tiny import tiny\n"
-                    "solver = replace(tiny.roles[2], prompt='{critic} {question}')\n"
-                    "mine = replace(tiny, name='mine', roles=(*tiny.roles[:2], solver))\n")
-    mine = get_style(str(path))
-    assert mine.name == "mine" and mine.roles[:2] == tiny.roles[:2]
-    assert mine.roles[2] == dataclasses.replace(tiny.roles[2], prompt="{critic} {question}")
-    assert dataclasses.replace(mine, name="tiny", roles=tiny.roles) == tiny
-    texts = {(style, method): load_mas_system(style, device="cpu").answer(
-        QUESTIONS, 2, 6, method=method, max_new_tokens=12)
-        for style in ("tiny", str(path)) for method in ("latent", "single")}
-    assert texts[str(path), "single"] == texts["tiny", "single"]         # its prompt is `first`
-    assert texts[str(path), "latent"] != texts["tiny", "latent"]
-
-
 def test_the_last_style_of_a_file_counts(tmp_path):
     """A file may make helpers and several styles. A style that it only imports does not count."""
     path, debate = tmp_path / "mine.py", (DATA / "debate.txt").read_text()

@@ -6,6 +6,7 @@ test_benchmarks.py.
 import sys
 
 import pytest
+from helpers import lines_of
 
 from tools import calls
 from tools.calls import RESULT_CAP, next_call, run_tool
@@ -13,15 +14,9 @@ from tools.sandbox import Run
 from tools.web import ServiceError
 
 
-@pytest.mark.parametrize("text, call", [
-    ("I compute. <python>print(1)</python>", ("python", "print(1)")),
-    ("<search>Emma</search>\n", ("search", "Emma")),
-    ("<python>a</python> so <python>\nb\n</python>", ("python", "\nb\n")),
-    ("<search>a</search><python>print('<search>')</python>", ("python", "print('<search>')")),
-    ("<python>a</python> the answer is 5", None), ("a</python>", None), ("<python>a", None),
-    ("<search>a</python>", None), ("", None), ("<PYTHON>a</PYTHON>", None)])
+@pytest.mark.parametrize("text, call", lines_of("next_calls.jsonl"))
 def test_next_call(text, call):
-    assert next_call(text) == call
+    assert next_call(text) == (call and tuple(call))
 
 
 def result_of(text):

@@ -30,12 +30,10 @@ from support.errors import need, say_once
 def set_compile(agents, choice):
     """Tell agents whether to compile the layers of their steps: 0 or 1. Raises ValueError for 1
     where no agent is on a GPU."""
-    need(str(choice) in ("0", "1"), f"compile is 0 or 1, not '{choice}'")
-    compiles = int(choice) == 1
-    need(not compiles or any(agent.device.type != "cpu" for agent in agents), "compile 1 is for a "
+    need(not choice or any(agent.device.type != "cpu" for agent in agents), "compile 1 is for a "
          "GPU: on a CPU no step is recorded, so none is compiled. Leave it out")
     for agent in agents:
-        agent.recorder.compiled = CompiledForward(agent) if compiles else None
+        agent.recorder.compiled = CompiledForward(agent) if choice else None
         agent.recorder.recorded = None             # a recording of the other way
 
 

@@ -429,18 +429,6 @@ def test_end_tokens_of_tokenizer_and_model_count():
     assert Agent(model, word_tokenizer()).end_tokens == {VOCABULARY["<eos>"]}
 
 
-@pytest.mark.parametrize("family, count", [
-    ("qwen3", 260), pytest.param("qwen3", 600, marks=pytest.mark.slow),
-    pytest.param("qwen3_5", 260, marks=pytest.mark.slow)])
-def test_a_long_text_is_generate(family, count):
-    """Of more words than the first buffers would hold on a GPU."""
-    agent = exact_agent(family)
-    agent.end_tokens = {VOCABULARY["<pad>"]}
-    written = agent.write(read_plain(agent, PROMPTS[:2]), count)
-    assert written == [generate(agent, ids, count) for ids in PROMPTS[:2]]
-    assert max(map(len, written)) == count, "no text was long: no test"
-
-
 def test_stop_strings(agent):
     """A text ends after the first stop string in it, also of two words; the others go on."""
     context = read_plain(agent, PROMPTS)

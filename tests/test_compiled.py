@@ -223,6 +223,5 @@ def test_the_choice_is_checked():
     agent = new_agent("qwen3")
     set_compile([agent], 0)
     assert agent.recorder.compiled is None
-    for wrong in ("auto", "yes", 2, 1):                              # 1 is for a GPU
-        with pytest.raises(ValueError, match=f"compile .*{wrong}"):
-            set_compile([agent], wrong)
+    with pytest.raises(ValueError, match="compile 1 is for a GPU"):
+        set_compile([agent], 1)

@@ -57,6 +57,8 @@ def test_a_style_file_may_import_the_file_beside_it(tmp_path):
 def test_arguments_that_mean_nothing_are_named():
     with refuses("None"):
         load_mas_system(None)
+    with refuses("maths"):
+        load_mas_system("tiny", task="maths")
     for name in ("tiny", "relay", "math500"):
         with refuses("-1", "None"):
             get_task(name).load(-1)

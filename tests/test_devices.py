@@ -8,7 +8,6 @@ from helpers import lines_of
 import evaluate
 import train_inner
 import train_outer
-from recurse import load_mas_system
 from styles import get_style
 from support.devices import Clock, peak_memory_mb, pick_device, settle
 

@@ -149,6 +149,7 @@ def test_outer_roundtrip(tmp_path, kind, format):
     save_outer(links, tmp_path, format=format)
     path = tmp_path / "outerlink_config.json"
     manifest = json.loads(path.read_text())
+    assert manifest.keys() == {"format_version", "paradigm", "adapters", "legacy_config_filename"}
     assert manifest["format_version"] == 1 and manifest["adapters"][0] == dict(zip(
         KEYS, ("outer_12", f"outer_12.{format}", 6, 4, f"outer_{KINDS[kind]}")))
     for key, link in load_outer(tmp_path, WIDTHS).items():

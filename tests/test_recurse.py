@@ -461,18 +461,6 @@ def test_an_inner_link_without_parameters(mas, monkeypatch):
     assert_as_plain(run, 0, *plain_recursion(mas, QUESTIONS[0], 2, M)[:2])
 
 
-def test_load_errors(tmp_path):
-    """Each is one line that names what is wrong. (See also tests/data/wrong_calls.json.)"""
-    style, missing, odd = get_style("tiny"), str(tmp_path / "nowhere"), "not a repo id at all"
-    with refuses("maths"):
-        load_mas_system(style, device="cpu", task="maths")
-    for role in ("critic", "outer"):
-        with refuses(missing, kind=FileNotFoundError):
-            load_mas_system(style, device="cpu", ckpt_override={role: missing})
-    with refuses(odd, kind=FileNotFoundError):
-        load_mas_system(dataclasses.replace(style, repo=odd), device="cpu")
-
-
 # ---- several answers to a question --------------------------------------------------------------
 
 SAMPLED = dict(temperature=1.0, top_p=0.95, max_new_tokens=N)

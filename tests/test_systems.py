@@ -29,7 +29,7 @@ import checkpoints
 import evaluate
 import train_inner
 import train_outer
-from checkpoints import load_agents, load_inner, load_outer, save_inner, save_outer
+from checkpoints import load_agents, load_inner, load_outer, save_inner
 from evaluation.gradients import message_gradients
 from link import InnerLink, OuterLink
 from recurse import load_mas_system
@@ -516,34 +516,6 @@ def test_kinds_with_slots_in_another_order_share_a_batch(family, method):
     for odd in ([], ["math"], ["math"] * 3):       # else it is one for all questions
         with refuses("kind"):
             mas.answer(QUESTIONS[:2], kind=odd, method=method)
-
-
-# ---- export and import --------------------------------------------------------------------------
-
-@pytest.mark.parametrize("name", STYLES)
-def test_released_links_saved_again_are_the_same_bits(name, at_hub, tmp_path):
-    """bf16 becomes float32, and bf16 again. Names, types, bits and the manifests' keys stay."""
-    mas, style = system(name), get_style(name)
-    save_outer(mas.outer, tmp_path, name, "pt")
-    saved = []
-    for role in style.roles:
-        save_inner(mas.agents[role.name].inner, tmp_path / role.name, "math", "pt")
-        saved.append(tmp_path / role.name / "adapter(math).pt")
-    saved += [tmp_path / f"{edge.key}.pt" for edge in style.edges]
-    for (_, theirs), ours in zip(released_files(mas, at_hub), saved, strict=True):
-        one, other = (torch.load(path, weights_only=True) for path in (theirs, ours))
-        assert one.keys() == other.keys()
-        assert all(other[key].dtype == torch.bfloat16 and torch.equal(one[key], other[key])
-                   for key in one)
-    theirs, ours, kind, files = (json.loads(path.read_text()) for path in (
-        at_hub / style.repo / "outerlink_config.json", tmp_path / "outerlink_config.json",
-        tmp_path / role.name / "adapter_config.json",
-        tmp_path / role.name / "innerlink_config.json"))
-    assert set(ours) == {*theirs, "adapters"} - {"tasks"}
-    assert all(entry.keys() == {"legacy_key", "filename", "adapter_type", "in_dim", "out_dim"}
-               for entry in ours["adapters"])
-    assert kind == {"adapter_type": "ln_res_adapter"}
-    assert files == {"tasks": {"math": {"adapter.pt": "adapter(math).pt"}}}
 
 
 # ---- bad input: one line that names the file or role, and the cure ------------------------------

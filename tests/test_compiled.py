@@ -217,11 +217,3 @@ def test_attention_of_one_position(bias, dtype, close):
     q, k, v = q.double(), *(one.double().repeat_interleave(3, 1) for one in (k, v))
     wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=0.3)
     assert largest_difference(got.double(), wanted.transpose(1, 2)) < close + (bias and 0.05)
-
-
-def test_the_choice_is_checked():
-    agent = new_agent("qwen3")
-    set_compile([agent], 0)
-    assert agent.recorder.compiled is None
-    with pytest.raises(ValueError, match="compile 1 is for a GPU"):
-        set_compile([agent], 1)

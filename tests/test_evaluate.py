@@ -16,7 +16,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from helpers import PROJECT, Script, write_rows
+from helpers import PROJECT, write_rows
 
 import evaluate
 from evaluation import merge, report
@@ -281,14 +281,6 @@ def test_a_wrong_call_is_one_line(script, wrong, named, tmp_path, monkeypatch, r
                           "out", *shlex.split(wrong.replace("PROJECT", str(PROJECT))))
     assert code == 2 and len(errors) == 1 and errors[0].startswith("error: ")
     assert named in errors[0] and not (tmp_path / "out").exists()
-
-
-def test_a_process_says_by_its_exit_code_how_it_ended(tmp_path):
-    good = Script("evaluate.py", "--num_samples", 2, "--method", "single", "--out", tmp_path)
-    bad = Script("train_outer.py", "--style", "nope")
-    assert good.wait() == 0 and len(untimed(tmp_path / "results.jsonl")) == 2, good.stderr()
-    assert bad.wait() == 2 and bad.stderr().count("\n") == 1
-    assert bad.stderr().startswith("error: ") and "'nope'" in bad.stderr()
 
 
 @pytest.mark.parametrize("problem", [

@@ -21,14 +21,17 @@ DAY = datetime.date(2024, 7, 26)          # the date in Llama 3's own template
 def write_chat(tokenizer, messages, thinking=False, ask=True):
     """The chat of messages (role, content) as one text. ask: it ends where the model has to go on.
 
-    Raises jinja2.TemplateError if the template refuses a role."""
+    Raises jinja2.TemplateError if the template refuses a role, ValueError if it writes a flood."""
     # strftime_now("%d %B") in a template is the library's clock. Here it is "26 July".
     template = re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""",
                       lambda found: repr(DAY.strftime(found[2])), tokenizer.get_chat_template())
-    return tokenizer.apply_chat_template(
+    chat = tokenizer.apply_chat_template(
         [{"role": role, "content": content} for role, content in messages], chat_template=template,
         tokenize=False, add_generation_prompt=ask, enable_thinking=thinking,
         date_string=f"{DAY:%d %b %Y}")
+    need(len(chat) < 100_000 + 4 * sum(len(content) for _, content in messages),
+         f"the chat template of {tokenizer.name_or_path or 'this model'} writes {len(chat)} signs")
+    return chat
 
 
 def render(tokenizer, system, user, thinking=False):

@@ -64,6 +64,9 @@ def read_weights(path):
     """A link file's state dict {name: tensor}."""
     if path.suffix == ".pt":
         return torch.load(path, map_location="cpu", weights_only=True)    # a pickle could run code
+    with open(path, "rb") as file:         # 300,000 tensors would take a minute, a link has ten
+        size = int.from_bytes(file.read(8), "little")
+    need(size < 100_000, f"its list of tensors has {size} bytes")
     return safetensors.torch.load_file(path)
 
 
@@ -223,10 +226,13 @@ def base_model(folder):
 def notes_of(name):
     """train_args.json of the links in a folder here. {} if there is none, or if the links are on
     the hub. latent_length is left out if the training sent one state per token of a text (teacher).
-    """
+    Raises ValueError for a number that cannot be."""
     notes = {}
     for folder in (Path(name).expanduser(), PROJECT / name) if name else ():
         notes = notes or read_json(folder / "train_args.json")
+    for key in ("latent_length", "num_recursive_rounds"):
+        need(notes.get(key, 1) in range(1, 10_000),
+             f"{name}/train_args.json has {key} {notes.get(key)!r}: it is a number from 1 to 9999")
     if notes.get("latents") == "teacher":
         notes.pop("latent_length", None)
     return notes

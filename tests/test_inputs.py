@@ -4,9 +4,13 @@ import signal
 import time
 
 import pytest
-from helpers import ROWS, lines_of, write_rows
+import safetensors.torch
+import torch
+from helpers import ROWS, lines_of, new_agent, refuses, write_rows
 
+import checkpoints
 import evaluate
+from link import InnerLink
 from support.errors import shown
 from tasks import Score, Source, choice, coding, get_task, maths, search
 from tools import calls, web
@@ -80,3 +84,16 @@ def test_a_text_beyond_the_models_positions_is_refused(run, column, tmp_path):
     code, _, errors = run(evaluate, "--dataset", write_rows(tmp_path / "rows.jsonl", [row]),
                           "--task", "maths", "--out", tmp_path / "out")
     assert code == 2 and "long" in errors[0] and "300000" in errors[0]
+
+
+def test_floods_in_what_is_loaded_are_refused(tmp_path):
+    file = tmp_path / "adapter.safetensors"
+    safetensors.torch.save_file({f"k{i}": torch.zeros(1) for i in range(2000)}, file)
+    with refuses(file, "list of tensors"):
+        checkpoints.load_weights(InnerLink(8), file)
+    agent = new_agent("qwen3")
+    agent.tokenizer.chat_template = "{{ messages[0].content }}{{ 'a' * 200000 }}"
+    agent.model.save_pretrained(tmp_path)
+    agent.tokenizer.save_pretrained(tmp_path)
+    with refuses(tmp_path, "chat template", "2000"):
+        checkpoints.load_agent(tmp_path, "cpu", torch.float32)

@@ -28,6 +28,7 @@ STEPS = (                # what is found in LaTeX, what replaces it, and an exam
     (r"(?<=[A-Za-z])\\'(?=[st]\b|[A-Z])", "'"),                                # John\'s, O\'Neil
     (r"\\(['`^\"~=.]|[uvHckr](?=\{))\s*\{?\\?([A-Za-z])\}?",                   # Z\"urich, \c{c}a
      lambda found: found[2] + ACCENTS[found[1]]),
+    (r"[（）：．Ａ-Ｊａ-ｊ]", lambda found: chr(ord(found[0]) - 0xFEE0)),           # （Ｃ）
     (r"\\(?:q?quad|thinspace)(?![A-Za-z])|\\[,;:> ]|~|\\\\", " "),             # James~Madison
     (rf"\\({'|'.join(LETTERS)})(?![A-Za-z])(?:\{{\}}| )?", lambda found: LETTERS[found[1]]),  # \o
     (rf"\\(?:{FONTS})(?![A-Za-z])|\*\*|\\?[${{}}]", ""),                       # \text{(C)}, **C**

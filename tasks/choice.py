@@ -12,10 +12,14 @@ r"""Multiple choice: GPQA (diamond) and MedQA. Which letter was chosen?
 
 The last box decides: a letter (`C`, `(C)`, `C - Vitamin D`), or the text of one option. If it is
 neither (a value, on the way), or if there is no box, then the last statement after it decides, like
-`the answer is (C)` or `option C is correct`. A letter must stand alone, or before its own option:
-`A vitamin` and `C. difficile` name no option, and `A or B` names two. Everything else is unparsed
-and wrong. There is no default letter. A row without a right option, or with it twice, is left out
-and printed.
+`the answer is most likely (C)`, `option C is correct`, or a heading `Final Answer` with the letter
+below. A letter must stand alone, or before its own option: `A vitamin` and `C. difficile` name no
+option, and `C (or D)` names two. What is supposed, denied or reported is no statement: `if the
+answer is D`, `the least likely answer is D`, `the critic's answer is D`. Everything else is
+unparsed and wrong, and is asked once more. So are clear words that we do not read: `Choice: C`,
+`I'll go with C`, other languages. There is no default letter. Let pass: a case that is supposed in
+a sentence before (`Consider gold. The answer is D.`). A row without a right option, or with it
+twice, is left out and printed. In columns answer_index and answer_idx a number counts from 0.
 """
 import random
 import re
@@ -27,15 +31,40 @@ from tasks.boxes import STEPS, last_box, replaced, without_fonts
 GPQA_OPTIONS = ("Correct Answer", *(f"Incorrect Answer {number}" for number in (1, 2, 3)))
 LETTERS = "ABCDEFGHIJ"
 MARK = re.compile(r"\(?([A-J])[.):] ?(?=.)")                   # the `A. ` before an option's text
-SAYS = r"(?:answer(?: is| (?:must|should|would|will|seems to) be|\s*:)|(?:option|choice) is)"
-STATED = re.compile(rf"(?<!wrong )(?<!incorrect )\b{SAYS}[\s:]*(?:therefore|thus|clearly)?", re.I)
-IS_RIGHT = re.compile(r"(?<![Ii]f )(?:\b(?i:option|choice|answer) \(?|\()([A-J])\)? is (?:the )?"
+# A statement: "so the best answer is probably", "Final choice:", or a heading "Answer". Only these
+# words may stand before "answer": the second best answer and the critic's answer are not ours.
+FINE = "final|correct|right|best|only|single|most|likely|probable|appropriate|suitable|accurate"
+SURE = (r"therefore|thus|hence|clearly|indeed|actually|definitely|certainly|probably|most|likely|"
+        r"I (?:think|believe)|it(?: is|['’]s)")
+STATED = re.compile(
+    r"(?:^|[^\w\s'’-]|- |\b(?:the|my|our|so|thus|hence|therefore|then|and|that|is)\b)[ \t]*("
+    rf"(?:(?:{FINE}) )*(?:(?:answer|option|choice) (?:is|(?:must|should|would|will|seems to) be)\b|"
+    rf"(?:answer|final choice)[^\w\n.?!]*[:\n]))[\s:`]*(?:(?:{SURE})\b[\s,:]*)*", re.I | re.M)
+IS_RIGHT = re.compile(r"(?:\b(?i:option|choice|answer) \(?|\()([A-J])\)? is (?:the )?"
                       r"(?:correct|right|best)")
+# The sentence before it may not suppose anything, and only these words may stand in its clause:
+# "nobody thinks the answer is" denies, and "it may be that the answer is" doubts.
+SENTENCE = re.compile(r"[.!?]\s+(?!then\b)|(?<!,)\n", re.I)
+PLAIN = re.compile(
+    r"(?!.*\b(?:if|unless|suppos\w+|assum\w+|hypothe\w+|in case|provided that|says|said|claims)\b)"
+    r"(?!\W*(?:were|had|should)\b)(?:.*(?:[,;:]|\b(?:so|thus|hence|therefore|because|and|but)\b))?"
+    r"(?:\W|\b(?:the|my|our|that|then|is|this|it|I|we|(?:d|would) say|think|believe|conclude|means|"
+    r"follows|seems|why|am|sure|clear|now|here|finally|overall)\b)*", re.I | re.S)
+# A letter is taken back right behind it: "D?", "D if ..", "D. That is wrong.", "D. No,", "D. Or C"
+TAKEN_BACK = re.compile(
+    r"(?:(?!because)[^.!?\n])*(?:\?|\b(?:if|unless)\b)|(?:\W*[A-J]\.)?[^.!\n]*[.,;!]\s*(?:but )?(?:"
+    r"(?:that|this|it|which) (?:is (?:wrong|incorrect|false|impossible)|fails)|(?:no|wait)[,.!:;]|"
+    r"or\b|[A-J] is also)", re.I)
 # A letter, the signs that set it apart, and the text after it.
-LETTER = re.compile(r"[(\[\"'“‘]*([A-Ja-j])(?![\w-])([)\]\"'”’.:]*)\s*(.*)", re.DOTALL)
-# The text after it, where it names a second letter, and where it leaves the letter alone.
-SECOND = re.compile(r"(?:and|or|/|,|&)\s*[(\[]?[A-J]\b|[(\[]?[A-J][).:\]]*$|\([A-J]\)")
-ASIDE = re.compile(r"[,;:!?(–—-]|(?:because|since|as|is|and not)\b|$")
+LETTER = re.compile(r"[(\[【\"'“‘`]*([A-Ja-j])(?!['’]?\w|-)([)\]】\"'”’`.:]*)\s*(.*)", re.DOTALL)
+# The text after it, up to a reason, may name a second letter. One with a small word behind it opens
+# a clause (C; A is wrong), if no sign joins it to the first. An aside leaves the letter alone.
+REASON = re.compile(r"\b(?:because|since|(?<!well )as(?! well)|not|rather|instead|unlike)\b"
+                    r"|[.!?]\s")
+SECOND = re.compile(r"^[)\]\s]*(?:and|or|plus|[,/&+])\W*(?:option |choice )?(?!I \w)[A-J](?![\w-])"
+                    r"|(?<![\w'’-])[A-J](?!['’]?\w|-| [a-z])|[(\[][a-j][)\]]")
+ASIDE = re.compile(r"[,;:!?(–—-]|(?:because|since|as|and not|rather|instead|is (?:the )?"
+                   r"(?:correct|right|best))\b|$")
 
 
 class Choice(RowTask):
@@ -96,10 +125,13 @@ def option_texts(source, options):
 
 
 def right_text(source, row, options):
-    """The right option's text, from answer_idx (a letter), or answer (a text, or a letter)."""
-    answer = column(source, row, "answer_idx", "answer")
+    """The right option's text, from answer_idx or answer_index (a letter, or a number from 0), or
+    from answer (a text, or a letter)."""
+    answer = column(source, row, "answer_idx", "answer_index", "answer")
     meant = dict(zip(LETTERS, options))
-    if "answer_idx" not in row:                        # a text goes before a letter
+    if "answer_idx" in row or "answer_index" in row:
+        meant |= {str(number): text for number, text in enumerate(options)}
+    else:                                              # a text goes before a letter
         meant |= {text: text for text in options}
     bare = MARK.sub("", answer, count=1)               # `B. iron`
     if answer not in meant and bare not in meant:
@@ -109,20 +141,25 @@ def right_text(source, row, options):
 
 def chosen(text, options, gold):
     """The Score of the letter that a text chooses among the options' texts."""
+    text = re.sub(r"\}(?:[\s$]|\\text\{)*(and|or)[\s$}]*\\boxed\{", r" \1 ", text)
     options, box = list(map(without_fonts, options)), last_box(text)
     words = without_fonts(box or "")
     letter = letter_in(words.upper() if len(words) == 1 else words, options)
     if not letter:
         after = re.split("boxed|fbox", text)[-1] if box else text
-        after = IS_RIGHT.sub(r"answer: \1;", replaced(after, STEPS))
+        after = IS_RIGHT.sub(r"the answer: \1;", replaced(after, STEPS))
         for found in STATED.finditer(after):
-            said = after[found.end():found.end() + 200].partition("\n")[0]
-            letter = letter_in(said, options) or letter
-    return Score(letter == gold, letter)
+            said = after[found.end():found.end() + 200]
+            before = SENTENCE.split(after[max(0, found.start(1) - 300):found.start(1)])[-1]
+            named = letter_in(said.partition("\n")[0], options)
+            if named is not None and PLAIN.fullmatch(before):
+                letter = "" if TAKEN_BACK.match(said) else named
+    return Score(letter == gold, letter or None)
 
 
 def letter_in(said, options):
-    """The letter that these words name, alone or with the text of its option, or None."""
+    """The letter that these words name, alone or with the text of its option. None: they name no
+    letter. "": they name two."""
     letters, said = list(LETTERS[:len(options)]), said.strip()
     said = re.sub("^(?:option|choice) +", "", said, flags=re.IGNORECASE)
     for fold in (str, folded):                         # capitals may tell two options apart
@@ -131,13 +168,17 @@ def letter_in(said, options):
             return same[0]
     found = LETTER.match(said)
     letter, signs, rest = (found[1].upper(), found[2], found[3]) if found else ("", "", "")
-    if letter not in letters or SECOND.match(rest) or said == "a":
+    if letter not in letters or said == "a":
         return None
     text, follows = folded(options[letters.index(letter)]), folded(rest).strip("()[] ")
     if follows in map(folded, options):
         return letter if follows == text else None     # the text of another option
+    beyond = re.sub(rf"^\W*{re.escape(text)}", "", rest, flags=re.IGNORECASE)
+    if SECOND.search(REASON.split(beyond if beyond != rest else f"{signs} {rest}", 1)[0]):
+        return ""
     begins = follows.split()[:1] == text.split()[:1] or text in follows
-    alone = ASIDE.match(rest) or signs.strip(".") or signs and (begins or not rest[0].islower())
+    apart = signs.strip(".") and not rest.startswith("is ")
+    alone = ASIDE.match(rest) or apart or signs and (begins or not rest[0].islower())
     return letter if alone and (found[1].isupper() or signs or not rest) else None
 
 

@@ -31,40 +31,35 @@ from tasks.boxes import STEPS, last_box, replaced, without_fonts
 GPQA_OPTIONS = ("Correct Answer", *(f"Incorrect Answer {number}" for number in (1, 2, 3)))
 LETTERS = "ABCDEFGHIJ"
 MARK = re.compile(r"\(?([A-J])[.):] ?(?=.)")                   # the `A. ` before an option's text
-# A statement: "so the best answer is probably", "Final choice:", or a heading "Answer". Only these
-# words may stand before "answer": the second best answer and the critic's answer are not ours.
-FINE = "final|correct|right|best|only|single|most|likely|probable|appropriate|suitable|accurate"
-SURE = (r"therefore|thus|hence|clearly|indeed|actually|definitely|certainly|probably|most|likely|"
-        r"I (?:think|believe)|it(?: is|['’]s)")
+# A statement: "best answer is probably", "Final choice:", or a heading "Answer".
+SURE = (r"(?:final|correct|right|best|single|most|probable|appropriate|therefore|thus|indeed|"
+        r"(?:like|on|probab|clear|actual|certain|definite)ly|I (?:think|believe)|it(?: i|['’])s)\b")
 STATED = re.compile(
-    r"(?:^|[^\w\s'’-]|- |\b(?:the|my|our|so|thus|hence|therefore|then|and|that|is)\b)[ \t]*("
-    rf"(?:(?:{FINE}) )*(?:(?:answer|option|choice) (?:is|(?:must|should|would|will|seems to) be)\b|"
-    rf"(?:answer|final choice)[^\w\n.?!]*[:\n]))[\s:`]*(?:(?:{SURE})\b[\s,:]*)*", re.I | re.M)
+    rf"\b(?:{SURE} ){{0,5}}(?:(?:answer|option|choice) (?:is|(?:must|should|would|will|seems to) "
+    rf"be)\b|(?:answer|final choice)[^\w\n.?!]*[:\n])[\s:`]*(?:{SURE}[\s,:]*){{0,5}}", re.I)
 IS_RIGHT = re.compile(r"(?:\b(?i:option|choice|answer) \(?|\()([A-J])\)? is (?:the )?"
                       r"(?:correct|right|best)")
-# The sentence before it may not suppose anything, and only these words may stand in its clause:
-# "nobody thinks the answer is" denies, and "it may be that the answer is" doubts.
+# Its sentence may not suppose anything before it, and its clause may hold only these words there:
+# the critic's answer and the second best answer are not the answer, "it may be that .." is a doubt.
 SENTENCE = re.compile(r"[.!?]\s+(?!then\b)|(?<!,)\n", re.I)
 PLAIN = re.compile(
-    r"(?!.*\b(?:if|unless|suppos\w+|assum\w+|hypothe\w+|in case|provided that|says|said|claims)\b)"
-    r"(?!\W*(?:were|had|should)\b)(?:.*(?:[,;:]|\b(?:so|thus|hence|therefore|because|and|but)\b))?"
-    r"(?:\W|\b(?:the|my|our|that|then|is|this|it|I|we|(?:d|would) say|think|believe|conclude|means|"
-    r"follows|seems|why|am|sure|clear|now|here|finally|overall)\b)*", re.I | re.S)
-# A letter is taken back right behind it: "D?", "D if ..", "D. That is wrong.", "D. No,", "D. Or C"
+    r"(?!.*\b(?:if|unless|suppos\w+|assum\w+|hypothe\w+|in case|says|said|claims)\b|"
+    r"\W*(?:were|had|should)\b)(?:.*(?:[,;:]|\b(?:so|thus|hence|therefore|because|and|but) ))?(?:"
+    r"\W|\b(?:the|my|our|that|then|is|this|it|I|we|(?:d|would) say|think|believe|means|why|seems)"
+    r"\b)*", re.I | re.S)
+# It may not be taken back right behind the letter: "D?", "D if ..", "D. That is wrong.", "D. No, C"
 TAKEN_BACK = re.compile(
-    r"(?:(?!because)[^.!?\n])*(?:\?|\b(?:if|unless)\b)|(?:\W*[A-J]\.)?[^.!\n]*[.,;!]\s*(?:but )?(?:"
-    r"(?:that|this|it|which) (?:is (?:wrong|incorrect|false|impossible)|fails)|(?:no|wait)[,.!:;]|"
-    r"or\b|[A-J] is also)", re.I)
+    r"(?:(?!because)[^.!?\n])*(?:\?|\b(?:if|unless)\b)|(?:\W*[A-J]\.)?[^.!\n]*[.,;!]+\s*(?:but )?"
+    r"(?:(?:that|this|it|which) (?:is (?:wrong|incorrect|false)|fails)|(?:no|wait)[,.!:]|"
+    r"[A-J] is also|or )", re.I)
 # A letter, the signs that set it apart, and the text after it.
-LETTER = re.compile(r"[(\[【\"'“‘`]*([A-Ja-j])(?!['’]?\w|-)([)\]】\"'”’`.:]*)\s*(.*)", re.DOTALL)
+LETTER = re.compile(r"[(\[【\"'“‘`]*([A-Ja-j])(?!['’]?\w|-)([)\]】\"'”’`.。:]*)\s*(.*)", re.DOTALL)
 # The text after it, up to a reason, may name a second letter. One with a small word behind it opens
 # a clause (C; A is wrong), if no sign joins it to the first. An aside leaves the letter alone.
-REASON = re.compile(r"\b(?:because|since|(?<!well )as(?! well)|not|rather|instead|unlike)\b"
-                    r"|[.!?]\s")
-SECOND = re.compile(r"^[)\]\s]*(?:and|or|plus|[,/&+])\W*(?:option |choice )?(?!I \w)[A-J](?![\w-])"
+WHY = re.compile(r"\b(?:because|since|as (?!well|[A-J])|not|rather|instead|unlike)\b|\. (?!.\W*$)")
+SECOND = re.compile(r"^[)\]\s]*(?:(?:and|or|plus|[,/&+])\W*)+(?:option )?(?!I \w)[A-J](?!\w|-| is )"
                     r"|(?<![\w'’-])[A-J](?!['’]?\w|-| [a-z])|[(\[][a-j][)\]]")
-ASIDE = re.compile(r"[,;:!?(–—-]|(?:because|since|as|and not|rather|instead|is (?:the )?"
-                   r"(?:correct|right|best))\b|$")
+ASIDE = re.compile(r"[,;:!?(–—-]|and not\b|is (?:the )?(?:correct|right|best)\b|$")
 
 
 class Choice(RowTask):
@@ -150,7 +145,7 @@ def chosen(text, options, gold):
         after = IS_RIGHT.sub(r"the answer: \1;", replaced(after, STEPS))
         for found in STATED.finditer(after):
             said = after[found.end():found.end() + 200]
-            before = SENTENCE.split(after[max(0, found.start(1) - 300):found.start(1)])[-1]
+            before = SENTENCE.split(after[max(0, found.start() - 300):found.start()])[-1]
             named = letter_in(said.partition("\n")[0], options)
             if named is not None and PLAIN.fullmatch(before):
                 letter = "" if TAKEN_BACK.match(said) else named
@@ -174,11 +169,11 @@ def letter_in(said, options):
     if follows in map(folded, options):
         return letter if follows == text else None     # the text of another option
     beyond = re.sub(rf"^\W*{re.escape(text)}", "", rest, flags=re.IGNORECASE)
-    if SECOND.search(REASON.split(beyond if beyond != rest else f"{signs} {rest}", 1)[0]):
+    if SECOND.search(WHY.split(beyond if beyond != rest else f"{signs} {rest}", 1)[0]):
         return ""
     begins = follows.split()[:1] == text.split()[:1] or text in follows
-    apart = signs.strip(".") and not rest.startswith("is ")
-    alone = ASIDE.match(rest) or apart or signs and (begins or not rest[0].islower())
+    alone = ASIDE.match(rest) or WHY.match(rest) or signs and (
+        begins or not rest[0].islower() or signs.strip(".") and not rest.startswith("is "))
     return letter if alone and (found[1].isupper() or signs or not rest) else None
 
 

@@ -8,8 +8,10 @@ r"""Questions to look up: Bamboogle and HotpotQA. Does the answer match, to the 
     score      Score(correct=True, parsed='the rikard nordraak.', note='exact match')
 
 An exact match is as usual for such questions: lower case, no punctuation, no a/an/the, single
-blanks. Any one gold answer will do. (Unlike usual, 1.5 is not 15.) LaTeX and unicode have several
-ways to write a letter: `Beyonc\'{e}` is Beyoncé, but Zurich is not Zürich. An answer without an
+blanks. Any one gold answer will do. Unlike usual, a sign in or before a number counts: 1.5 is not
+15, nor 5-4 54, nor -5 5, nor 9/11 911, nor 10,5 105. But 1,000 is 1000, F-16 is F16, and all signs
+between two digits are one, but for the point: 3-2 is 3:2. LaTeX and unicode have several ways to
+write a letter: `Beyonc\'{e}` is Beyoncé, but Zurich is not Zürich. An answer without an
 exact match goes to a judge, if one is configured (API_KEY, API_MODEL and API_BASE_URL, see
 tools/web.py). `Score.note` says which of the two decided. HotpotQA brings ten paragraphs with each
 question. They are left out, because the agents are to search.
@@ -20,7 +22,14 @@ import unicodedata
 
 from support.errors import need
 from tasks import BOXED_RETRY, Example, RowTask, Score, Unusable, cell_text, column, in_time
-from tasks.boxes import last_box, without_fonts
+from tasks.boxes import last_box, replaced, without_fonts
+
+GOLDS = ("Answer", "answer", "golden_answers", "answer_aliases")   # the last: FlashRAG's, MuSiQue's
+NUMBERS = (              # what is found in a number, what replaces it, and an example
+    (r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)", lambda one: one[0].replace(",", "")),    # 1,000
+    (r"(?<![^\W\d])\.(?=\d)", "point"),                                    # 1.5, .5, but No.5
+    (r"(?<!\w)[-–−](?=[$€£]?\d)", "minus"),                                # -5, but F-16
+    (r"(?<=\d)[-‐‑‒–—−/:,+*^]\{?(?=\d)", "sign"))                           # 9/11
 
 
 class Search(RowTask):
@@ -31,11 +40,11 @@ class Search(RowTask):
              "hotpotqa": ("hotpotqa/hotpot_qa", "distractor", "validation")}
 
     def make_example(self, source, row):
-        """The Example of one row: columns question and answer (a text, or a list of texts)."""
-        answers = row.get("Answer", row.get("answer"))
-        if not isinstance(answers, list):
-            answers = [column(source, row, "Answer", "answer")]
-        answers = [text for text in (cell_text(source, one) for one in answers) if text]
+        """The Example of one row: a column question, and of GOLDS (texts, or lists of texts)."""
+        cells = [row[name] for name in GOLDS if name in row] or [column(source, row, *GOLDS)]
+        answers = [cell_text(source, one) for cell in cells
+                   for one in (cell if isinstance(cell, list) else [cell])]
+        answers = [text for text in dict.fromkeys(answers) if text]
         need(answers, f"{source} has no answer", Unusable)
         return Example("", column(source, row, "Question", "question"), " or ".join(answers),
                        kind="search", row={"answers": answers})
@@ -74,7 +83,7 @@ def exact_match(text, answers):
 
 def normalise(text):
     """The text that exact match compares. A text that is only an article (the grade A) stays."""
-    text = re.sub(r"(?<=\d)\.(?=\d)", "point", unicodedata.normalize("NFC", text).lower())
+    text = replaced(unicodedata.normalize("NFC", text).lower(), NUMBERS)
     text = "".join(letter for letter in text if letter not in string.punctuation
                    and not unicodedata.category(letter).startswith("P"))
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split()) or text.strip()

@@ -328,7 +328,9 @@ def test_ready_says_whether_answers_can_be_compared(monkeypatch):
 
 # ---- multiple choice ----------------------------------------------------------------------------
 
-@cases("choice", lambda case: case.get("kind", case["options"][1]))
+@pytest.mark.parametrize("case", [
+    *(case for case in CASES if case["task"] == "choice"), *table("choice_statements")],
+    ids=lambda case: case.get("kind", case["options"][1]))
 def test_choice_by_options(case):
     """case["read"]: texts, and the letter that a careful person reads in each (None: no letter)."""
     example = Example("1", "", "C", "choice", {"options": case["options"]})
@@ -394,7 +396,9 @@ def search_score(golds, text):
     return search.score(Example("1", "Where?", golds[0], "search", {"answers": golds}), text)
 
 
-@cases("search", lambda case: case["answers"][0])
+@pytest.mark.parametrize("case", [
+    *(case for case in CASES if case["task"] == "search"), *table("search_numbers")],
+    ids=lambda case: case["answers"][0])
 def test_exact_match(no_judge, case):
     """Through LaTeX and unicode, too."""
     for right, answer in verdicts(case):
@@ -429,8 +433,12 @@ def test_ready_says_whether_there_is_a_judge(judging, monkeypatch, capsys):
     assert "judge" in told and told != capsys.readouterr().out
 
 
-def test_several_gold_answers(no_judge):
-    example = example_of("search", {"question": "?", "answer": ["NYC", "New York"]})
+@pytest.mark.parametrize("row", [
+    {"answer": ["NYC", "New York"]}, {"golden_answers": ["NYC", "New York"]},
+    {"answer": "NYC", "answer_aliases": ["New York", "NYC"]},
+    {"answer": "NYC", "golden_answers": ["New York"], "answer_aliases": []}])
+def test_several_gold_answers(no_judge, row):
+    example = example_of("search", {"question": "?", **row})
     assert example.gold == "NYC or New York"
     assert search.score(example, box("new york")).correct
 

@@ -16,10 +16,11 @@ neither (a value, on the way), or if there is no box, then the last statement af
 below. A letter must stand alone, or before its own option: `A vitamin` and `C. difficile` name no
 option, and `C (or D)` names two. What is supposed, denied or reported is no statement: `if the
 answer is D`, `the least likely answer is D`, `the critic's answer is D`. Everything else is
-unparsed and wrong, and is asked once more. So are clear words that we do not read: `Choice: C`,
-`I'll go with C`, other languages. There is no default letter. Let pass: a case that is supposed in
-a sentence before (`Consider gold. The answer is D.`). A row without a right option, or with it
-twice, is left out and printed. In columns answer_index and answer_idx a number counts from 0.
+unparsed and wrong: clear wordings that are not read (`Choice: C`, `I'll go with C`), and other
+languages. There is no default letter. Wrongly read is what others say or suppose in words that we
+do not know, before a comma: `According to the critic, the answer is D`. A row without a right
+option, or with it twice, is left out and printed. A number in answer_index or answer_idx counts
+from 0.
 """
 import random
 import re
@@ -32,8 +33,9 @@ GPQA_OPTIONS = ("Correct Answer", *(f"Incorrect Answer {number}" for number in (
 LETTERS = "ABCDEFGHIJ"
 MARK = re.compile(r"\(?([A-J])[.):] ?(?=.)")                   # the `A. ` before an option's text
 # A statement: "best answer is probably", "Final choice:", or a heading "Answer".
-SURE = (r"(?:final|correct|right|best|single|most|probable|appropriate|therefore|thus|indeed|"
-        r"(?:like|on|probab|clear|actual|certain|definite)ly|I (?:think|believe)|it(?: i|['’])s)\b")
+SURE = (r"(?:final|correct|right|best|single|most|probable|suitable|appropriate|therefore|thus|"
+        r"(?:like|on|probab|clear|actual|certain|definite)ly|indeed|"
+        r"I (?:think|believe)|it(?: i|['’])s)\b")
 STATED = re.compile(
     rf"\b(?:{SURE} ){{0,5}}(?:(?:answer|option|choice) (?:is|(?:must|should|would|will|seems to) "
     rf"be)\b|(?:answer|final choice)[^\w\n.?!]*[:\n])[\s:`]*(?:{SURE}[\s,:]*){{0,5}}", re.I)
@@ -43,7 +45,7 @@ IS_RIGHT = re.compile(r"(?:\b(?i:option|choice|answer) \(?|\()([A-J])\)? is (?:t
 # the critic's answer and the second best answer are not the answer, "it may be that .." is a doubt.
 SENTENCE = re.compile(r"[.!?]\s+(?!then\b)|(?<!,)\n", re.I)
 PLAIN = re.compile(
-    r"(?!.*\b(?:if|unless|suppos\w+|assum\w+|hypothe\w+|in case|says|said|claims)\b|"
+    r"(?!.*\b(?:if|unless|suppos\w+|assum\w+|hypo\w+|imagine|sake|in case|says|said|claims)\b|"
     r"\W*(?:were|had|should)\b)(?:.*(?:[,;:]|\b(?:so|thus|hence|therefore|because|and|but) ))?(?:"
     r"\W|\b(?:the|my|our|that|then|is|this|it|I|we|(?:d|would) say|think|believe|means|why|seems)"
     r"\b)*", re.I | re.S)
@@ -136,6 +138,7 @@ def right_text(source, row, options):
 
 def chosen(text, options, gold):
     """The Score of the letter that a text chooses among the options' texts."""
+    # \boxed{C} or \boxed{D} is one box with two letters.
     text = re.sub(r"\}(?:[\s$]|\\text\{)*(and|or)[\s$}]*\\boxed\{", r" \1 ", text)
     options, box = list(map(without_fonts, options)), last_box(text)
     words = without_fonts(box or "")

@@ -55,15 +55,18 @@ SCRIPT_SECONDS, LIVE_SECONDS = 10, 6       # a script, a test
 # (A line with another ` is none. The lookahead finds it once: trying all ways would be quadratic.)
 FENCE = re.compile(r"^[ \t]*(?:(?:[-*+]|\d+[.)])[ \t]+)?(`{3,}(?!`)|~{3,}(?!~))(?=[^`\n]*$)"
                    r"[ \t]*(\w*).*", re.M)
-LATE_FENCE = re.compile(r"^([^#`~\n]*[^#`~\s])[ \t]*(```+|~~~+)[ \t]*$", re.M)    # after some code
+# A fence after some code, which it ends, or after words. Then it may name the language.
+LATE_FENCE = re.compile(r"^([^#`~\n]*[^#`~\s])[ \t]*((?:```+|~~~+)[ \t]*(?:python3?|py)?)[ \t]*$",
+                        re.M | re.I)
 DEFINES = re.compile(r"^[ \t]*(?:async )?(?:def|class) ", re.M)
 BEGINS = re.compile(r"(?:#.*\n\s*)*(import \w|from [\w.]+ import |def \w+\(|class \w+|@\w)")
 NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,9})?", re.ASCII)
-# LiveCodeBench's programs may use these modules without an import. builtins is the last, because
-# math has another pow.
-MODULES = "bisect collections copy functools heapq itertools math operator random re string typing"
-PRELUDE = "".join(f"from {module} import *\n" for module in (MODULES + " builtins").split()) + (
-    f"import sys, {', '.join(MODULES.split())}\nsys.setrecursionlimit(50000)\n")
+# LiveCodeBench's programs may use these modules, and the names in them, without an import. Of two
+# equal names the later one counts, as there: `sub` is operator's, and pow is that of builtins.
+MODULES = ("string re datetime collections heapq bisect copy math random statistics itertools "
+           "functools operator io sys json builtins typing").split()
+PRELUDE = "".join(f"from {module} import *\n" for module in MODULES) + (
+    f"import {', '.join(MODULES)}\nsys.setrecursionlimit(50000)\n")
 
 
 class Coding(RowTask):
@@ -96,7 +99,8 @@ class Coding(RowTask):
 
     @staticmethod
     def score(example, text):
-        """Run the program in `text` against the tests. Raises ValueError if those are damaged."""
+        """Run the program in `text` against the tests. Raises ValueError if those cannot be read. A
+        single test that is damaged is named in the note, and nothing passes it."""
         defines = "test" in example.row or bool(example.row["function"])
         score = in_time(found, program_in, text, defines)
         code = score.parsed
@@ -108,9 +112,15 @@ class Coding(RowTask):
             return Score(not fault, code, fault)
         tests = all_tests(example)
         for number, test in enumerate(tests, start=1):
+            which = f"test {number} of {len(tests)}"
+            try:
+                with blame(f"{which} is damaged"):
+                    test = read_test(test)
+            except ValueError as damage:
+                return Score(False, code, str(damage))
             fault = live_fault(after(PRELUDE, code), example.row["function"], *test)
             if fault:
-                return Score(False, code, f"test {number} of {len(tests)}: {fault}")
+                return Score(False, code, f"{which}: {fault}")
         return Score(True, code)
 
     def ready(self, allow_unsafe=False):
@@ -148,8 +158,8 @@ class DataOnly(pickle.Unpickler):
 
 
 def all_tests(example):
-    """The tests of a LiveCodeBench question, as read_test gives them, the shown ones first. Raises
-    ValueError if they are damaged."""
+    """The tests of a LiveCodeBench question, the shown ones first, as read_test takes them. Raises
+    ValueError if they cannot be read."""
     text = example.row["hidden"]
     # Bytes that are not a pickle can make the unpickler raise anything.
     with blame(f"the tests of {example.id} are damaged"):
@@ -159,18 +169,20 @@ def all_tests(example):
                 text = json.loads(file.readline())["private_test_cases"]
         if not text.lstrip().startswith("["):
             text = DataOnly(io.BytesIO(zlib.decompress(base64.b64decode(text)))).load()
-        tests = [read_test(test) for test in example.row["shown"] + json.loads(text)]
+        tests = example.row["shown"] + json.loads(text)
         need(tests, "there are none")
     return tests
 
 
 def read_test(test):
     """A test as (stdin, stdout, True), or as (arguments, value, False). Its input has one argument
-    per line."""
+    per line. A damaged test raises anything."""
+    given, expected = test["input"], test["output"]
+    need(type(given) is type(expected) is str, "its input and its output must be texts")
     if test["testtype"] == "stdin":
-        return test["input"], test["output"], True
-    arguments = [json.loads(line) for line in test["input"].split("\n") if line.strip()]
-    return arguments, json.loads(test["output"]), False
+        return given, expected, True
+    arguments = [json.loads(line) for line in given.split("\n") if line.strip()]
+    return arguments, json.loads(expected), False
 
 
 # ---- programs -----------------------------------------------------------------------------------

@@ -282,9 +282,10 @@ def test_a_right_program_passes(set_name, outside, monkeypatch):
 
 @pytest.mark.parametrize("more", [
     "threading.Thread(target=time.sleep, args=(60,)).start()", "sys.stdin.close()",
-    "if __name__ == '__main__':\n    print(add(*input().split()))", "print('x' * 300_000)"])
+    "if __name__ == '__main__':\n    print(add(*input().split()))", "print('x' * 300_000)",
+    "sys.stdout.close()", "os.close(1)\nprint(1)", "sys.stdout = None"])
 def test_what_a_check_lets_be(more):
-    """Threads that never end, closed input, a demonstration and noise are no reason to fail."""
+    """Threads that never end, closed files, a demonstration and noise are no reason to fail."""
     run = passes(with_imports(CODE + more), TEST)
     assert run.status == "ok" and run.seconds < 20, run
 
@@ -296,13 +297,14 @@ def test_call_function_gives_the_value_back():
     for code, arguments, value in (
             (method, [1, 2], [3, {"k": None}]), ("class Solution: pass\n" + CODE, [1, 2], 3),
             (CODE, ["ä", "\n"], "ä\n"), (CODE, [[0] * 200_000, [1]], [0] * 200_000 + [1]),
-            (array, [1, 2], [1, 2]), ("def add(a, b): return (a, b)", [1, 2], [1, 2])):
+            (array, [1, 2], [1, 2]), ("def add(a, b): return (a, b)", [1, 2], [1, 2]),
+            (CODE, [10**9000, 1], 10**9000 + 1)):
         assert call_function(code, "add", arguments).value == value
     assert call_function(CODE, "add", ["ä\ud800", "\0"]).status in ("ok", "error")
     for code in ("def add(a, b): return {1, 2}", "def add(a, b): return add", "",
                  "def add(a): return a", "def add(a, b): raise SystemExit(print('3'))",
                  "def add(a, b):\n    x = []\n    for _ in range(9000): x = [x]\n    return x",
-                 "def add(a, b): return 10 ** 9000"):
+                 "def add(a, b): return 10 ** 90_000"):
         run = call_function(code, "add", [1, 2])
         assert (run.status, run.value) == ("error", None), run
 

@@ -506,8 +506,7 @@ def live_example(row, tmp_path, suffix=".jsonl"):
 def test_hidden_tests_packed_and_plain(tmp_path, suffix, pack):
     tests = [stdin_test(f"{i} 1", str(i + 1)) for i in range(5)]
     example = live_example(live_row(pack(json.dumps(tests))), tmp_path, suffix)
-    assert coding.all_tests(example) == [("1 2", "3", True)] + [
-        (test["input"], test["output"], True) for test in tests]
+    assert coding.all_tests(example) == [stdin_test("1 2", "3"), *tests]
 
 
 def test_hidden_tests_are_read_from_their_own_row(tmp_path):
@@ -515,7 +514,7 @@ def test_hidden_tests_are_read_from_their_own_row(tmp_path):
     rows = [live_row(packed(json.dumps([stdin_test("ä", str(i))])), question_id=f"q{i}")
             for i in range(4)]
     examples = get_task("coding", write_rows(tmp_path / "rows.jsonl", rows)).load(limit=3)
-    assert [coding.all_tests(example)[1][1] for example in examples] == ["0", "1", "2"]
+    assert [coding.all_tests(one)[1]["output"] for one in examples] == ["0", "1", "2"]
     assert all(len(json.dumps(example.row)) < 500 for example in examples)
 
 
@@ -529,20 +528,26 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-FUNCTION = {"metadata": '{"func_name": "f"}', "public_test_cases": "[]"}
-
-
 @pytest.mark.parametrize("row", [*[live_row(hidden) for hidden in (
-    "rubbish!", "AAAA", packed("no json"), packed(7), packed(["a"]), packed('[{"input": "1"}]'),
-    base64.b64encode(zlib.compress(b"\x80\x05X")).decode(), base64.b64encode(b"x").decode(), "[1,",
-    packed(os.system), packed(Score))], live_row(packed("[]"), public_test_cases="[]"), *[
-    live_row(json.dumps([call_test(*test)]), **FUNCTION) for test in (
-        ('"ab"', ""), ('"ab"', "ab"), ('"ab"', "[1, 2"), ('"ab"', "None"), ('"ab"', "'a'"),
-        ("ab", "1"))]])
-def test_damaged_tests_are_named(tmp_path, row):
-    """No program is right by them. Tests that are missing are damaged too."""
+    "rubbish!", "AAAA", packed("no json"), packed(7), packed(["a"]), "[1,", packed(os.system),
+    base64.b64encode(zlib.compress(b"\x80\x05X")).decode(), base64.b64encode(b"x").decode(),
+    packed(Score))], live_row(packed("[]"), public_test_cases="[]")])
+def test_tests_that_cannot_be_read_are_named(tmp_path, row):
+    """They decide nothing. Tests that are missing are damaged too."""
     with pytest.raises(ValueError, match="q1"):
-        coding.score(live_example(row, tmp_path), "```python\ndef f(s):\n    return None\n```")
+        coding.score(live_example(row, tmp_path), "```python\nprint(3)\n```")
+
+
+@needs_sandbox
+@pytest.mark.parametrize("test", table("damaged_tests"))
+def test_a_damaged_test_is_named(tmp_path, test):
+    """No program is right by it, not even one that passes the tests before it."""
+    for good in [], [call_test('"ab"', "null")] * ("second" in test):
+        row = live_row(json.dumps([*good, test["damaged"]]), public_test_cases="[]",
+                       metadata='{"func_name": "f"}')
+        score = coding.score(live_example(row, tmp_path), "```python\ndef f(s):\n    pass\n```")
+        assert not score.correct and score.parsed
+        assert score.note.startswith(f"test {len(good) + 1} of {len(good) + 1} is damaged: ")
 
 
 def test_rows_without_tests_are_seen_at_once(tmp_path):

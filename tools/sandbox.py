@@ -76,6 +76,7 @@ FOLDER = "recursivemas-sandbox-"        # so begin the names of our folders
 CALLS = Path(__file__).with_name("system_calls.txt").read_text().split()
 # The new process gets our second file as a text. Importing this one would take it 30 ms more.
 INSIDE = Path(confined.__file__).read_text(encoding="utf-8")
+sys.set_int_max_str_digits(confined.DIGITS)     # our own process reads such numbers, too
 
 
 class SandboxError(RuntimeError):

@@ -1,4 +1,4 @@
-r"""Multiple choice: GPQA (diamond) and MedQA. Which letter was chosen?
+r"""Multiple choice: GPQA (diamond), MedQA, MMLU-Pro and ARC (challenge). Which letter was chosen?
 
     record     {"query": "Which vitamin does sunlight make in skin?", "answer": "Vitamin D",
                 "options": ["A. Vitamin A", "B. Vitamin C", "C. Vitamin D"]}
@@ -25,7 +25,7 @@ from 0.
 import random
 import re
 
-from support.errors import need
+from support.errors import blame, need
 from tasks import BOXED_RETRY, Example, RowTask, Score, Unusable, column, in_time
 from tasks.boxes import STEPS, last_box, replaced, without_fonts
 
@@ -65,14 +65,18 @@ ASIDE = re.compile(r"[,;:!?(–—-]|and not\b|is (?:the )?(?:correct|right|best
 
 
 class Choice(RowTask):
-    """GPQA, MedQA, or rows in their columns."""
+    """GPQA, MedQA, MMLU-Pro, ARC, or rows in their columns."""
     kind, retry = "choice", BOXED_RETRY
     # data set: its id on the hub, its configuration, its usual split
     names = {"gpqa": ("Idavidrein/gpqa", "gpqa_diamond", "train"),
-             "medqa": ("GBaker/MedQA-USMLE-4-options", None, "test")}
+             "medqa": ("GBaker/MedQA-USMLE-4-options", None, "test"),
+             "mmlu_pro": ("TIGER-Lab/MMLU-Pro", None, "test"),
+             "arc": ("allenai/ai2_arc", "ARC-Challenge", "test")}
 
     def make_example(self, source, row):
-        """The Example of one row in GPQA's columns, or in MedQA's."""
+        """The Example of one row in GPQA's columns, in MedQA's and MMLU-Pro's, or in ARC's."""
+        if "answerKey" in row:
+            row = from_arc(source, row)
         if "Correct Answer" in row:
             question = column(source, row, "Question")
             options = [column(source, row, name) for name in GPQA_OPTIONS]
@@ -99,6 +103,15 @@ class Choice(RowTask):
 
 
 score = Choice.score
+
+
+def from_arc(source, row):
+    """A row of ARC, in MedQA's columns. It has "choices": {"label": ["1", ..], "text": [..]} and
+    "answerKey": "1". (Most rows have letters as labels.)"""
+    with blame(f"{source} needs 'choices' with 'label' and 'text', and one of the labels as "
+               "'answerKey'", Unusable):
+        number = row["choices"]["label"].index(row["answerKey"])
+        return {**row, "options": row["choices"]["text"], "answer_idx": LETTERS[number]}
 
 
 def option_texts(source, options):

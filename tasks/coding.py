@@ -1,4 +1,4 @@
-r'''Programs: MBPP+, HumanEval and LiveCodeBench. Does the program pass its tests, in the sandbox?
+r'''Programs: MBPP+, HumanEval(+) and LiveCodeBench. Does the program pass its tests, in the sandbox?
 
     record     {"task_id": 7, "prompt": "Write a function to add two numbers.", "test_imports": [],
                 "test_list": ["assert add(1, 2) == 3"], "test": "assert add(-1, 1) == 0"}
@@ -75,6 +75,7 @@ class Coding(RowTask):
     # data set: its id on the hub, its configuration (or the numbers of its files), its split
     names = {"mbppplus": ("evalplus/mbppplus", None, "test"),
              "humaneval": ("openai/openai_humaneval", None, "test"),
+             "humanevalplus": ("evalplus/humanevalplus", None, "test"),
              "livecodebench": ("livecodebench/code_generation_lite", ("", 2, 3, 4, 5, 6), "test")}
 
     def make_example(self, source, row):

@@ -1,4 +1,4 @@
-r"""Mathematics: MATH-500, GSM8K and the AIME. Is the boxed answer equal to the gold one?
+r"""Mathematics: MATH, GSM8K, the AMC and the AIME. Is the boxed answer equal to the gold one?
 
     record     {"problem": "What is $\\frac12 + \\frac13$?", "answer": "\\frac{5}{6}", "id": "toy"}
     question   What is $\frac12 + \frac13$?
@@ -24,18 +24,22 @@ from tasks.formulas import plain
 
 
 class Maths(RowTask):
-    """MATH-500, GSM8K, or rows in their columns."""
+    """MATH, GSM8K, AMC, or rows in their columns."""
     kind, retry = "math", BOXED_RETRY
     # data set: its id on the hub, its configuration, its usual split
     names = {"math500": ("HuggingFaceH4/MATH-500", None, "test"),
+             "math": ("DigitalLearningGmbH/MATH-lighteval", None, "test"),
+             "amc23": ("math-ai/amc23", None, "test"),
              "gsm8k": ("openai/gsm8k", "main", "test")}
 
     def make_example(self, source, row):
         """The Example of one row: columns problem (or question) and answer. GSM8K's answers are
-        whole solutions, whose last line is `#### 18`."""
+        whole solutions, whose last line is `#### 18`. MATH has the answer in the last box of its
+        solution."""
         question = column(source, row, "problem", "question")
-        gold = column(source, row, "answer").rpartition("####")[2].strip()
-        need(gold, f"{source} has no answer after its ####", Unusable)
+        text = column(source, row, "answer", "solution")
+        gold = text.rpartition("####")[2].strip() if "answer" in row else last_box(text)
+        need(gold, f"{source} has no answer after its ####, or in the box of its solution", Unusable)
         return Example("", question, gold, kind="math", row=row)
 
     @staticmethod
@@ -54,7 +58,8 @@ class Maths(RowTask):
 
 class Aime(Maths):
     """The AIME gets ten samples per question, because its published figure is pass@10."""
-    names = {"aime25": ("math-ai/aime25", None, "test"),
+    names = {"aime24": ("HuggingFaceH4/aime_2024", None, "train"),
+             "aime25": ("math-ai/aime25", None, "test"),
              "aime26": ("MathArena/aime_2026", None, "train")}
     samples = 10
 

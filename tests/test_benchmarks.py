@@ -1,4 +1,4 @@
-"""evaluate.py on all eleven data sets: samples, second tries, failures, judge and search tool."""
+"""evaluate.py on all data sets: samples, second tries, failures, judge and search tool."""
 import json
 import random
 import shutil
@@ -75,7 +75,7 @@ def parsed(monkeypatch, *flags):
     return evaluate.parse()[0]
 
 
-# ---- eleven data sets ---------------------------------------------------------------------------
+# ---- all data sets -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ROWS)
 def test_every_set_is_shown_and_evaluated_from_a_local_file(name, ask, run):

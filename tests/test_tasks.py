@@ -575,6 +575,7 @@ def test_a_row_of_humaneval_and_of_mbpp():
 # What the programs below were asked for: (data set, row).
 ASKED = {
     "humaneval": ("humaneval", HUMAN), "mbppplus": ("mbppplus", MBPP),
+    "humanevalplus": ("humanevalplus", ROWS["humanevalplus"]),
     "stdin": ("livecodebench", live_row(packed(json.dumps(
         [stdin_test("4 5\n", "9\n"), stdin_test("-1 1", "0")])))),
     "function": ("livecodebench", live_row(
@@ -684,8 +685,10 @@ def test_bad_files_are_one_clear_line(tmp_path, case):
 
 @pytest.mark.parametrize("answer, gold", table("gsm8k_golds"))
 def test_gsm8k_golds_stand_behind_the_last_mark(tmp_path, answer, gold):
-    """Also with --task maths. A solution without an answer after its mark is left out."""
-    rows = [{"question": "?", "answer": answer}, {"question": "!", "answer": "2 #### "}]
+    """Also with --task maths. A solution without an answer after its mark is left out, and in MATH's
+    columns one without a box."""
+    rows = [{"question": "?", "answer": answer}, {"question": "!", "answer": "2 #### "},
+            {"problem": "!", "solution": "So it is 2."}]
     for name in ("gsm8k", "maths"):
         example, = load(name, tmp_path / "rows.jsonl", rows)
         assert (example.gold, example.question) == (gold, "?")

@@ -52,6 +52,8 @@ def parse():
     add("--dataset", default="", help="a data set of tasks/, or a .json/.jsonl file")
     add("--task", default="", help="what a file holds: a data set, maths, choice, coding or search")
     add("--dataset_split", default="", help="of a data set on the hub, instead of the usual one")
+    add("--dataset_filter", nargs="+", default=[], metavar="CONDITION",
+        help="ask only rows that meet all of these, like level=5 or 'contest_date>=2024-08-01'")
     add("--num_samples", type=flags.count, default=-1, help="questions, -1 for all")
     add("--sample_seed", type=int, default=None, help="draw the questions, not the first ones")
     # By which methods.
@@ -170,7 +172,8 @@ def chosen_questions(args):
     need(is_file == bool(args.task), f"--dataset {args.dataset} and --task '{args.task}': --task "
          "says what a .json or .jsonl file holds (math500, .., or maths, choice, coding, search), "
          "and goes with a file alone")
-    task = get_task(args.task, args.dataset) if is_file else get_task(args.dataset)
+    name, path = (args.task, args.dataset) if is_file else (args.dataset, None)
+    task = get_task(name, path, args.dataset_filter)
     count = args.num_samples if args.num_samples > 0 else None
     if args.sample_seed is None:
         return task, task.load(count, args.dataset_split or None)

@@ -15,7 +15,10 @@ Adding a data set means adding a file (or a name to one); nothing else needs to 
 import importlib
 import json
 import math
+import operator
 import pkgutil
+import re
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +30,10 @@ ID_COLUMNS = ("unique_id", "id", "_id", "problem_idx", "Record ID", "task_id", "
 # The text put after an answer that cannot be read, and how many tokens may follow it, as published.
 BOXED_RETRY = ("\nFinal Answer: \\boxed{", 16)
 CODE_RETRY = ("\nFinal Answer:\n```python\n", 256)
+# A condition on rows: `difficulty=hard`, `contest_date>=2024-08-01`.
+CONDITION = re.compile(r"(.+?) *([!<>]=|[<>=]) *(.*)")
+SIGNS = {"=": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le,
+         ">": operator.gt, ">=": operator.ge}
 
 
 @dataclass(frozen=True)
@@ -76,17 +83,20 @@ class Task:
         """Raise ValueError, or print a warning, if m thoughts do not fit the task."""
 
 
-def get_task(name, path=None):
+def get_task(name, path=None, conditions=()):
     """The Task of data set `name`. With a path, its rows are read from there, and name may also be
     a file of this folder (`maths`): then the rows have any layout that this file can read.
+    conditions: only rows that meet all of them are asked, as in ["level>=4", "subject=Algebra"].
 
-    Raises ValueError for an unknown name, listing the known ones."""
+    Raises ValueError for an unreadable condition, or an unknown name, listing the known ones."""
     task = next((one for one in task_classes()
                  if name in one.names or one.__module__ == f"{__name__}.{name}"), None)
     need(task, f"unknown data set '{name}': choose one of {', '.join(task_names())}")
     need(path or name in task.names, f"'{name}' is a kind of task, not a data set: give it a .json "
          f"or .jsonl file, or choose one of {', '.join(task.names)}")
-    return task(name, path)
+    need(not conditions or issubclass(task, RowTask),
+         f"{name} makes its own questions: leave --dataset_filter out")
+    return task(name, path, conditions) if conditions else task(name, path)
 
 
 def task_classes():
@@ -166,8 +176,11 @@ class RowTask(Task):
     A class has names = {data set: (its id on the hub, its configuration, its usual split)} and
     make_example(source, row), which returns an Example without its id, or raises Unusable."""
 
-    def __init__(self, name, path=None):
-        self.name, self.path = name, path
+    def __init__(self, name, path=None, conditions=()):
+        self.name, self.path, asked = name, path, " ".join(conditions)
+        self.conditions = [CONDITION.fullmatch(text) for text in conditions]
+        need(all(self.conditions), f"--dataset_filter {asked}: write each condition as COLUMN=VALUE"
+             ", or with !=, <, <=, > or >= (in quotes)")
 
     def load(self, limit=None, split=None):
         """The first `limit` Examples. What make_example calls Unusable is left out, and printed.
@@ -185,15 +198,26 @@ class RowTask(Task):
             own = ids[0] if ids else f"{self.name}-{source.number}"
             need(own not in examples, f"{source} has the id '{own}' of a row before it")
             try:
-                examples[own] = replace(self.make_example(source, row), id=own)
+                if all(meets(source, row, *one.groups()) for one in self.conditions):
+                    examples[own] = replace(self.make_example(source, row), id=own)
             except Unusable as problem:
                 left_out.append(str(problem))
             if len(examples) == limit:         # before another row is read: it may be megabytes
                 break
         if left_out:
             print(shown(f"left out {len(left_out)} rows: {'; '.join(left_out[:5])}"), flush=True)
-        need(examples, f"{self.path or self.name} holds no question that can be scored")
+        chosen = "".join(f" and meets '{one[0]}'" for one in self.conditions)
+        need(examples, f"{self.path or self.name} holds no question that can be scored{chosen}")
         return list(examples.values())
+
+
+def meets(source, row, name, sign, value):
+    """Does the row's column `name` meet a condition? Numbers are compared as numbers, and all else
+    as texts. Raises ValueError without such a column, and Unusable if it is empty."""
+    cell = column(source, row, name)
+    with suppress(ValueError):
+        return SIGNS[sign](float(cell), float(value))
+    return SIGNS[sign](cell, value)
 
 
 def read_rows(name, config=None, split=None, field="data"):

@@ -1,4 +1,4 @@
-r'''Programs: MBPP+, HumanEval(+) and LiveCodeBench. Does the program pass its tests, in the sandbox?
+r'''Programs: MBPP+, HumanEval(+) and LiveCodeBench. Does a program pass its tests, in the sandbox?
 
     record     {"task_id": 7, "prompt": "Write a function to add two numbers.", "test_imports": [],
                 "test_list": ["assert add(1, 2) == 3"], "test": "assert add(-1, 1) == 0"}
@@ -14,23 +14,31 @@ r'''Programs: MBPP+, HumanEval(+) and LiveCodeBench. Does the program pass its t
                ```
     score      Score(correct=True, parsed='def add(a, b):\n    return a + b', note='')
 
-The program is the last ```python block. If there is none, it is the last block that names no
-language. (Where a function is asked for, it is the last such block that defines something, because
-an example of its use may follow.) If there is no block, it is the text up to the first fence, if
-that is Python and begins as a program does (import, from, def, class, @). A block that the end of
-the text cuts off counts if it is Python: a model may forget the last fence. Everything else is
-unparsed and wrong.
+The program is the last ```python block. (Words may stand before its fence.) If there is none, it is
+the last block that names no language. (Where a function is asked for, it is the last such block
+that defines something, because an example of its use may follow.) If there is no block, it is the
+text up to the first fence, if that is Python and begins as a program does (import, from, def,
+class, @). A block that the end of the text cuts off counts if it is Python: a model may forget the
+last fence. Everything else is unparsed and wrong.
 
 MBPP+ has a test script to run after the program. HumanEval's script only defines check(candidate),
 so we call it. Its programs continue a prompt with imports and helpers, which are run first. A
 script that calls nothing would pass any program. So its row is left out, and printed.
 
+A script may run for 10 seconds and take 4 GB, as the publishers of MBPP+ allow it: one question
+(Mbpp/255) compares two lists of 1.1 GB each.
+
 LiveCodeBench has texts to read and print, and functions (or methods of class Solution) to call with
-JSON values. The output is compared as the benchmark does it. Texts are compared by lines, and lines
-of numbers as exact decimals (1.50 is 1.5). JSON values are compared by ==, floats to a millionth.
-The hidden tests are megabytes per question. So of a .jsonl we keep only where they begin, and read
-them for scoring. They are pickled, and unpickling can call any function that it names. So our
-reader refuses every name and reads plain data only.
+JSON values. Its programs get many imports before their first line (PRELUDE), and their whole
+numbers may have 50,000 digits. The output is compared as the benchmark does it. Texts are compared
+by lines, and lines of numbers as exact decimals (1.50 is 1.5). JSON values are compared by ==,
+floats to a millionth. The hidden tests are megabytes per question. So of a .jsonl we keep only
+where they begin, and read them for scoring. They are pickled, and unpickling can call any function
+that it names. So our reader refuses every name and reads plain data only.
+
+A single test that is damaged (its input or output is not JSON) is failed by every program, and the
+note names it: `test 1 of 3 is damaged: ..`. Where the whole pack of tests cannot be read, score()
+raises ValueError, and evaluate.py counts the question as not scored.
 '''
 import ast
 import base64
@@ -177,13 +185,11 @@ def all_tests(example):
 
 def read_test(test):
     """A test as (stdin, stdout, True), or as (arguments, value, False). Its input has one argument
-    per line. A damaged test raises anything."""
-    given, expected = test["input"], test["output"]
-    need(type(given) is type(expected) is str, "its input and its output must be texts")
+    per line. A damaged test can raise anything."""
+    lines, expected = test["input"].split("\n"), test["output"].strip()
     if test["testtype"] == "stdin":
-        return given, expected, True
-    arguments = [json.loads(line) for line in given.split("\n") if line.strip()]
-    return arguments, json.loads(expected), False
+        return test["input"], expected, True
+    return [json.loads(line) for line in lines if line.strip()], json.loads(expected), False
 
 
 # ---- programs -----------------------------------------------------------------------------------

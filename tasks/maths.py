@@ -39,7 +39,7 @@ class Maths(RowTask):
         question = column(source, row, "problem", "question")
         text = column(source, row, "answer", "solution")
         gold = text.rpartition("####")[2].strip() if "answer" in row else last_box(text)
-        need(gold, f"{source} has no answer after its ####, or in the box of its solution", Unusable)
+        need(gold, f"{source} has no answer after its ####, or no box in its solution", Unusable)
         return Example("", question, gold, kind="math", row=row)
 
     @staticmethod

@@ -120,6 +120,8 @@ def test_a_set_by_its_hub_id_its_split_and_drawn_questions(monkeypatch, refused)
     every = [f"t/{i}" for i in range(9)]
     assert chosen("--num_samples", 4) == every[:4]
     assert chosen("--dataset_split", "train") == ["t/9", "t/10", "t/11"]
+    assert chosen("--dataset_filter", "problem>2?", "problem!=5?", "--num_samples", 3) == [
+        "t/3", "t/4", "t/6"]
     drawn = chosen("--sample_seed", 7, "--num_samples", 4)
     assert drawn == random.Random(7).sample(every, 4) != every[:4]
     assert chosen("--sample_seed", 8, "--num_samples", 4) != drawn
@@ -178,7 +180,7 @@ def test_unread_answers_and_samples_are_asked_for_once_more(case, ask_team):
 
 
 def test_questions_whose_tests_are_damaged_do_not_end_the_run(ask_team):
-    """Tests that cannot be read decide nothing. A single damaged test is failed by every program."""
+    """Tests that cannot be read decide nothing. No program passes a single damaged test."""
     rows = [live_row("[]", question_id="good"), live_row("!!", question_id="no base64"),
             live_row("[{}]", question_id="no columns"),
             live_row("[]", question_id="shown", public_test_cases="[{}]")]

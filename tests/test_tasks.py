@@ -685,8 +685,8 @@ def test_bad_files_are_one_clear_line(tmp_path, case):
 
 @pytest.mark.parametrize("answer, gold", table("gsm8k_golds"))
 def test_gsm8k_golds_stand_behind_the_last_mark(tmp_path, answer, gold):
-    """Also with --task maths. A solution without an answer after its mark is left out, and in MATH's
-    columns one without a box."""
+    """Also with --task maths. A solution without an answer after its mark is left out, and one in
+    MATH's columns without a box."""
     rows = [{"question": "?", "answer": answer}, {"question": "!", "answer": "2 #### "},
             {"problem": "!", "solution": "So it is 2."}]
     for name in ("gsm8k", "maths"):
@@ -702,6 +702,18 @@ def test_a_byte_order_mark_is_no_content(tmp_path, name, content):
     path = tmp_path / name
     path.write_text(content, encoding="utf-8-sig")
     assert [example.gold for example in get_task("maths", str(path)).load()] == ["2"]
+
+
+@pytest.mark.parametrize("case", table("filters"), ids=lambda case: " ".join(case["conditions"]))
+def test_only_rows_that_meet_the_conditions_are_asked(tmp_path, case, capsys):
+    """All conditions must hold. Where a cell is empty, the row is left out aloud."""
+    rows = [{"problem": "?", "answer": "1", "id": f"{i}", "level": i, "subject": "ab"[i % 2],
+             "contest_date": f"2024-{i:02}-03T00:00:00"} for i in range(1, 13)]
+    path = write_rows(tmp_path / "rows.jsonl", [*rows, {**rows[0], "id": "none", "subject": None}])
+    for limit in None, 2:
+        task = get_task("math500", path, case["conditions"])
+        assert [int(one.id) for one in task.load(limit)] == case["asked"][:limit]
+    assert ("row 13" in capsys.readouterr().out) is case["told"]
 
 
 def test_rows_stand_where_the_field_says(tmp_path):

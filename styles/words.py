@@ -27,7 +27,7 @@ def benchmark_settings(batch_size, latent_length, math500_tokens=2000):
     Without flags evaluate.py asks the latent system alone, in three rounds, as the publishers'
     command does."""
     tokens = {"math500": math500_tokens, "aime25": 16000, "aime26": 16000, "gpqa": 4000,
-              "medqa": 4000, "mbppplus": 4000, "livecodebench": 4000, "aime24": 16000}
+              "medqa": 4000, "mbppplus": 4000, "livecodebench": 4000}
     settings = {name: {"max_new_tokens": count} for name, count in tokens.items()}
     for name in ("mbppplus", "livecodebench"):
         settings[name]["temperature"] = 0.2

@@ -39,7 +39,8 @@ def loaded(given, path):
         examples = task.load()
     except ValueError:
         return {"raised": "ValueError"}
-    return {"golds": [one.gold for one in examples], "questions": [one.question for one in examples]}
+    return {"golds": [one.gold for one in examples],
+            "questions": [one.question for one in examples]}
 
 
 @pytest.mark.parametrize("area", sorted({area_of(case) for case in CASES}))

@@ -32,12 +32,12 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import evaluate
-from checkpoints import load_agents, save_outer
+from checkpoints import load_agents, load_outer_links, local_folder, save_outer
 from evaluation.gradients import keep_gradients, message_gradients, plot_gradients
 from gpu.compiled import set_compile
 from link import kind_name
 from recurse import MAS, recurse
-from remembered import fingerprints
+from remembered import fingerprints, need_as_trained
 from styles import KINDS, get_style
 from support import flags
 from support.devices import settle
@@ -58,6 +58,7 @@ def parse():
     flags.add_training_flags(parser, "--outer_lr", "--outer_dtype", KINDS)
     add, style = parser.add_argument, get_style(flags.first_look(parser).style)
     add("--save_dir", default="out/train_outer")
+    add("--load_dir", default="", help="start from the outer links in this folder")
     # Who takes part: the published flags, by number or by role.
     for i, role in enumerate(style.roles, start=1):
         for name in (f"agent{i}", role.name):
@@ -84,7 +85,10 @@ def parse():
     add("--log_gradients", default=0, **flags.SWITCH, help="log and draw |dL/d(message)| by round")
     add("--eval_samples", type=flags.at_least(0), default=500, help="problems of the comparison")
     add("--shuffle", action="store_true", help="no effect: rows are always shuffled")
-    args = flags.parse(parser, style.settings.get("train_outer", {}))
+    settings = style.settings.get("train_outer", {})
+    if flags.first_look(parser).load_dir:          # these links have learnt their words already
+        settings = {**settings, "warm_start_steps": 0}
+    args = flags.parse(parser, settings)
     need(not (Path(args.save_dir) / "adapter_config.json").is_file(), f"--save_dir {args.save_dir} "
          "holds an inner link: name another folder")
     return args, style
@@ -182,10 +186,10 @@ def thoughts(agent, context, gold, args):
 # ---- one run ------------------------------------------------------------------------------------
 
 def new_system(args, style):
-    """The system of the flags, with new outer links."""
+    """The system of the flags, with new outer links or those in --load_dir."""
     given = vars(args)
-    inner, models = ({role.name: given[f"{role.name}_{what}"] for role in style.roles}
-                     for what in ("inner", "model"))               # "" where a flag is not given
+    models = {role.name: given[f"{role.name}_model"] for role in style.roles}  # "": the role's own
+    inner = {role.name: given[f"{role.name}_inner"] or role.repo for role in style.roles}
     agents = load_agents(
         style, settle(style, args.device, args.threads), args.dtype, task=args.mas_task,
         trust_remote_code=bool(args.trust_remote_code), override=inner, revision=args.revision,
@@ -194,7 +198,15 @@ def new_system(args, style):
     set_compile(agents.values(), args.compile)
     kinds = {edge.key: kind_name(given[f"{edge.key}_type"] or args.outer_adapter_type)
              for edge in style.edges}
-    return MAS(style, agents, None).with_fresh_outer(kinds, args.scale_match, args.seed)
+    mas = MAS(style, agents, None).with_fresh_outer(kinds, args.scale_match, args.seed)
+    if args.load_dir and not args.resume:                  # a state.pt holds the links as well
+        folder = local_folder(args.load_dir, who="--load_dir")
+        mas.outer = load_outer_links(folder, style, agents, args.mas_task)
+        need_as_trained(folder, style, agents, inner, override=inner)     # a line is enough here
+        found = {key: link.kind for key, link in mas.outer.items()}
+        need(found == kinds, f"--load_dir {folder} holds links of the kinds {found}: ask for them "
+             "with --outer_adapter_type, or by the --.._type of each link")
+    return mas
 
 
 def rounds_of(step, args):
@@ -207,7 +219,7 @@ def rounds_of(step, args):
 def main():
     """Rows, agents, links, the loop, and the comparison."""
     (args, style), started = parse(), time.time()
-    # 1. Rows, frozen agents, and new outer links. Nothing but these links is trained.
+    # 1. Rows, frozen agents, and outer links. Nothing but these links is trained.
     task = generated_task(args.dataset_name)
     all_roles = args.role_loss_weight or args.latents != "rollout"
     rows = data.keep_usable(data.load_rows(args), style.roles if all_roles else style.roles[-1:])

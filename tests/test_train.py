@@ -522,6 +522,30 @@ def test_untrained_is_what_this_run_began_with(train, monkeypatch):
         assert not torch.equal(link.proj1.weight, after.outer[key].proj1.weight)
 
 
+def test_outer_training_goes_on_from_given_links(tmp_path, run, train):
+    """From R = 1 to R = 2, as they are: the style's warm start is left out unless it is asked for.
+    Another inner link is told, and links that do not fit are refused."""
+    first, inner, flags = tmp_path / "first", tmp_path / "inner", [
+        *SHORT, "--eval_samples", 0, "--max_steps", 1, "--num_recursive_rounds", 2, "--outer_lr", 0,
+        "--load_dir", tmp_path / "first"]
+    train(train_outer, "--max_steps", 2, into=first)
+    train(train_inner, "--max_steps", 1, into=inner)
+    for name, more, same in (("as they are", ["--agent1_inner_aligner_path", inner], True),
+                             ("warmed", ["--warm_start_steps", 2], False)):
+        code, said, errors = run(train_outer, *flags, *more, "--save_dir", tmp_path / name)
+        assert code == 0, errors
+        assert (links_of(tmp_path / name) == links_of(first)) == same
+        assert (str(inner) in said) == same
+    told = json.loads((first / "outerlink_config.json").read_text())
+    for edge, change, named in (({}, ["--outer_31_type", "1layer_res"], "outer_31"),
+                                ({"in_dim": 4}, [], "outer_31"),
+                                ({"legacy_key": "outer_13"}, [], "outer_13")):
+        links = [*told["adapters"][:2], {**told["adapters"][2], **edge}]
+        (first / "outerlink_config.json").write_text(json.dumps({**told, "adapters": links}))
+        train(train_outer, *flags, *change, into=tmp_path / "none", names=named)
+        train(train_outer, *flags, *change, into=tmp_path / "none", names=first)
+
+
 def test_half_precision_trains_float32_links(tmp_path, train):
     """It starts at the loss of float32, and skips no step."""
     first = []

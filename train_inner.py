@@ -2,6 +2,7 @@
 
     python train_inner.py                                        # tiny's planner, 20 seconds
     python train_inner.py --style tiny --mas_role critic --save_dir out/critic
+    python train_inner.py --style tiny --mas_role all --save_dir out/inner    # out/inner/critic, ..
 
 The base model is frozen. Along a text, its hidden state h_t predicts the next token. Sent through
 the link, h_t should look like that token's embedding (the paper's inner loop):
@@ -19,7 +20,9 @@ average. docs/real.md has the figures. Own texts are written once and kept in --
 The base model never changes, so its hidden states never change either. They are computed once and
 kept for all epochs, in a file that is mapped into memory and may be larger than memory.
 """
+import argparse
 import dataclasses
+import gc
 import json
 import math
 import shutil
@@ -46,12 +49,15 @@ from writing import Sampling, text_seed
 
 
 def parse():
-    """(flags, style, role). The flags have the published names where there are any."""
+    """([(flags, role)], style): the links to train, one after the other.
+
+    The flags have the published names where there are any. --mas_role all stands for all roles
+    that somebody hears: the links of the others are never used."""
     parser = flags.Parser(__doc__)
     flags.add_system_flags(parser)
     flags.add_training_flags(parser, "--adapter_lr", "--adapter_dtype", KINDS)
     add = parser.add_argument
-    add("--mas_role", default="planner", help="the role whose link is trained")
+    add("--mas_role", default="planner", help="the role whose link is trained, or all")
     add("--mas_design", default="", choices=["", *PUBLISHED_DESIGNS],
         help="the published name of a style, instead of --style")
     add("--model_name_or_path", default="", help="base model, instead of the role's")
@@ -71,12 +77,23 @@ def parse():
     style = get_style(design if design and known.style == "tiny" else known.style)
     need(style.name.startswith(design.split("_")[0]), f"--mas_design {known.mas_design} is not the "
          f"design of --style {known.style}: leave one of them out")
-    role = style.role(known.mas_role)
-    parser.set_defaults(style=style.name if design else known.style, model_name_or_path=role.model)
+    every, speakers = known.mas_role == "all", {edge.src for edge in style.edges}
+    roles = ([role for role in style.roles if role.name in speakers] if every
+             else [style.role(known.mas_role)])
+    parser.set_defaults(style=style.name if design else known.style)
     args = flags.parse(parser, style.settings.get("train_inner", {}))
-    if args.text_field:
-        role = dataclasses.replace(role, target=(args.text_field,))
-    return args, style, role
+    need(roles, f"--mas_role all: nobody hears anybody in style {style.name}")
+    runs = []
+    for role in roles:
+        own = {"model_name_or_path": args.model_name_or_path or role.model, "mas_role": role.name}
+        if every:             # each link has the folder of its role, and the links before it a state
+            folder = Path(args.save_dir) / role.name
+            begun = not runs or (folder / "state.pt").is_file()
+            own |= {"save_dir": str(folder), "resume": args.resume and begun}
+        if args.text_field:
+            role = dataclasses.replace(role, target=(args.text_field,))
+        runs.append((argparse.Namespace(**{**vars(args), **own}), role))
+    return runs, style
 
 
 # ---- the texts, and the hidden states along them -----------------------------------------------
@@ -185,10 +202,22 @@ def inner_loss(agent, pairs, args):
 
 
 def main():
-    """Texts, agent, hidden states, the loop, and what the trained link is worth."""
-    (args, style, role), started = parse(), time.time()
-    # 1. The texts, the frozen agent with its link, and its hidden states along the texts.
-    texts, held_out = texts_of(args, style, role)
+    """Train each link. The rows of all roles are looked at first: a fault in them is told now, and
+    not when the links of other roles are done."""
+    runs, style = parse()
+    texts = [texts_of(args, style, role) for args, role in runs]
+    for (args, role), (to_train_on, held_out) in zip(runs, texts):
+        train(args, style, role, to_train_on, held_out)
+        gc.collect()                      # an agent points at itself: free its model's memory now
+    if len(runs) > 1:
+        print(f"all links: python train_outer.py --style {args.style} " + " ".join(
+            f"--{role.name}_inner_aligner_path {args.save_dir}" for args, role in runs))
+
+
+def train(args, style, role, texts, held_out):
+    """One link: agent, hidden states, the loop, and what the trained link is worth."""
+    started = time.time()
+    # 1. The frozen agent with its link, and its hidden states along the texts.
     claim(args.save_dir)
     agent = frozen_agent(args, style, role)
     link = agent.inner = new_link(agent, args)

@@ -1,7 +1,7 @@
 """Training: its gradients, steps and schedules = by hand, resumed = uninterrupted, what goes wrong.
 
-The loss is compared with a plain unrolling by reference.py, in float64. The loop in main() of both
-scripts is compared with AdamW written out below, step by step: weights and log.
+The loss is compared with a plain unrolling by reference.py, in float64. The loop of both scripts
+is compared with AdamW written out below, step by step: weights and log.
 """
 import argparse
 import copy
@@ -544,6 +544,38 @@ def test_outer_training_goes_on_from_given_links(tmp_path, run, train):
         (first / "outerlink_config.json").write_text(json.dumps({**told, "adapters": links}))
         train(train_outer, *flags, *change, into=tmp_path / "none", names=named)
         train(train_outer, *flags, *change, into=tmp_path / "none", names=first)
+
+
+def test_all_inner_links_in_one_call_are_those_of_single_calls(tmp_path, run, train):
+    """Of the roles that somebody hears: here planner and critic. The last line has the flags that
+    train_outer.py takes. A run that was stopped after the planner goes on with the critic."""
+    (tmp_path / "ahead.py").write_text(
+        "from dataclasses import replace\nfrom styles.tiny import tiny\n"
+        "planner = replace(tiny.roles[0], prompt=tiny.roles[0].first)\n"
+        "ahead = replace(tiny, name='ahead', roles=(planner, *tiny.roles[1:]),\n"
+        "                edges=tiny.edges[:2])\n")
+    flags = [*FLAGS[train_inner], "--style", tmp_path / "ahead.py", "--max_steps", 2]
+    every = [train_inner, *flags, "--mas_role", "all", "--save_dir", tmp_path / "all"]
+
+    def results(place):
+        return [(links_of(tmp_path / place / role), log_of(tmp_path / place / role),
+                 (tmp_path / place / role / "readability.json").read_text())
+                for role in ("planner", "critic")]
+
+    for role in ("planner", "critic"):
+        train(*every[:-4], "--mas_role", role, into=tmp_path / "single" / role)
+    code, _, errors = run(*every, "--resume")
+    assert code == 2 and str(tmp_path / "all/planner") in errors[0]
+    code, said, _ = run(*every)
+    assert code == 0 and results("all") == results("single")
+    assert {path.name for path in (tmp_path / "all").iterdir()} == {"planner", "critic"}
+    (tmp_path / "all/critic/state.pt").unlink()
+    assert run(*every, "--resume")[0] == 0 and results("all") == results("single")
+    command = said.splitlines()[-1].split("train_outer.py")[1].split()
+    train(train_outer, *command, "--max_steps", 1, into=tmp_path / "outer")
+    told = json.loads((tmp_path / "outer/train_args.json").read_text())
+    assert [told[f"{role}_inner"] for role in ("planner", "critic", "solver")] == [
+        str(tmp_path / "all/planner"), str(tmp_path / "all/critic"), ""]
 
 
 def test_half_precision_trains_float32_links(tmp_path, train):

@@ -1,6 +1,6 @@
 """What the training loops of train_inner.py and train_outer.py share: plain functions, and a State.
 
-The loop itself stands in main() of both scripts, from the rows of a step to the saved state.
+The loop itself stands in the scripts, from the rows of a step to the saved state.
 
 The gradient of a step is that of the mean over all tokens of all its micro-batches on all ranks,
 

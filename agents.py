@@ -238,16 +238,21 @@ class Agent:
         states = self.forward(embeds, context.fork(), mask)                         # (B, n, d)
         return torch.cat([context.hidden, states], 1)
 
-    def answer_loss(self, context, targets):
-        """Cross-entropy of each token of B target token lists after a Context: B tensors (n_b,).
+    def answer_logits(self, context, targets):
+        """The scores (N, V) of the words at each token of B target token lists after a Context.
 
-        In nats. The vocabulary head runs at the positions that predict a target, and nowhere else.
-        """
+        The vocabulary head runs at the positions that predict a target, and nowhere else."""
         states = self.follow(context, [one[:-1] for one in targets])                # (B, n, d)
         used = torch.cat([states[b, :len(one)] for b, one in enumerate(targets)])   # (N, d)
+        return self.logits(used).float()
+
+    def answer_loss(self, context, targets):
+        """Cross-entropy of each token of B target token lists after a Context: B tensors (n_b,), in
+        nats."""
         labels = torch.tensor([token for one in targets for token in one], dtype=torch.long,
                               device=self.device)                                   # (N,)
-        losses = F.cross_entropy(self.logits(used).float(), labels, reduction="none")    # (N,)
+        logits = self.answer_logits(context, targets)                               # (N, V)
+        losses = F.cross_entropy(logits, labels, reduction="none")                  # (N,)
         return losses.split([len(one) for one in targets])
 
     @torch.no_grad()

@@ -86,7 +86,7 @@ def parse():
     runs = []
     for role in roles:
         own = {"model_name_or_path": args.model_name_or_path or role.model, "mas_role": role.name}
-        if every:             # each link has the folder of its role, and the links before it a state
+        if every:                # a run that was stopped has not begun with the last roles
             folder = Path(args.save_dir) / role.name
             begun = not runs or (folder / "state.pt").is_file()
             own |= {"save_dir": str(folder), "resume": args.resume and begun}

@@ -9,13 +9,15 @@ inner links into the outer links (the paper's outer loop; recurse.py says where 
 
     loss = CE_final                                           as published, and for real styles
 
-Three additions are ours. The published styles leave them off. docs/training.md measures what each
-is worth on the tiny system.
+Four additions are ours. The published styles leave them off. docs/training.md measures what the
+first three are worth on the tiny system.
 
     --role_loss_weight w    Every role that hears latents is also asked for its own gold text:
                             loss = (CE_final + w sum_k CE_k) / (1 + w K), over K such turns
     --random_rounds 1       R is drawn from 1 .. num_recursive_rounds at each step
     --warm_start_steps n    links first learn to translate single words: see training/warm_start.py
+    --loss distill          every CE becomes the distance from an agent that reads words in the
+                            place of thoughts: see training/distill.py
 
 What is sent in training. `--latents rollout`: the thoughts of a true rollout, as at inference.
 `teacher`, as published: the hidden states after each token of the gold text. `teacher_aligned`: the
@@ -46,6 +48,7 @@ from support.files import claim, fingerprint
 from support.ranks import rank
 from tasks import generated_task
 from training import rows as data
+from training.distill import distance, teacher_of
 from training.loop import (State, mean_over_tokens, micro_batches, new_scaler, new_schedule,
                            number_of_steps)
 from training.warm_start import warm_start
@@ -74,6 +77,7 @@ def parse():
     add("--max_length", type=flags.at_least(1), default=4096, help="tokens of a gold text")
     add("--latents", default="rollout", choices=["rollout", "teacher", "teacher_aligned"])
     add("--max_latent_tokens", type=flags.at_least(1), default=80, help="cap of --latents teacher")
+    add("--loss", default="answer", choices=["answer", "distill"])
     add("--supervise_final_only", default=1, **flags.SWITCH)
     add("--non_last_loss_weight", type=flags.at_least(0, float), default=0.1,
         help="of the earlier rounds' answers, with --supervise_final_only 0")
@@ -100,7 +104,7 @@ def parse():
 class Outcome:
     """What a batch of rows gave."""
     loss: torch.Tensor           # to be minimised
-    final: torch.Tensor          # cross-entropy of the final answer, nats per token
+    final: torch.Tensor          # the loss of the final answer alone, nats per token
     tokens: int                  # of the final answers
     sent: dict                   # (round, edge key): message, with --log_gradients
 
@@ -118,41 +122,44 @@ def outer_loss(mas, rows, rounds, args):
         with_loss, gold = early or args.role_loss_weight > 0, None
         if with_loss or args.latents != "rollout":
             gold = gold_tokens(turn, mas.style.role(turn.role), rows)
-        H, loss = kept_or_rerun(lambda: think_and_loss(turn, gold, args, with_loss), args)
+        H, loss = kept_or_rerun(
+            lambda: think_and_loss(turn, gold, args, loss_of if with_loss else None), args)
         if loss is not None:
             role_losses.append(loss.to(mas.agents[last.name].device))   # it may be on another card
             if early:
                 early_answers.append(role_losses[-1])                   # it counts in both sums
         return H                                                        # (B, m, d)
 
+    def loss_of(turn, context, gold):
+        """The loss of B gold token lists after what a turn has read, as a mean over the tokens."""
+        targets = [tokens[:args.max_length] for tokens in gold]
+        if args.loss == "distill":
+            teacher = teacher_of(turn, mas.style, rows, args.mas_task)
+            return distance(turn.agent, context, teacher, targets)
+        return torch.cat(list(turn.agent.answer_loss(context, targets))).mean()
+
     run = recurse(mas, [data.question_of(row) for row in rows], rounds, args.latent_length,
                   kind=[data.kind_of(row, args.mas_task) for row in rows], take_turn=take_turn,
                   trace=bool(args.log_gradients), columns=rows)
-    turn = run.last_turn
-    targets = [tokens[:args.max_length] for tokens in gold_tokens(turn, last, rows)]
-    final = kept_or_rerun(lambda: mean_loss(turn.agent, turn.read(), targets), args)
+    turn, gold = run.last_turn, gold_tokens(run.last_turn, last, rows)
+    final = kept_or_rerun(lambda: loss_of(turn, turn.read(), gold), args)
     # loss = (CE_final + w sum_k CE_k) / (1 + w K)
     w = args.role_loss_weight
     loss = (final + w * sum(role_losses)) / (1 + w * len(role_losses))
     if early_answers:
         loss = loss + args.non_last_loss_weight * sum(early_answers) / len(early_answers)
     keep_gradients(run.sent)
-    return Outcome(loss, final, sum(map(len, targets)), run.sent)
+    return Outcome(loss, final, sum(min(len(one), args.max_length) for one in gold), run.sent)
 
 
-def think_and_loss(turn, gold, args, with_loss):
-    """One turn: (H, the cross-entropy of the role's own gold text or None).
+def think_and_loss(turn, gold, args, loss_of):
+    """One turn: (H, the loss of the role's own gold text or None).
 
-    gold: B token lists of what the role should say."""
+    gold: B token lists of what the role should say. loss_of: None if its loss does not count."""
     context, loss = turn.read(), None
-    if with_loss and context.hidden.requires_grad:     # else it has heard nothing through a link
-        loss = mean_loss(turn.agent, context, [tokens[:args.max_length] for tokens in gold])
+    if loss_of and context.hidden.requires_grad:       # else it has heard nothing through a link
+        loss = loss_of(turn, context, gold)
     return thoughts(turn.agent, context, gold, args), loss
-
-
-def mean_loss(agent, context, targets):
-    """Cross-entropy of B target token lists after a Context, as a mean over the tokens."""
-    return torch.cat(list(agent.answer_loss(context, targets))).mean()
 
 
 def kept_or_rerun(turn, args):
@@ -221,7 +228,7 @@ def main():
     (args, style), started = parse(), time.time()
     # 1. Rows, frozen agents, and outer links. Nothing but these links is trained.
     task = generated_task(args.dataset_name)
-    all_roles = args.role_loss_weight or args.latents != "rollout"
+    all_roles = args.role_loss_weight or args.latents != "rollout" or args.loss == "distill"
     rows = data.keep_usable(data.load_rows(args), style.roles if all_roles else style.roles[-1:])
     claim(args.save_dir)
     mas = new_system(args, style)

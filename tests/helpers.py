@@ -300,7 +300,7 @@ def outer_args(**changes):
     """The flags that train_outer.outer_loss asks for."""
     settings = dict(latents="rollout", latent_length=3, max_latent_tokens=4, role_loss_weight=0.0,
                     supervise_final_only=1, non_last_loss_weight=0.1, gradient_checkpointing=0,
-                    mas_task="math", max_length=4096, log_gradients=0)
+                    mas_task="math", max_length=4096, log_gradients=0, loss="answer")
     return argparse.Namespace(**{**settings, **changes})
 
 

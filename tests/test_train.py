@@ -24,6 +24,7 @@ import train_inner
 import train_outer
 from checkpoints import load_inner
 from link import InnerLink, contrast, word_losses
+from recurse import MAS
 from styles.tiny import tiny as tiny_style
 from support.batches import out_of_memory
 from tasks import tiny
@@ -59,9 +60,10 @@ def assert_same(found, wanted):
 
 # ---- the outer loss -----------------------------------------------------------------------------
 
-def plain_losses(mas, row, rounds, m):
+def plain_losses(mas, row, rounds, m, loss="answer"):
     """{(role, round): loss of each token (n,)} of the turns of a row that have heard somebody, by
-    reference.py. The prompt is the tiny style's, spelled out."""
+    reference.py. The prompt is the tiny style's, spelled out. distill: the same prompt with a text
+    of the row in it gives q, and the loss is sum_v q(v) (log q(v) - log p(v)) at each token."""
     turns, losses = [], {}
 
     def prompt(role, heard):
@@ -75,16 +77,27 @@ def plain_losses(mas, row, rounds, m):
         if has_heard:
             agent, text = mas.agents[role.name], row[role.target[0]][round - 1]
             gold = torch.tensor(agent.tokenizer.convert_tokens_to_ids(text.split()))
-            x = torch.cat([reference.embed(agent, parts), agent.embedding(gold[:-1])])
-            logits = agent.model(inputs_embeds=x[None]).logits[0, -len(gold):]
-            losses[role.name, round] = F.cross_entropy(logits, gold, reduction="none")
+            p = plain_logits(agent, parts, gold)
+            losses[role.name, round] = F.cross_entropy(p, gold, reduction="none")
+            if loss == "distill":
+                who, when = {"planner": ("answer", round - 1), "critic": ("plan", round),
+                             "solver": ("refined_plan", round)}[role.name]
+                heard = row[who][min(when, len(row[who])) - 1]
+                q = plain_logits(agent, [parts[0], heard, parts[2]], gold).softmax(-1).detach()
+                losses[role.name, round] = (q * (q.log() - p.log_softmax(-1))).sum(-1)
     return losses
+
+
+def plain_logits(agent, parts, gold):
+    """The library's logits (n, V) at each token of a gold text (n,) after the parts of a prompt."""
+    x = torch.cat([reference.embed(agent, parts), agent.embedding(gold[:-1])])
+    return agent.model(inputs_embeds=x[None]).logits[0, -len(gold):]
 
 
 def plain_outer_loss(mas, rows, rounds, args):
     """loss = (CE_final + w sum_k CE_k) / (1 + w K), and with --supervise_final_only 0 the mean of
     the earlier answers at .1. All cross-entropies are means over tokens."""
-    found = [plain_losses(mas, row, rounds, args.latent_length) for row in rows]
+    found = [plain_losses(mas, row, rounds, args.latent_length, args.loss) for row in rows]
     means = {turn: torch.cat([losses[turn] for losses in found]).mean() for turn in found[0]}
     final = means.pop(("solver", rounds))
     early = [] if args.supervise_final_only else [
@@ -97,7 +110,8 @@ def plain_outer_loss(mas, rows, rounds, args):
 @pytest.mark.parametrize("rerun", [0, 1])
 @pytest.mark.parametrize("rounds, changes", [
     (1, {}), (2, {}), (2, {"role_loss_weight": 0.5}), (2, {"supervise_final_only": 0}),
-    (3, {"role_loss_weight": 0.5, "supervise_final_only": 0})])
+    (3, {"role_loss_weight": 0.5, "supervise_final_only": 0}), (1, {"loss": "distill"}),
+    (2, {"loss": "distill", "role_loss_weight": 0.5, "supervise_final_only": 0})])
 def test_outer_loss_and_gradients_equal_the_plain_unrolling(rounds, changes, rerun, double):
     """Rows with prompts and answers of unequal length. --gradient_checkpointing changes nothing."""
     short = [text.split(" ", 3)[0] for text in ROWS[1]["answer"]]
@@ -118,6 +132,22 @@ def test_outer_loss_and_gradients_equal_the_plain_unrolling(rounds, changes, rer
     with torch.no_grad():
         outcome = train_outer.outer_loss(double, rows, rounds, outer_args())
     assert outcome.loss == outcome.final and outcome.tokens == 6 + 1
+
+
+def test_nothing_is_distilled_where_the_thoughts_say_what_the_text_says(double, monkeypatch):
+    """Messages are the words of the row's texts, so that teacher and student read the same; or of
+    another row's. This teacher is sure of the gold words. So then the distance is the published
+    loss."""
+    text = {"planner": "plan", "critic": "refined_plan", "solver": "answer"}
+    first, other = ({**row, **{name: row[name][:1] for name in text.values()}} for row in ROWS[:2])
+    with torch.no_grad():
+        for said in (first, other):
+            monkeypatch.setattr(MAS, "send", lambda mas, edge, _: reference.embed(
+                mas.agents[edge.dst], said[text[edge.src]])[None])
+            distance, published = (train_outer.outer_loss(double, [first], 2, outer_args(
+                loss=loss)).loss.item() for loss in ("distill", "answer"))
+            assert abs(distance) < 1e-12 if said is first else published > 1
+            assert distance == pytest.approx(published, rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize("latents, wanted", [("teacher", slice(-6, -2)),

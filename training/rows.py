@@ -142,20 +142,22 @@ class RoleText:
 
 
 def role_texts_of(style, role, rows, kind):
-    """The RoleTexts of a role, round by round for each row.
+    """The RoleTexts of a role, round by round for each row."""
+    return [turn_in_words(style, role, row, round, kind) for row in rows
+            for round in range(1, max(1, len(role_texts(role, row))) + 1)]
+
+
+def turn_in_words(style, role, row, round, kind):
+    """The RoleText of a role in a round.
 
     A role that speaks before this one is heard in the same round, a role that speaks after it in
     the round before. If the row lacks one of these texts, the role is asked as if it had heard
     nobody."""
-    earlier, found = style.heard_first(role.name), []
-    for row in rows:
-        for round, text in enumerate(role_texts(role, row) or [""], start=1):
-            heard = {name: role_text(style.role(name), row, round if name in earlier else round - 1)
-                     for name in (earlier if round == 1 else style.heard_by(role.name))}
-            found.append(RoleText(
-                style, role, question=question_of(row), kind=kind_of(row, kind), row=row, text=text,
-                heard=heard if all(heard.values()) else {}))
-    return found
+    earlier = style.heard_first(role.name)
+    heard = {name: role_text(style.role(name), row, round if name in earlier else round - 1)
+             for name in (earlier if round == 1 else style.heard_by(role.name))}
+    return RoleText(style, role, question=question_of(row), kind=kind_of(row, kind), row=row,
+                    text=role_text(role, row, round), heard=heard if all(heard.values()) else {})
 
 
 def read_role_texts(agent, texts):

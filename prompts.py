@@ -104,15 +104,15 @@ class BatchPrompts:
                           for role in self.style.roles)))
 
     def prefix(self, role):
-        """The beginning of a role's prompts, up to the first slot, read once and without gradient:
-        (B token lists, their Context), or None if there is nothing to share."""
+        """The beginning of a role's prompts, up to the first slot, read once: (B token lists, their
+        Context), or None if there is nothing to share. No link made its embeddings, so it has no
+        gradient."""
         if role.name not in self.prefixes:
             prompts = self.prompts(role, {}, tuple(self.style.heard_by(role.name)))
             begun = [parts[0][:len(parts[0]) - self.loose] for parts in prompts]
             self.prefixes[role.name] = None
             if all(begun) and not any(isinstance(tokens, str) for tokens in begun):
-                with torch.no_grad():
-                    context = self.mas.agents[role.name].read_prompts([[one] for one in begun], {})
+                context = self.mas.agents[role.name].read_prompts([[one] for one in begun], {})
                 self.prefixes[role.name] = begun, context
         return self.prefixes[role.name]
 

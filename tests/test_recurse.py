@@ -12,6 +12,7 @@ from helpers import (HELPED, QUESTIONS, THREE, byte_caller, chat, embed_words, f
                      nothing_in_float32, outer_equation, plain_parts, plain_write, randomise,
                      refuses, scripted_mas, spy_on_reading, words)
 
+import agents
 import reference
 from evaluation.answers import METHODS
 from link import OuterLink
@@ -144,6 +145,32 @@ def test_what_is_heard_matters():
     for thoughts, sent, _ in plain:
         for found, names in ((thoughts, ROLES), (sent, [edge.key for edge in THREE.edges])):
             assert all(largest_difference(found[1, name], found[2, name]) > 0.01 for name in names)
+
+
+@pytest.mark.parametrize("families", TRIOS[:2])
+def test_equal_beginnings_are_read_once(families, monkeypatch):
+    """As one row, for all of a batch: thoughts and messages are the plain ones, and gradients are
+    those without it. Windows and recurrent states allow it where the rests are equally long."""
+    mas, alike = system(families), [QUESTIONS[0], QUESTIONS[0].replace("+2", "-1")]
+    for questions in (alike, QUESTIONS[:2], [QUESTIONS[0]] * 2):
+        monkeypatch.setattr(agents, "SHARED", 2)
+        for rounds in (1, 2):
+            _, run = respond(mas, questions, rounds, M, trace=True, max_new_tokens=1)
+            for b, question in enumerate(questions):
+                assert_as_plain(run, b, *plain_recursion(mas, question, rounds, M)[:2])
+        found, links = [], mas.outer.requires_grad_(True)
+        for shared in (2, 100):
+            monkeypatch.setattr(agents, "SHARED", shared)
+            with monkeypatch.context() as spied:
+                shapes = [spy_on_reading(mas.agents[name], spied) for name in ROLES]
+                hidden = recurse(mas, questions, 2, M).last_turn.read().hidden
+            once = [any(rows == 1 for rows, _ in read) for read in shapes]
+            assert once == [shared == 2 and (mas.agents[name].gaps or questions != QUESTIONS[:2])
+                            for name in ROLES]
+            found.append(torch.cat([gradient.view(-1) for gradient in torch.autograd.grad(
+                hidden[..., 0].sum(), links.parameters())]))
+        links.requires_grad_(False)
+        assert found[1].any() and (found[0] - found[1]).norm() <= CLOSE * found[1].norm()
 
 
 @pytest.mark.parametrize("method", METHODS)

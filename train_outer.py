@@ -48,7 +48,7 @@ from support.files import claim, fingerprint
 from support.ranks import rank
 from tasks import generated_task
 from training import rows as data
-from training.distill import distance, teacher_of
+from training.distill import distance
 from training.loop import (State, mean_over_tokens, micro_batches, new_scaler, new_schedule,
                            number_of_steps)
 from training.warm_start import warm_start
@@ -112,36 +112,43 @@ class Outcome:
 def outer_loss(mas, rows, rounds, args):
     """The Outcome of a batch of rows, unrolled over `rounds` rounds.
 
-    All cross-entropies are means over target tokens. With --supervise_final_only 0, the last role's
-    answers in earlier rounds count too: + non_last_loss_weight x their mean."""
+    All losses are means over target tokens. With --supervise_final_only 0, the last role's answers
+    in earlier rounds count too: + non_last_loss_weight x their mean."""
     last, role_losses, early_answers = mas.style.roles[-1], [], []
 
     def take_turn(turn):
         """Think, as recurse() asks, and take this turn's own loss on the way if it counts."""
-        early = turn.role == last.name and not args.supervise_final_only
-        with_loss, gold = early or args.role_loss_weight > 0, None
-        if with_loss or args.latents != "rollout":
-            gold = gold_tokens(turn, mas.style.role(turn.role), rows)
-        H, loss = kept_or_rerun(
-            lambda: think_and_loss(turn, gold, args, loss_of if with_loss else None), args)
+        early, gold = turn.role == last.name and not args.supervise_final_only, gold_of(turn)
+
+        def think():
+            context, loss = turn.read(), None
+            # Without a gradient it has heard nothing through a link.
+            if (early or args.role_loss_weight) and context.hidden.requires_grad:
+                loss = loss_of(turn, context, gold)
+            return thoughts(turn.agent, context, gold, args), loss
+
+        H, loss = kept_or_rerun(think, args)
         if loss is not None:
             role_losses.append(loss.to(mas.agents[last.name].device))   # it may be on another card
             if early:
                 early_answers.append(role_losses[-1])                   # it counts in both sums
         return H                                                        # (B, m, d)
 
+    def gold_of(turn):
+        """B token lists of what the role should say in this round."""
+        said = [data.role_text(mas.style.role(turn.role), row, turn.round) for row in rows]
+        return [tokens[:args.max_length] for tokens in turn.agent.tokenize(said)]
+
     def loss_of(turn, context, gold):
-        """The loss of B gold token lists after what a turn has read, as a mean over the tokens."""
-        targets = [tokens[:args.max_length] for tokens in gold]
+        """The loss of the gold tokens after what a turn has read."""
         if args.loss == "distill":
-            teacher = teacher_of(turn, mas.style, rows, args.mas_task)
-            return distance(turn.agent, context, teacher, targets)
-        return torch.cat(list(turn.agent.answer_loss(context, targets))).mean()
+            return distance(turn, context, gold, mas.style, rows=rows, kind=args.mas_task)
+        return torch.cat(turn.agent.answer_loss(context, gold)).mean()
 
     run = recurse(mas, [data.question_of(row) for row in rows], rounds, args.latent_length,
                   kind=[data.kind_of(row, args.mas_task) for row in rows], take_turn=take_turn,
                   trace=bool(args.log_gradients), columns=rows)
-    turn, gold = run.last_turn, gold_tokens(run.last_turn, last, rows)
+    turn, gold = run.last_turn, gold_of(run.last_turn)
     final = kept_or_rerun(lambda: loss_of(turn, turn.read(), gold), args)
     # loss = (CE_final + w sum_k CE_k) / (1 + w K)
     w = args.role_loss_weight
@@ -149,17 +156,7 @@ def outer_loss(mas, rows, rounds, args):
     if early_answers:
         loss = loss + args.non_last_loss_weight * sum(early_answers) / len(early_answers)
     keep_gradients(run.sent)
-    return Outcome(loss, final, sum(min(len(one), args.max_length) for one in gold), run.sent)
-
-
-def think_and_loss(turn, gold, args, loss_of):
-    """One turn: (H, the loss of the role's own gold text or None).
-
-    gold: B token lists of what the role should say. loss_of: None if its loss does not count."""
-    context, loss = turn.read(), None
-    if loss_of and context.hidden.requires_grad:       # else it has heard nothing through a link
-        loss = loss_of(turn, context, gold)
-    return thoughts(turn.agent, context, gold, args), loss
+    return Outcome(loss, final, sum(map(len, gold)), run.sent)
 
 
 def kept_or_rerun(turn, args):
@@ -171,11 +168,6 @@ def kept_or_rerun(turn, args):
     if args.gradient_checkpointing and torch.is_grad_enabled():
         return checkpoint(turn, use_reentrant=False)
     return turn()
-
-
-def gold_tokens(turn, role, rows):
-    """B token lists of what the role should say in this round."""
-    return turn.agent.tokenize([data.role_text(role, row, turn.round) for row in rows])
 
 
 def thoughts(agent, context, gold, args):
@@ -211,8 +203,7 @@ def new_system(args, style):
         mas.outer = load_outer_links(folder, style, agents, args.mas_task)
         need_as_trained(folder, style, agents, inner, override=inner)     # a line is enough here
         found = {key: link.kind for key, link in mas.outer.items()}
-        need(found == kinds, f"--load_dir {folder} holds links of the kinds {found}: ask for them "
-             "with --outer_adapter_type, or by the --.._type of each link")
+        need(found == kinds, f"--load_dir {folder} holds {found}, but the flags ask for {kinds}")
     return mas
 
 

@@ -20,19 +20,15 @@ import torch.nn.functional as F
 from training.rows import read_role_texts, turn_in_words
 
 
-@torch.no_grad()
-def teacher_of(turn, style, rows, kind):
-    """The Context of a turn's prompts with texts in the slots. kind: of rows that do not say it."""
-    role = style.role(turn.role)
-    return read_role_texts(turn.agent, [turn_in_words(style, role, row, turn.round, kind)
-                                        for row in rows])
+def distance(turn, context, gold, style, rows, kind):
+    """KL(teacher || student) in nats, the mean over the tokens of B gold token lists.
 
-
-def distance(agent, context, teacher, targets):
-    """KL(teacher || student) in nats, the mean over the tokens of B target token lists.
-
-    context, teacher: what each of the two has read."""
+    context: what the student has read in this turn. The teacher reads the texts of `rows` that the
+    role hears in this round. kind: of rows that do not say theirs."""
+    agent, role = turn.agent, style.role(turn.role)
     with torch.no_grad():
-        theirs = F.log_softmax(agent.answer_logits(teacher, targets), -1)            # (N, V)
-    ours = F.log_softmax(agent.answer_logits(context, targets), -1)                  # (N, V)
+        teacher = read_role_texts(agent, [turn_in_words(style, role, row, turn.round, kind)
+                                          for row in rows])
+        theirs = F.log_softmax(agent.answer_logits(teacher, gold), -1)               # (N, V)
+    ours = F.log_softmax(agent.answer_logits(context, gold), -1)                     # (N, V)
     return F.kl_div(ours, theirs, log_target=True, reduction="batchmean")            # sum / N

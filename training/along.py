@@ -1,5 +1,11 @@
 """What an inner link is trained along: texts, and the frozen agent's hidden states along them.
 
+    tokens = tokens_of(agent, texts, args)                 of the rows' texts or of the agent's own
+    pairs  = hidden_states(agent, texts, tokens, args)     [(states (n, d), tokens (n,))]
+
+A state h_t and the token that it predicts are one example for the link: R_in(h_t) should look like
+the embedding of that token (see train_inner.py).
+
 The base model never changes, so its hidden states never change either. They are computed once and
 kept for all epochs, in a file that is mapped into memory and may be larger than memory.
 """
@@ -33,6 +39,7 @@ def tokens_of(agent, texts, args):
                       args.own_length, args.own_temperature, args.seed, agent.thinking, agent.dtype)
             for one in texts]
     written = {line["key"]: line["tokens"] for line in lines}
+    # Equal prompts have equal keys, and are asked once.
     todo = list({key: i for i, key in enumerate(keys) if key not in written}.values())
     batches = by_length([len(texts[i].question) for i in todo], args.batch_size)
     for batch in progress(batches, "own texts"):

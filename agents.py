@@ -52,11 +52,10 @@ def equal_beginnings(prompts):
     """B times the tokens with which all B prompts begin. None if they are fewer than SHARED.
 
     The last token of a prompt is left out, because its hidden state is needed for each row."""
-    begun = [parts[0] for parts in prompts]
-    if len(begun) == 1 or any(isinstance(tokens, str) for tokens in begun):
-        return None
-    shared = os.path.commonprefix(begun)[:min(map(len, begun)) - 1]
-    return [shared] * len(begun) if len(shared) >= SHARED else None
+    begun = [parts[0] for parts in prompts if not isinstance(parts[0], str)]      # a str is a slot
+    shared = os.path.commonprefix(begun)[:min(map(len, begun), default=1) - 1]
+    worth = len(shared) >= SHARED and 1 < len(begun) == len(prompts)
+    return [shared] * len(begun) if worth else None
 
 
 def greedy(logits, written, u):
@@ -218,8 +217,7 @@ class Agent:
                 return context                                  # nothing stands after the prefix
             if mask.sum(1).min() > 0 and (self.gaps or mask.all()):
                 if context is None:
-                    one = self.read(*self.embed([begun[:1]], {}))
-                    context = one.pick([0] * len(prompts))
+                    context = self.read(*self.embed([begun[:1]], {})).pick([0] * len(prompts))
                 return self.read(embeds, mask, context)
         return self.read(*self.embed(prompts, heard))
 

@@ -89,10 +89,9 @@ def parse():
     add("--log_gradients", default=0, **flags.SWITCH, help="log and draw |dL/d(message)| by round")
     add("--eval_samples", type=flags.at_least(0), default=500, help="problems of the comparison")
     add("--shuffle", action="store_true", help="no effect: rows are always shuffled")
-    settings = style.settings.get("train_outer", {})
-    if flags.first_look(parser).load_dir:          # these links have learnt their words already
-        settings = {**settings, "warm_start_steps": 0}
-    args = flags.parse(parser, settings)
+    # Given links have learnt their words already.
+    given = {"warm_start_steps": 0} if flags.first_look(parser).load_dir else {}
+    args = flags.parse(parser, {**style.settings.get("train_outer", {}), **given})
     need(not (Path(args.save_dir) / "adapter_config.json").is_file(), f"--save_dir {args.save_dir} "
          "holds an inner link: name another folder")
     return args, style

@@ -9,8 +9,8 @@ inner links into the outer links (the paper's outer loop; recurse.py says where 
 
     loss = CE_final                                           as published, and for real styles
 
-Four additions are ours. The published styles leave them off. docs/training.md measures what the
-first three are worth on the tiny system.
+Four additions are ours. The published styles leave them off. docs/training.md measures what each
+is worth on the tiny system.
 
     --role_loss_weight w    Every role that hears latents is also asked for its own gold text:
                             loss = (CE_final + w sum_k CE_k) / (1 + w K), over K such turns

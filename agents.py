@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from cache import Context, Growing, new_cache
-from chats import MARK, render, turn_ends
+from chats import MARK, render, turn_ends, whole_text
 from gpu.recorded import Recorder
 from head import Head
 from support.errors import need, say_once
@@ -72,6 +72,7 @@ class Agent:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer, self.inner = tokenizer, inner
         self.thinking = thinking                         # the chat template's own switch
+        self.chat = bool(tokenizer.chat_template)        # checkpoints.as_role sets it for a role
         self.body, self.logits = model.get_decoder(), Head(model)
         self.embedding = model.get_input_embeddings()    # Gemma's also scales, so it is called
         self.width = self.embedding.weight.shape[1]
@@ -81,8 +82,6 @@ class Agent:
         config = model.config.get_text_config(decoder=True)
         self.positions = getattr(config, "max_position_embeddings", None) or math.inf
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        need(tokenizer.chat_template, f"{self.name} has no chat template: take the instruct model, "
-             "or put a chat_template.jinja beside it")
         need(kinds <= LAYER_KINDS, f"{self.name}: a model of the family {model.config.model_type} "
              "has layers of a kind that is not supported here ("
              f"{', '.join(sorted(kinds - LAYER_KINDS))}): choose a model of another family")
@@ -123,8 +122,10 @@ class Agent:
         return ids
 
     def render(self, system, user):
-        """The chat around a user's text as one text, up to where the model has to go on."""
-        return render(self.tokenizer, system, user, self.thinking)
+        """The chat around a user's text as one text, up to where the model has to go on. Without a
+        chat it is that text alone."""
+        return (render(self.tokenizer, system, user, self.thinking) if self.chat
+                else whole_text(self.tokenizer, user))
 
     def tokenize_prompts(self, system, user, values, slots=()):
         """B prompts as lists of parts: lists of token ids, and the names of slots between them.
@@ -279,10 +280,11 @@ class Agent:
         choose(logits (B, V), B lists of the tokens written so far, u (B,)) -> B tokens. u is drawn
         from U(0, 1). Question b draws from a generator of its own, seeded seeds[b], so that its
         text does not depend on the rest of the batch. A text also ends after the first of the
-        strings `stop`.
+        strings `stop`. Without a chat a model has no token to end its turn. So it ends with a line.
 
         This loop is our own, because the library's generate cannot start from a full cache, refuses
         embeddings for some families, and would read the prompt once for each sample."""
+        stop = stop if self.chat else (*stop, "\n")
         going = list(range(len(context.mask)))               # the questions still in the batch
         draws = torch.stack([
             torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed))

@@ -50,8 +50,17 @@ def render(tokenizer, system, user, thinking=False):
     return text
 
 
+def whole_text(tokenizer, user):
+    """A user's text as all that the model reads, without a chat. The token that the tokenizer puts
+    before every text (Gemma's is `<bos>`) stands before it."""
+    begins = tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+    return tokenizer.bos_token + user if begins else user
+
+
 def turn_ends(tokenizer):
     """Ids of the special token that the template puts after what an assistant says: one or none."""
+    if not tokenizer.chat_template:
+        return set()
     chat = said = MARK.format("")            # if the template refuses, nothing comes after it
     with contextlib.suppress(jinja2.TemplateError):
         chat = write_chat(tokenizer, [("user", "?"), ("assistant", said)], ask=False)

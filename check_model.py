@@ -76,6 +76,8 @@ def figures(agent):
 def prompt_figures(agent):
     """{label: text} of what the chat template makes of a prompt. It is asked, not read: the same
     words are rendered in two ways, and the results are compared."""
+    if not agent.chat:
+        return {"prompt": "it has no chat template, so its roles need chat=False"}
     plain, asked = agent.render("", "Hello."), agent.render("Be brief.", "Hello.")
     switched = render(agent.tokenizer, "", "Hello.", not agent.thinking)
     # Templates without a system role get the system text there, and some put it there themselves.

@@ -213,6 +213,18 @@ def load_agent(folder, device, dtype, trust_remote_code=False, thinking=False):
     return Agent(model.to(device), tokenizer, thinking=thinking)
 
 
+def as_role(agent, role):
+    """The agent as a role uses it, in a chat or without one. Two roles may share a frozen model.
+
+    Raises ValueError if the role needs a chat template and the model has none."""
+    need(agent.tokenizer.chat_template or not role.chat, f"{agent.name} has no chat template: take "
+         f"the instruct model, put a chat_template.jinja beside it, or give role {role.name} "
+         "chat=False, if its prompts are whole texts")
+    agent = copy.copy(agent)
+    agent.chat = role.chat
+    return agent
+
+
 # ---- whole systems ------------------------------------------------------------------------------
 
 def base_model(folder):
@@ -269,7 +281,7 @@ def load_agents(style, device="auto", dtype="auto", task="math", trust_remote_co
                 agent.model.to("cpu")
                 agent.recorder.recorded = None        # it knows where the weights were
             filled[emptiest] += agent.model.get_memory_footprint()
-        agent = agents[role.name] = copy.copy(loaded[base])
+        agent = agents[role.name] = as_role(loaded[base], role)
         if folder is None:
             if speaks:
                 print(f"{who}: no inner link, so it gets a new, untrained one", flush=True)

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoints import load_agent, load_inner, local_folder, save_inner
+from checkpoints import as_role, load_agent, load_inner, local_folder, save_inner
 from evaluation.in_words import readability, tell
 from gpu.compiled import set_compile
 from link import InnerLink, word_losses
@@ -107,8 +107,8 @@ def frozen_agent(args, style, role):
     """The role's base model as an Agent, without an inner link."""
     device, dtype = pick_device(settle(style, args.device, args.threads), args.dtype)
     base = local_folder(args.model_name_or_path, args.revision, f"role {role.name}")
-    agent = load_agent(base, device, dtype, trust_remote_code=bool(args.trust_remote_code),
-                       thinking=bool(args.enable_thinking))
+    agent = as_role(load_agent(base, device, dtype, thinking=bool(args.enable_thinking),
+                               trust_remote_code=bool(args.trust_remote_code)), role)
     need_proved(agent)
     set_compile([agent], args.compile)
     return agent

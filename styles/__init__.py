@@ -57,7 +57,9 @@ class Role:
 
     prompt, first, own: one text for all kinds of questions, or {kind: text}. target: the columns of
     the data with its gold text, of which the first one present counts. A cell is a text (said in
-    every round) or a list with one text per round (the last one repeats)."""
+    every round) or a list with one text per round (the last one repeats). chat=False: its prompt is
+    all that the model reads, without a chat around it, and what it writes ends with a line. So
+    models without a chat template can take part."""
     name: str
     model: str
     repo: str
@@ -66,6 +68,7 @@ class Role:
     own: str | dict = ""
     target: tuple = ()
     system: str = ""
+    chat: bool = True
 
 
 @dataclass(frozen=True)
@@ -128,8 +131,8 @@ class Style:
 
     def words(self):
         """Who is asked what, and who hears whom: what links get used to in training."""
-        return ([(role.name, role.prompt, role.first, role.system) for role in self.roles],
-                self.edges)
+        return ([(role.name, role.prompt, role.first, role.chat and role.system)
+                 for role in self.roles], self.edges)
 
     def alone(self):
         """The last role by itself, hearing its own last text: methods single and single_loop.
@@ -168,6 +171,9 @@ def check(style):
     for name in names:
         need(not re.fullmatch(r"question|answer_format|outer|agent\d+", name),
              f"{who}: a role cannot be called {name}, a word of prompts or flags: rename it")
+    for role in style.roles:
+        need(role.chat or not role.system, f"{who}: role {role.name} has a system text but no chat:"
+             " put the text into its prompts, or leave chat=False out")
     for edge in style.edges:
         for end in (edge.src, edge.dst):
             need(end in names, f"{who}: edge {edge.key} names role {end}, which does not exist: "

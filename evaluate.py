@@ -124,7 +124,8 @@ def evaluate(mas, fresh, task, examples, plan, out, settings, resume=False):
             for method in plan.methods:
                 depth = 1 if method == "single" else rounds         # it has one round
                 part = out / "parts" / f"{method}_{depth}_{number:05d}.json"
-                jobs.setdefault(part, Job(task, plan, method, depth, examples=batch))
+                asked = [task.with_rounds(one, depth) for one in batch]
+                jobs.setdefault(part, Job(task, plan, method, depth, examples=asked))
     if rank() == 0 and not resume:
         move_aside(out, RESULTS)
         write_json(out / "summary.json", {"settings": settings, "rows": []})
@@ -216,7 +217,8 @@ def main():
         ckpt_override=overrides(args.ckpt_override), thinking=bool(args.enable_thinking),
         offload=args.offload, allow_unsafe_code=args.allow_unsafe_code, compile=args.compile,
         need_links=bool(args.show or {"latent", "shuffle"} & set(plan.methods)))
-    task.check_m(mas.agents[style.roles[0].name], args.latent_length)
+    task.check_m(mas.agents[style.roles[0].name], args.latent_length,
+                 rounds=max(args.num_recursive_rounds))
     need_room(mas.agents.values(), {one.id: (one.question, one.gold) for one in examples})
     if "search" in style.tools:
         mas.search = search_tool(args.tavily_keys_file)

@@ -223,7 +223,8 @@ def main():
     claim(args.save_dir)
     mas = new_system(args, style)
     if task:
-        task.check_m(mas.agents[style.roles[0].name], args.latent_length)
+        task.check_m(mas.agents[style.roles[0].name], args.latent_length,
+                     rounds=args.num_recursive_rounds)
     if args.warm_start_steps and not args.resume:
         warm_start(mas, args, task.leave_out if task else ())
 

@@ -64,7 +64,7 @@ class Task:
     names = ()                   # the data sets that the class knows
     kind = ""                    # of the questions, as in Example
     brief = None                 # tokens that hold all a message needs (method text_brief)
-    leave_out = ()               # words of the test that no training may see (relay)
+    leave_out = ()               # words of the test that no training may see (relay, chase)
     samples = 1                  # answers to draw per question, as the publishers did (pass@k)
     retry = None                 # (text put after an answer that cannot be read, tokens after it)
     train_rows = None            # train_rows(n, seed) -> [row], if the task makes training data
@@ -79,8 +79,12 @@ class Task:
     def ready(self, allow_unsafe=False):
         """Raise ValueError, before anything is generated, if answers cannot be scored here."""
 
-    def check_m(self, agent, m):
-        """Raise ValueError, or print a warning, if m thoughts do not fit the task."""
+    def with_rounds(self, example, rounds):
+        """The Example as it is asked with R rounds, for a task whose right answer depends on R."""
+        return example
+
+    def check_m(self, agent, m, rounds=1):
+        """Raise ValueError, or print a warning, if m thoughts or R rounds do not fit the task."""
 
 
 def get_task(name, path=None, conditions=()):
@@ -121,9 +125,9 @@ def generated_task(name):
 def in_time(function, *arguments, parsed=None, prepare=None):
     """The Score that function(*arguments) returns, under the clock of tools/worker.py.
 
-    Scorers read a model's text in this way, because a pattern may take ages over it. (tiny and the
-    relays split theirs, and need no clock.) Without a verdict it is Score(False, parsed, why). If
-    the function raises anything, the note is that error's name."""
+    Scorers read a model's text in this way, because a pattern may take ages over it. (tiny, chase
+    and the relays split theirs, and need no clock.) Without a verdict it is Score(False, parsed,
+    why). If the function raises anything, the note is that error's name."""
     asked = worker.in_worker(function, *arguments, prepare=prepare)
     try:
         return asked.result(0)

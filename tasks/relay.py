@@ -81,7 +81,7 @@ class Relay(Task):
         answer = text.strip(" \n\"'.").lower()
         return Score(answer == example.gold.lower(), answer or None)
 
-    def check_m(self, agent, m):
+    def check_m(self, agent, m, rounds=1):
         """Raise ValueError if the agent that is told a fact needs more than m thoughts for it."""
         longest = max(agent.tokenize([row["plan"] for row in rows(self.name)[:TEST_SIZE]]), key=len)
         need(len(longest) <= m, f"{self.name}: '{agent.tokenizer.decode(longest)}' has "

@@ -139,7 +139,7 @@ def ceiling(examples, rounds):
     return (finished + (len(examples) - finished) / 10) / len(examples)
 
 
-def check_m(agent, m):
+def check_m(agent, m, rounds=1):
     """Print a warning if m is not the length of a note: the agents know no other."""
     if m != NOTE:
         print(f"a note of this task has {NOTE} words, and its agents have never read one of {m}: "

@@ -72,7 +72,7 @@ class Agent:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer, self.inner = tokenizer, inner
         self.thinking = thinking                         # the chat template's own switch
-        self.chat = bool(tokenizer.chat_template)        # checkpoints.as_role sets it for a role
+        self.chat = bool(tokenizer.chat_template)        # chats.as_role sets it for a role
         self.body, self.logits = model.get_decoder(), Head(model)
         self.embedding = model.get_input_embeddings()    # Gemma's also scales, so it is called
         self.width = self.embedding.weight.shape[1]
@@ -122,8 +122,7 @@ class Agent:
         return ids
 
     def render(self, system, user):
-        """The chat around a user's text as one text, up to where the model has to go on. Without a
-        chat it is that text alone."""
+        """The chat around a user's text, or that text alone, up to where the model has to go on."""
         return (render(self.tokenizer, system, user, self.thinking) if self.chat
                 else whole_text(self.tokenizer, user))
 
@@ -280,7 +279,7 @@ class Agent:
         choose(logits (B, V), B lists of the tokens written so far, u (B,)) -> B tokens. u is drawn
         from U(0, 1). Question b draws from a generator of its own, seeded seeds[b], so that its
         text does not depend on the rest of the batch. A text also ends after the first of the
-        strings `stop`. Without a chat a model has no token to end its turn. So it ends with a line.
+        strings `stop`. Without a chat no token ends a turn, so a text ends with its line.
 
         This loop is our own, because the library's generate cannot start from a full cache, refuses
         embeddings for some families, and would read the prompt once for each sample."""

@@ -7,6 +7,7 @@ would be others: here it is always the same day. And the template knows where a 
 ends: the configuration of a base model often names another token.
 """
 import contextlib
+import copy
 import datetime
 import re
 
@@ -16,6 +17,18 @@ from support.errors import need
 
 MARK = "\ue000{}\ue001"         # stands for a {name} of a prompt: signs of Unicode's private range
 DAY = datetime.date(2024, 7, 26)          # the date in Llama 3's own template
+
+
+def as_role(agent, role):
+    """The agent as a role uses it, in a chat or without one. Two roles may share a frozen model.
+
+    Raises ValueError if the role needs a chat template and the model has none."""
+    need(agent.tokenizer.chat_template or not role.chat, f"{agent.name} has no chat template: take "
+         f"the instruct model, put a chat_template.jinja beside it, or give role {role.name} "
+         "chat=False, if its prompts are whole texts")
+    agent = copy.copy(agent)
+    agent.chat = role.chat
+    return agent
 
 
 def write_chat(tokenizer, messages, thinking=False, ask=True):

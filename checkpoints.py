@@ -20,7 +20,6 @@ bfloat16), so that either project reads the links of the other. Our own default 
 float32. Links that were trained here have a train_args.json beside them. It names the base models
 on which they were trained.
 """
-import copy
 import os
 import shutil
 import tempfile
@@ -32,6 +31,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from agents import Agent
+from chats import as_role
 from link import KINDS, RELEASED, InnerLink, OuterLink
 from proof import need_proved
 from support.devices import pick_device
@@ -211,18 +211,6 @@ def load_agent(folder, device, dtype, trust_remote_code=False, thinking=False):
              f"{unexpected[:3]}: config.json is not that of this checkpoint")
     tokenizer.name_or_path = str(folder)
     return Agent(model.to(device), tokenizer, thinking=thinking)
-
-
-def as_role(agent, role):
-    """The agent as a role uses it, in a chat or without one. Two roles may share a frozen model.
-
-    Raises ValueError if the role needs a chat template and the model has none."""
-    need(agent.tokenizer.chat_template or not role.chat, f"{agent.name} has no chat template: take "
-         f"the instruct model, put a chat_template.jinja beside it, or give role {role.name} "
-         "chat=False, if its prompts are whole texts")
-    agent = copy.copy(agent)
-    agent.chat = role.chat
-    return agent
 
 
 # ---- whole systems ------------------------------------------------------------------------------

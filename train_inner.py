@@ -27,7 +27,8 @@ from pathlib import Path
 
 import torch
 
-from checkpoints import as_role, load_agent, load_inner, local_folder, save_inner
+from chats import as_role
+from checkpoints import load_agent, load_inner, local_folder, save_inner
 from evaluation.in_words import readability, tell
 from gpu.compiled import set_compile
 from link import InnerLink, word_losses

@@ -58,8 +58,7 @@ class Role:
     prompt, first, own: one text for all kinds of questions, or {kind: text}. target: the columns of
     the data with its gold text, of which the first one present counts. A cell is a text (said in
     every round) or a list with one text per round (the last one repeats). chat=False: its prompt is
-    all that the model reads, without a chat around it, and what it writes ends with a line. So
-    models without a chat template can take part."""
+    all that the model reads, and it writes one line. (Base models have no chat template.)"""
     name: str
     model: str
     repo: str

@@ -33,7 +33,6 @@ chase = Style(
                         "role_loss_weight": 1.0, "batch_size": 8, "outer_lr": 3e-4,
                         "warm_start_steps": 1000, "max_steps": 300, "eval_samples": 0,
                         "gradient_checkpointing": 0},
-        "evaluate": {"dataset": "chase", "temperature": 0.0, "batch_size": 32},
-        "chase": {"max_new_tokens": 1},
+        "evaluate": {"dataset": "chase", "max_new_tokens": 1, "temperature": 0.0},
     },
 )

@@ -57,8 +57,7 @@ def row_of(start, planner_table, solver_table):
              f"'{chain[-1]}': add one")
         chain.append(table[chain[-1]])
     said = [f" {word}" for word in chain]          # behind an arrow, a word begins with a blank
-    lists = ["\n".join(f"{word} -> {to}" for word, to in table.items())
-             for table in (planner_table, solver_table)]
+    lists = ["\n".join(map(" -> ".join, table.items())) for table in (planner_table, solver_table)]
     return {"question": start, "planner_table": lists[0], "solver_table": lists[1], "chain": chain,
             "plan": said[1::2], "answer": said[2::2]}
 
@@ -76,10 +75,7 @@ def random_row(rng, known):
 class Chase(Task):
     """The chase. There is nothing to read from a file."""
     names, kind = ("chase",), "search"
-
-    def __init__(self, name, path=None):
-        super().__init__(name, path)
-        self.leave_out = words()["test"]
+    leave_out = words()["test"]
 
     def load(self, limit=None, split=None):
         """The 100 chains of the test as Examples, or 100 of other words (split "train")."""

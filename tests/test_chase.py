@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import (VOCABULARY, byte_caller, log_of, new_model, read_plain, refuses,
+from helpers import (CHAT_TEMPLATE, VOCABULARY, byte_caller, log_of, new_model, read_plain, refuses,
                      word_tokenizer, write_rows)
 from tokenizers.processors import TemplateProcessing
 
@@ -101,9 +101,9 @@ def test_without_a_chat_a_text_ends_with_its_line():
             [wanted[len(written[0])]])) == [wanted[:length]]
 
 
-def save_base(folder, family):
-    """A folder with a small base model."""
-    for part in (new_model(family, 3, WORDS), word_tokenizer(None, WORDS)):
+def save_model(folder, family, template=None):
+    """A folder with a small model, by default a base model."""
+    for part in (new_model(family, 3, WORDS), word_tokenizer(template, WORDS)):
         part.save_pretrained(folder)
     return folder
 
@@ -125,16 +125,16 @@ def answer(mas, row, method, rounds):
     return heard["solver"] if heard else word(*reference.recurse(mas, prompt, rounds, 1)[:2])
 
 
-def test_base_models_are_trained_and_asked(tmp_path, run):
-    """The commands of docs/real.md, in small."""
+def test_roles_without_a_chat_are_trained_and_asked(tmp_path, run):
+    """The commands of docs/real.md, in small: a base model, and one that has a template."""
     given, outer, out = [], tmp_path / "outer", tmp_path / "out"
-    for role, family in (("planner", "llama"), ("solver", "qwen3")):
-        folder, inner = save_base(tmp_path / family, family), tmp_path / role
+    for role, *model in (("planner", "llama"), ("solver", "qwen3", CHAT_TEMPLATE)):
+        folder, inner = save_model(tmp_path / f"{role}_model", *model), tmp_path / role
         code, said, _ = run(train_inner, "--style", "chase", "--mas_role", role, "--max_steps", 3,
                             "--num_samples", 20, "--held_out", 8, "--model_name_or_path", folder,
                             "--save_dir", inner)
         assert code == 0 and "52 texts, 52 tokens" in said          # 20 rows x 3 rounds, 8 held out
-        given += [f"--{role}_model_name_or_path", folder, f"--{role}_inner_aligner_path", inner]
+        given += [f"--{role}_inner_aligner_path", inner]             # it remembers its model
     assert run(train_outer, "--style", "chase", *given, "--num_samples", 20, "--max_steps", 6,
                "--warm_start_steps", 2, "--log_every", 1, "--save_dir", outer)[0] == 0
     assert {line["rounds"] for line in log_of(outer)} == {1, 2}
@@ -153,7 +153,7 @@ def test_base_models_are_trained_and_asked(tmp_path, run):
 
 
 def test_what_a_base_model_cannot_do_is_named(tmp_path, run):
-    folder = save_base(tmp_path / "base", "llama")
+    folder = save_model(tmp_path / "base", "llama")
     code, said, _ = run(check_model, folder)
     assert code == 0 and "chat=False" in said and "it can be an agent" in said
     rows = write_rows(tmp_path / "rows.jsonl", [{"question": "x", "planner_table": "x -> y"}] * 9)

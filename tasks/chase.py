@@ -78,13 +78,14 @@ class Chase(Task):
     leave_out = words()["test"]
 
     def load(self, limit=None, split=None):
-        """The 100 chains of the test as Examples, or 100 of other words (split "train")."""
+        """The 100 chains of the test as Examples, or 100 of other words (split "train"). Each one's
+        gold is the whole chain, until with_rounds() says how far to go."""
         need_limit(limit)
         split = split or "test"
         need(split in words(), f"chase has no split '{split}': choose test or train")
         rng = random.Random(f"chase {split}")
         rows = [random_row(rng, words()[split]) for _ in range(TEST_SIZE)][:limit]
-        return [Example(f"chase-{i}", row["question"], row["chain"][-1], kind="search", row=row)
+        return [Example(f"chase-{i}", row["question"], " -> ".join(row["chain"]), "search", row)
                 for i, row in enumerate(rows)]
 
     def train_rows(self, n, seed):

@@ -2,7 +2,12 @@
 
 The planner is told a fact, and the solver is asked for it. The planner hears nobody, so there is
 only one round. Nobody hears the solver, so it needs no inner link.
+
+relay_list is the same for lists of up to 16 words. A list takes a thought for each word, three for
+the tokens of `The words:` and one for its end: 20 thoughts.
 """
+from dataclasses import replace
+
 from styles import Edge, Role, Style
 
 TRAINING = {"dataset_name": "relay", "latent_length": 6, "mas_task": "search"}
@@ -25,5 +30,18 @@ relay = Style(
                         "max_steps": 400, "gradient_checkpointing": 0},
         "evaluate": {"dataset": "relay", "temperature": 0.0, "batch_size": 32},
         **dict.fromkeys(("relay", "relay_number", "relay_sentence"), {"max_new_tokens": 16}),
+    },
+)
+
+LISTS = {**TRAINING, "dataset_name": "relay_list", "latent_length": 20}
+
+relay_list = replace(
+    relay, name="relay_list",
+    settings={
+        "train_inner": {**relay.settings["train_inner"], **LISTS, "num_samples": 3000,
+                        "own_length": 20, "max_steps": 600},
+        "train_outer": {**relay.settings["train_outer"], **LISTS, "eval_samples": 0},
+        "evaluate": {"dataset": "relay_list", "temperature": 0.0, "batch_size": 64,
+                     "max_new_tokens": 64},
     },
 )

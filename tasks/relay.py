@@ -13,19 +13,31 @@ travelled through them. Its accuracy with `text` shows how far the same models c
     relay            one of the 8,100 words of tasks/words.txt
     relay_number     a number of 2 to 4 digits
     relay_sentence   one of 24 x 24 x 24 sentences on who looks for what where; the thing is asked
+    relay_list       1, 2, 4, 8 or 16 of the words in a row: how much fits through a link?
+    relay_list_4     the same with 4 words, and so for each of these lengths
 
 The test has 64 facts. The training rows have none of them, and the warm start leaves their words
 out. So the test asks whether a link carries facts, and not whether it has learnt them by heart.
 `--dataset_split train` asks for facts of the training rows instead.
+
+Lists. The rows of relay_list have all lengths, so it trains one link for all of them. Its test has
+64 lists of each length, the shortest ones first. (With a --batch_size of 32 or 64 all lists of a
+batch are equally long, so `shuffle` sends another list of the same length.) The test's words are
+512 that no training row has, those of the test of `relay` among them. `--dataset_split train` asks
+for other lists of the training's words. A list is right if all of its words arrive, in their
+order, and no others. The score's note tells how many arrive at their place: `3 of 4 words`.
 """
 import functools
 import random
+import re
 from pathlib import Path
 
 from support.errors import need
 from tasks import Example, Score, Task, need_limit
 
 TEST_SIZE, SEED = 64, 7
+LENGTHS, NEW_WORDS = (1, 2, 4, 8, 16), 512      # of the lists; words that only their test has
+LIST_HEAD = "The words:"                        # a blank follows, so each word is one token
 WORDS = Path(__file__).parent / "words.txt"
 PEOPLE = ("Anna Boris Clara David Emma Felix Grace Henry Irene Jacob Karen Lucas Maria Nolan "
           "Olivia Peter Queenie Robert Sarah Thomas Ursula Victor Wendy Xavier").split()
@@ -50,6 +62,11 @@ def rows(name):
         asked = f"Which {what} was your partner told? Answer with that {what} alone."
         facts = [(f"The {what}: {value}", asked, str(value)) for value in values]
     random.Random(SEED).shuffle(facts)
+    return in_rows(facts)
+
+
+def in_rows(facts):
+    """Rows of facts, each of them (what is told, what is asked, the answer)."""
     return [{"question": asked, "told": told, "plan": told, "answer": answer}
             for told, asked, answer in facts]
 
@@ -60,16 +77,21 @@ class Relay(Task):
 
     def __init__(self, name, path=None):
         super().__init__(name, path)
-        self.leave_out = [row["answer"] for row in rows(name)[:TEST_SIZE] if name == "relay"]
+        if name == "relay":
+            self.leave_out = [row["answer"] for row in self.asked("test")]
+
+    def asked(self, split):
+        """The rows that are asked in the split "test" or "train"."""
+        start = TEST_SIZE if split == "train" else 0
+        return rows(self.name)[start:start + TEST_SIZE]
 
     def load(self, limit=None, split=None):
         """The 64 facts of the test as Examples, or 64 of the training rows (split "train")."""
         need_limit(limit)
         need(split in (None, "test", "train"),
              f"{self.name} has no split '{split}': choose test or train")
-        start = TEST_SIZE if split == "train" else 0
         return [Example(f"{self.name}-{i}", row["question"], row["answer"], kind="search", row=row)
-                for i, row in enumerate(rows(self.name)[start:start + TEST_SIZE][:limit])]
+                for i, row in enumerate(self.asked(split or "test")[:limit])]
 
     def train_rows(self, n, seed):
         """n training rows, none of them with a fact of the test."""
@@ -83,6 +105,54 @@ class Relay(Task):
 
     def check_m(self, agent, m, rounds=1):
         """Raise ValueError if the agent that is told a fact needs more than m thoughts for it."""
-        longest = max(agent.tokenize([row["plan"] for row in rows(self.name)[:TEST_SIZE]]), key=len)
+        longest = max(agent.tokenize([row["plan"] for row in self.asked("test")]), key=len)
         need(len(longest) <= m, f"{self.name}: '{agent.tokenizer.decode(longest)}' has "
              f"{len(longest)} tokens, more than --latent_length {m}: raise it")
+
+
+# ---- lists --------------------------------------------------------------------------------------
+
+def words_of(text):
+    """The words that a text lists: those after its last colon. Only their letters count, and all of
+    them as small ones."""
+    return re.findall("[a-z]+", text.rpartition(":")[2].lower())
+
+
+def at_place(gold, text):
+    """How many words of the list `gold` stand at the same place in the list of a text."""
+    return sum(map(str.__eq__, gold.split(), words_of(text)))
+
+
+def lists(words, lengths, seed):
+    """Rows with a list of each of these lengths, drawn from `words`. No list has a word twice."""
+    draw = random.Random(f"lists {seed}")
+    drawn = [" ".join(draw.sample(words, length)) for length in lengths]
+    asked = "Which words was your partner told? Write them in the same order, and nothing else."
+    return in_rows((f"{LIST_HEAD} {answer}", asked, answer) for answer in drawn)
+
+
+class RelayList(Relay):
+    """Lists of words, of all lengths or of the one in the name."""
+    names = ("relay_list", *(f"relay_list_{length}" for length in LENGTHS))
+
+    def __init__(self, name, path=None):
+        super().__init__(name, path)
+        self.lengths = LENGTHS if name == "relay_list" else [int(name.split("_")[-1])]
+        words = [row["answer"] for row in rows("relay")]          # shuffled, its test's come first
+        self.leave_out, self.known = frozenset(words[:NEW_WORDS]), words[NEW_WORDS:]
+
+    def asked(self, split):
+        """64 lists of each length, the same whether one length is asked or all of them."""
+        words = self.known if split == "train" else sorted(self.leave_out)
+        return [row for length in self.lengths
+                for row in lists(words, [length] * TEST_SIZE, f"{split} {length}")]
+
+    def train_rows(self, n, seed):
+        """n training rows. The lengths take turns."""
+        return lists(self.known, [self.lengths[i % len(self.lengths)] for i in range(n)], seed)
+
+    def score(self, example, text):
+        """Do the words of the list arrive, in their order, and no others?"""
+        answer, count = " ".join(words_of(text)), len(example.gold.split())
+        return Score(answer == example.gold, answer or None,
+                     f"{at_place(example.gold, text)} of {count} words")

@@ -13,6 +13,9 @@ sys.path.insert(0, str(PROJECT / "docs"))
 import published_prompts  # noqa: E402
 
 DATA = PROJECT / "tests/data"
+# The columns that stand in a role's prompts in place of the question.
+TOLD = {"relay planner": "told", "relay_list planner": "told", "told planner": "plan",
+        "chase planner": "planner_table", "chase solver": "solver_table"}
 # {style: {settings, roles: [name, base model, repo (* is the start of all), columns],
 #          edges: [key from to]}}
 PUBLISHED = json.loads((DATA / "published_styles.json").read_text())
@@ -119,8 +122,7 @@ def test_prompts_of_the_shipped_styles(name):
     for kind in roles[0].prompt if isinstance(roles[0].prompt, dict) else KINDS:
         for asking, one, heard in asked:
             text = asking.words_for(one, kind, heard)
-            column = {"relay planner": "told", "chase planner": "planner_table",
-                      "chase solver": "solver_table"}.get(f"{name} {one.name}", "question")
+            column = TOLD.get(f"{name} {one.name}", "question")
             assert all(text.count(f"{{{part}}}") == 1 for part in (column, *heard))
             if name in PUBLISHED:
                 assert all(text.index("{question}") < text.index(f"{{{other}}}") for other in heard)

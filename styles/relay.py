@@ -3,8 +3,9 @@
 The planner is told a fact, and the solver is asked for it. The planner hears nobody, so there is
 only one round. Nobody hears the solver, so it needs no inner link.
 
-relay_list is the same for lists of up to 16 words. A list takes a thought for each word, three for
-the tokens of `The words:` and one for its end: 20 thoughts.
+relay_list is the same for lists of up to 16 words: a thought for each word, and one for the end of
+the line. SmolLM2 does not repeat a list when it is asked to in a chat. As the next line of a text
+that has the list four times already, it does. So this planner speaks without a chat.
 """
 from dataclasses import replace
 
@@ -33,13 +34,15 @@ relay = Style(
     },
 )
 
-LISTS = {**TRAINING, "dataset_name": "relay_list", "latent_length": 20}
+LISTS = {**TRAINING, "dataset_name": "relay_list", "latent_length": 17}
 
 relay_list = replace(
     relay, name="relay_list",
+    roles=(replace(relay.roles[0], prompt="{told}\n{told}\n{told}\n{told}\nThe words:", chat=False),
+           relay.roles[1]),
     settings={
         "train_inner": {**relay.settings["train_inner"], **LISTS, "num_samples": 3000,
-                        "own_length": 20, "max_steps": 600},
+                        "own_length": 17, "max_steps": 600},
         "train_outer": {**relay.settings["train_outer"], **LISTS, "eval_samples": 0},
         "evaluate": {"dataset": "relay_list", "temperature": 0.0, "batch_size": 64,
                      "max_new_tokens": 64},

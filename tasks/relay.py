@@ -37,7 +37,6 @@ from tasks import Example, Score, Task, need_limit
 
 TEST_SIZE, SEED = 64, 7
 LENGTHS, NEW_WORDS = (1, 2, 4, 8, 16), 512      # of the lists; words that only their test has
-LIST_HEAD = "The words:"                        # a blank follows, so each word is one token
 WORDS = Path(__file__).parent / "words.txt"
 PEOPLE = ("Anna Boris Clara David Emma Felix Grace Henry Irene Jacob Karen Lucas Maria Nolan "
           "Olivia Peter Queenie Robert Sarah Thomas Ursula Victor Wendy Xavier").split()
@@ -62,11 +61,6 @@ def rows(name):
         asked = f"Which {what} was your partner told? Answer with that {what} alone."
         facts = [(f"The {what}: {value}", asked, str(value)) for value in values]
     random.Random(SEED).shuffle(facts)
-    return in_rows(facts)
-
-
-def in_rows(facts):
-    """Rows of facts, each of them (what is told, what is asked, the answer)."""
     return [{"question": asked, "told": told, "plan": told, "answer": answer}
             for told, asked, answer in facts]
 
@@ -124,11 +118,13 @@ def at_place(gold, text):
 
 
 def lists(words, lengths, seed):
-    """Rows with a list of each of these lengths, drawn from `words`. No list has a word twice."""
+    """Rows with a list of each of these lengths, drawn from `words`. No list has a word twice. A
+    blank stands before each word of the plan, so most tokenizers make one token of a word."""
     draw = random.Random(f"lists {seed}")
-    drawn = [" ".join(draw.sample(words, length)) for length in lengths]
     asked = "Which words was your partner told? Write them in the same order, and nothing else."
-    return in_rows((f"{LIST_HEAD} {answer}", asked, answer) for answer in drawn)
+    drawn = [" ".join(draw.sample(words, length)) for length in lengths]
+    return [{"question": asked, "told": f"The words: {answer}", "plan": f" {answer}",
+             "answer": answer} for answer in drawn]
 
 
 class RelayList(Relay):

@@ -57,7 +57,7 @@ AT_ONCE = 256                # vectors that are compared with a whole vocabulary
 
 def spans_of(agent, row):
     """(token ids of the row's plan, [(start, end)]: the tokens of each word of its answer)."""
-    plan, ends, cut = row["plan"], [], 0
+    plan, ends, cut = row["plan"].rstrip(), [], 0
     for word in row["answer"].split():
         start = plan.index(word, cut)
         ends.append((plan[:start].rstrip(), plan[:start + len(word)]))
@@ -108,6 +108,7 @@ def batch_counts(mas, examples, m, writing):
 
     # 2. The link: what arrives of the thoughts, and of the sender's true embeddings.
     pairs = dict(shared_tokens(source, target))                  # {sender's token: receiver's}
+    pairs.pop(source.tokenizer.unk_token_id, None)
     places = [[start for start, end in words
                if end == start + 1 and end <= m and plan[start] in pairs]
               for plan, words in zip(plans, spans)]
@@ -121,7 +122,7 @@ def batch_counts(mas, examples, m, writing):
 
     # 3. The receiver: what it writes of the message, and of messages without a fault.
     own = [target.embedding(torch.tensor(ids, device=target.device))
-           for ids in target.tokenize([row["plan"] for row in rows], goes_on=True)]
+           for ids in target.tokenize([row["plan"].rstrip() for row in rows], goes_on=True)]
     counts["writes"] = written(texts)
     for place, message in (("told_link", true), ("told_words", own)):
         counts[place] = written(ask(change=lambda *_, message=message: message)[0])

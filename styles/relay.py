@@ -4,8 +4,8 @@ The planner is told a fact, and the solver is asked for it. The planner hears no
 only one round. Nobody hears the solver, so it needs no inner link.
 
 relay_list is the same for lists of up to 16 words: a thought for each word, and one for the end of
-the line. SmolLM2 does not repeat a list when it is asked to in a chat. As the next line of a text
-that has the list four times already, it does. So this planner speaks without a chat.
+the line. In a chat both models leave words out when they are asked to repeat a list. As the next
+line of a text that has the list two or four times, they repeat it. So they speak without a chat.
 """
 from dataclasses import replace
 
@@ -39,10 +39,13 @@ LISTS = {**TRAINING, "dataset_name": "relay_list", "latent_length": 17}
 relay_list = replace(
     relay, name="relay_list",
     roles=(replace(relay.roles[0], prompt="{told}\n{told}\n{told}\n{told}\nThe words:", chat=False),
-           relay.roles[1]),
+           Role("solver", relay.roles[1].model, "", target=("plan",), chat=False,
+                first="{question}\n\nThe words:",
+                prompt="{question}\n\nThe words: {planner}\nThe words: {planner}\nThe words:",
+                own="{question}\n\nThe words: {solver}\nThe words: {solver}\nThe words:")),
     settings={
         "train_inner": {**relay.settings["train_inner"], **LISTS, "num_samples": 3000,
-                        "own_length": 17, "max_steps": 600},
+                        "text": "gold", "max_steps": 600},
         "train_outer": {**relay.settings["train_outer"], **LISTS, "eval_samples": 0},
         "evaluate": {"dataset": "relay_list", "temperature": 0.0, "batch_size": 64,
                      "max_new_tokens": 64},

@@ -100,7 +100,7 @@ class Relay(Task):
     def check_m(self, agent, m, rounds=1):
         """Raise ValueError if the agent that is told a fact needs more than m thoughts for it."""
         longest = max(agent.tokenize([row["plan"] for row in self.asked("test")]), key=len)
-        need(len(longest) <= m, f"{self.name}: '{agent.tokenizer.decode(longest)}' has "
+        need(len(longest) <= m, f"{self.name}: '{agent.tokenizer.decode(longest).strip()}' has "
              f"{len(longest)} tokens, more than --latent_length {m}: raise it")
 
 
@@ -118,12 +118,14 @@ def at_place(gold, text):
 
 
 def lists(words, lengths, seed):
-    """Rows with a list of each of these lengths, drawn from `words`. No list has a word twice. A
-    blank stands before each word of the plan, so most tokenizers make one token of a word."""
+    """Rows with a list of each of these lengths, drawn from `words`. No list has a word twice.
+
+    The plan is a list as it goes on in a line that begins with `The words:`. Each word has a blank
+    before it, so most tokenizers make one token of it. The end of the line ends the list."""
     draw = random.Random(f"lists {seed}")
     asked = "Which words was your partner told? Write them in the same order, and nothing else."
     drawn = [" ".join(draw.sample(words, length)) for length in lengths]
-    return [{"question": asked, "told": f"The words: {answer}", "plan": f" {answer}",
+    return [{"question": asked, "told": f"The words: {answer}", "plan": f" {answer}\n",
              "answer": answer} for answer in drawn]
 
 

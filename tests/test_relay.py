@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import PROJECT, embed_words, lines_of, plain_states
+from helpers import PROJECT, embed_words, lines_of, plain_states, refuses
 
 import evaluate
 import reference
@@ -85,13 +85,14 @@ def test_the_fact_is_compared_to_the_letter(text, right):
     assert score.correct is right and (score.parsed is None) == (not text.strip("."))
 
 
-def test_a_fact_longer_than_m_is_refused():
+@pytest.mark.parametrize("name", ["relay", "relay_list_16"])
+def test_a_fact_longer_than_m_is_refused(name):
     letters = argparse.Namespace(                       # an agent with one token per letter
         tokenizer=argparse.Namespace(decode="".join), tokenize=lambda texts: list(map(list, texts)))
-    task = get_task("relay")
-    longest = max(len(example.row["told"]) for example in task.load())
+    task = get_task(name)
+    longest = max(len(example.row["plan"]) for example in task.load())
     task.check_m(letters, longest)
-    with pytest.raises(ValueError, match=f"{longest} .*--latent_length"):
+    with refuses(name, longest, "--latent_length"):
         task.check_m(letters, longest - 1)
 
 

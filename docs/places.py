@@ -84,7 +84,6 @@ def batch_counts(mas, examples, m, writing):
     plans, spans = zip(*(spans_of(source, row) for row in rows))
 
     def ask(method="latent", change=None):
-        """(the receiver's texts, what happened)"""
         return mas.respond([one.question for one in examples], 1, m, kind="search", trace=True,
                            method=method, columns=rows, writing=writing, change=change)
 

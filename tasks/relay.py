@@ -37,24 +37,17 @@ from tasks import Example, Score, Task, need_limit
 
 TEST_SIZE, SEED = 64, 7
 LENGTHS, NEW_WORDS = (1, 2, 4, 8, 16), 512      # of the lists; words that only their test has
-WORDS = Path(__file__).parent / "words.txt"
-PEOPLE = ("Anna Boris Clara David Emma Felix Grace Henry Irene Jacob Karen Lucas Maria Nolan "
-          "Olivia Peter Queenie Robert Sarah Thomas Ursula Victor Wendy Xavier").split()
-THINGS = ("anchor basket camera drum engine feather guitar hammer island jacket kettle ladder "
-          "mirror needle orange pencil quilt ribbon saddle ticket umbrella violin wallet "
-          "zebra").split()
-ROOMS = ("attic bakery cellar desert embassy forest garden harbor inn jungle kitchen library "
-         "market nursery office palace quarry river school tunnel valley workshop yard "
-         "zoo").split()
+WORDS, SENTENCES = (Path(__file__).parent / name for name in ("words.txt", "sentences.txt"))
 
 
 @functools.cache
 def rows(name):
     """All rows of a relay, shuffled. The first TEST_SIZE are the test's."""
     if name == "relay_sentence":
+        people, things, rooms = map(str.split, SENTENCES.read_text().splitlines())
         facts = [(f"{who} is looking for a {thing} in the {room}.",
                   f"What is {who} looking for? Answer with one word.", thing)
-                 for who in PEOPLE for thing in THINGS for room in ROOMS]
+                 for who in people for thing in things for room in rooms]
     else:
         what = "word" if name == "relay" else "number"
         values = WORDS.read_text().split() if name == "relay" else range(10, 10000)

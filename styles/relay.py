@@ -46,8 +46,7 @@ relay_list = replace(
     settings={
         "train_inner": {**relay.settings["train_inner"], **LISTS, "num_samples": 3000,
                         "text": "gold", "max_steps": 600},
-        "train_outer": {**relay.settings["train_outer"], **LISTS, "max_steps": 600,
-                        "eval_samples": 0},
+        "train_outer": {**relay.settings["train_outer"], **LISTS, "eval_samples": 0},
         "evaluate": {"dataset": "relay_list", "temperature": 0.0, "batch_size": 64,
                      "max_new_tokens": 32},
     },

@@ -35,7 +35,7 @@ from train_outer import outer_loss  # noqa: E402
 from writing import Writing  # noqa: E402
 
 # Colours that colour-blind readers can tell apart (Okabe and Ito), and pale ones for the roles.
-BLUE, ORANGE, RED, GRAY = "#0072B2", "#E69F00", "#D55E00", "#767676"
+BLUE, ORANGE, GREEN, RED, GRAY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#767676"
 ROLES = {"planner": "#F3DCE8", "critic": "#FFF7C2", "solver": "#DCE3F5"}
 ROUNDS = (1, 2, 3)
 
@@ -51,7 +51,7 @@ def measure_accuracy(mas, count=200):
     """(table entries of the methods, {rounds: the best accuracy possible}) on `count` questions."""
     task = get_task("tiny")
     examples = task.load(count)
-    plan = plan_for(mas, ("latent", "text", "single", "shuffle"))
+    plan = plan_for(mas, ("latent", "text", "single_loop", "single", "shuffle"))
     with tempfile.TemporaryDirectory() as folder:            # evaluate.py's own files are not kept
         lines = evaluate.evaluate(mas, None, task, examples, plan, Path(folder), {})
     return report.summarise(lines), {rounds: task.ceiling(examples, rounds) for rounds in ROUNDS}
@@ -63,19 +63,21 @@ def draw_accuracy(entries, ceiling, path):
     axes = figure.subplots()
     looks = {"latent": (BLUE, "", "latent: thoughts are sent"),
              "text": (ORANGE, "//", "text: texts are sent"),
+             "single_loop": (GREEN, "\\\\", "single_loop: the solver rereads its own text"),
              "shuffle": (GRAY, "..", "shuffle: another question's thoughts are sent")}
     for i, (method, (color, hatch, label)) in enumerate(looks.items()):
         mine = [one for one in entries if one["method"] == method]
-        xs = [one["rounds"] + 0.25 * (i - 1) for one in mine]
-        axes.bar(xs, [one["accuracy"] for one in mine], 0.23, color=color, label=label,
+        xs = [one["rounds"] + 0.22 * (i - 1.5) for one in mine]
+        axes.bar(xs, [one["accuracy"] for one in mine], 0.2, color=color, label=label,
                  hatch=hatch, edgecolor="white")
         axes.vlines(xs, *zip(*(one["ci95"] for one in mine)), color="black", lw=1.5)
         for x, one in zip(xs, mine):
-            axes.text(x, one["ci95"][1] + 0.02, f"{one['accuracy']:.3f}", ha="center", fontsize=13)
+            axes.text(x, one["ci95"][1] + 0.025, f"{one['accuracy']:.3f}", ha="center", fontsize=12,
+                      bbox=dict(facecolor="white", edgecolor="none", pad=0.5))
     alone, = (one["accuracy"] for one in entries if one["method"] == "single")
-    axes.axhline(alone, color=RED, ls=":", lw=2.5, label=f"single: the solver alone ({alone:.3f})")
+    axes.axhline(alone, color=RED, ls=":", lw=2.5, label=f"single: the solver alone, once ({alone:.3f})")
     for rounds, best in ceiling.items():
-        axes.hlines(best, rounds - 0.42, rounds + 0.42, color="black", ls="--", lw=2,
+        axes.hlines(best, rounds - 0.46, rounds + 0.46, color="black", ls="--", lw=2,
                     label="expected of a perfect system" if rounds == 1 else None)
     axes.set_xlabel("rounds", fontsize=14)
     axes.set_ylabel(f"accuracy on {entries[0]['n']} questions", fontsize=14)
@@ -133,10 +135,11 @@ def draw_gradients(style, by_loss, path):
     """by_loss: {label: sizes of measure_gradients}. Messages stand in the order of sending."""
     figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.subplots()
-    looks = ((BLUE, "o", "-"), (ORANGE, "s", "--"))
-    for (label, sizes), (color, marker, line) in zip(by_loss.items(), looks):
+    # The second marker is larger and empty: it hides no point of the first curve.
+    looks = ((BLUE, "o", "-", 7), (ORANGE, "s", "--", 14))
+    for (label, sizes), (color, marker, line, size) in zip(by_loss.items(), looks):
         axes.plot(range(len(sizes)), list(sizes.values()), color=color, marker=marker, ls=line,
-                  lw=2.5, ms=9, label=label)
+                  lw=2.5, ms=size, mew=2, fillstyle="full" if size < 9 else "none", label=label)
     ends = {edge.key: f"{edge.src}\nto {edge.dst}" for edge in style.edges}
     axes.set_xticks(range(len(sizes)), [f"{ends[key]}\nround {round}" for round, key in sizes])
     axes.set_yscale("log")

@@ -64,7 +64,8 @@ def test_the_bars_are_shares_of_right_answers(drawn, shipped):
         return sum(tiny.score(*pair).correct for pair in zip(examples, answers)) / QUESTIONS
 
     axes, = drawn[1]["accuracy"].axes
-    for method, bars in zip(("latent", "text", "shuffle"), axes.containers):
+    for method, bars in zip(("latent", "text", "single_loop", "shuffle"), axes.containers,
+                            strict=True):
         assert bars.get_label().startswith(method)
         assert [bar.get_height() for bar in bars] == pytest.approx(
             [share(method, rounds) for rounds in (1, 2, 3)])

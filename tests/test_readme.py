@@ -48,9 +48,9 @@ def run_commands(block, monkeypatch):
     return scripts
 
 
-def test_the_style_of_the_readme(tmp_path, monkeypatch):
+def test_the_style_of_docs_debate(tmp_path, monkeypatch):
     """Its files are written, its rows made, its links trained, its debate scored."""
-    text = section("Your own system")
+    text = (PROJECT / "docs/debate.md").read_text()
     style, rows = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     changed = re.search(r"```python\n(from dataclasses .*?)```", PAGES, re.DOTALL)[1]
     commands = re.search(r"```\n(python rows.py\n.*?)```", text, re.DOTALL)[1]

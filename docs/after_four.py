@@ -1,6 +1,7 @@
 """A task of one's own: where does the counter stand after four events? (docs/exercises.md)
 
-    cp docs/after_four.py tasks/ && python evaluate.py --dataset after_four --method latent text zero
+    cp docs/after_four.py tasks/
+    python evaluate.py --dataset after_four --method latent text zero
 
 The questions are those of tasks/tiny.py. Only the right answer is another one, so this file says
 what is asked and how it is scored, and nothing else. A file in tasks/ need not be registered.

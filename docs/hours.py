@@ -92,7 +92,7 @@ def main():
     m, words, _ = settings_of("sequential_light", "math500")
     for i, model in enumerate(models_of("sequential_light")):
         reading, one = rates(model, read, step)
-        print(f"  {ROUNDS - (i == 2)} x ({reading:.0f} + {m} x {one:.2f})   {model} reads and thinks")
+        print(f"  {ROUNDS - (i == 2)} x ({reading:.0f} + {m} x {one:.2f})   {model} thinks")
     print(f"  {reading:.0f} + {words} x 2 x {one:.2f}        it reads and writes\n  = "
           f"{seconds('sequential_light', 'math500', read, step):.1f} s, times 16 batches = "
           f"{asking('sequential_light', 'math500', read, step):.2g} hours")

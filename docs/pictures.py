@@ -75,7 +75,8 @@ def draw_accuracy(entries, ceiling, path):
             axes.text(x, one["ci95"][1] + 0.025, f"{one['accuracy']:.3f}", ha="center", fontsize=12,
                       bbox=dict(facecolor="white", edgecolor="none", pad=0.5))
     alone, = (one["accuracy"] for one in entries if one["method"] == "single")
-    axes.axhline(alone, color=RED, ls=":", lw=2.5, label=f"single: the solver alone, once ({alone:.3f})")
+    axes.axhline(alone, color=RED, ls=":", lw=2.5,
+                 label=f"single: the solver alone, once ({alone:.3f})")
     for rounds, best in ceiling.items():
         axes.hlines(best, rounds - 0.46, rounds + 0.46, color="black", ls="--", lw=2,
                     label="expected of a perfect system" if rounds == 1 else None)

@@ -19,7 +19,12 @@ def test_the_lesson_runs(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out/lesson/lesson.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("number", range(1, 8))
+SLOW = (6, 8, 9, 10)         # exercises that train
+
+
+@pytest.mark.parametrize("number", [
+    pytest.param(number, marks=[pytest.mark.slow] if number in SLOW else [])
+    for number in range(1, len(solutions.SOLUTIONS) + 1)])
 def test_the_solutions_find_what_the_exercises_expect(number, shipped, monkeypatch):
     """With fewer problems and kinds. Each solution says whether it found what is expected."""
     monkeypatch.setattr(solutions, "EXAMPLES", solutions.EXAMPLES[:30])

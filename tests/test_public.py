@@ -1,6 +1,9 @@
 """Answers that other projects met: their public reports, and how ours scores each (public.jsonl).
 
 A row holds a question with an answer, the verdict that a careful person expects, and the report."""
+import random
+import re
+
 import pytest
 from helpers import lines_of, live_row, write_rows
 
@@ -57,3 +60,48 @@ def test_public_reports(area, tmp_path, monkeypatch):
                 others.append(f"{case['id']} ({case['class']}): {got}")
     if others:
         pytest.fail(f"{len(others)} are judged otherwise:\n" + "\n".join(others), pytrace=False)
+
+
+# ---- golds of real data sets --------------------------------------------------------------------
+
+def other_ink(gold):
+    """The same answer, written otherwise."""
+    yield gold
+    yield gold.replace(r"\frac", r"\dfrac").replace(r"\left", "").replace(r"\right", "") + "."
+    yield re.sub(r"(?<=[\d})])([+=<>])(?=[\d\\({])", r" \1 ", gold)
+    yield re.sub(r"\^\{(\d)\}", r"^\1", gold)
+
+
+def changed(gold):
+    """Wrong answers: another number, sign, letter or bracket, or a part less."""
+    for number in re.finditer(r"\d+", gold):
+        yield f"{gold[:number.start()]}{int(number[0]) + 2}{gold[number.end():]}"
+    yield re.sub(r"(?<![\\A-Za-z])[a-z](?![A-Za-z])", "v", gold, count=1)
+    yield gold.replace("cos", "sin") if "cos" in gold else gold.replace("sin", "tan")
+    yield gold.replace("+", "-", 1) if "+" in gold else gold.replace("<", ">", 1)
+    yield re.sub(r"^\[(.*,.*)\]$", r"(\1)", gold)
+    if gold.startswith("-"):
+        yield gold[1:]
+    if re.search(r",(?!\d{3})(?![^([{]*[])}])", gold):
+        yield gold.rpartition(",")[0]
+
+
+# Wrong ones that pass, and why.
+HARMLESS = {}
+
+
+@pytest.mark.parametrize("part", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_golds_are_right_in_other_ink_and_wrong_once_changed(part):
+    golds = [row["gold"] for row in lines_of("golds.jsonl")]
+    random.Random(7).shuffle(golds)
+    others = []
+    for gold in golds[:40] if part == 0 else golds[40:160]:
+        for right, answers in ((True, {*other_ink(gold)}), (False, {*changed(gold)} - {gold})):
+            others += [(gold, answer) for answer in answers if (gold, answer) not in HARMLESS
+                       and score(gold, answer) is not right]
+    assert others == []
+
+
+def score(gold, answer):
+    return get_task("maths", "rows.json").score(
+        Example("1", "", gold, "math"), rf"\boxed{{{answer}}}").correct

@@ -151,6 +151,13 @@ def test_maths_by_kinds(case):
         assert score.correct is right, (gold, answer, score)
 
 
+def test_maths_part_by_part():
+    """Answers that differ from the gold in one part, and right ones in unusual ink."""
+    others = [case for case in lines_of("tasks/maths_parts.jsonl")
+              if compared(case[0], case[1]).correct is not case[2]]
+    assert others == []
+
+
 # ---- the process that compares ------------------------------------------------------------------
 
 POISON = "9^{9^{9^9}}"                                  # it would take for ever

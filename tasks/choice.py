@@ -25,9 +25,9 @@ from 0.
 import random
 import re
 
+from scoring.boxes import STEPS, last_box, replaced, without_fonts
 from support.errors import blame, need
 from tasks import BOXED_RETRY, Example, RowTask, Score, Unusable, column, in_time
-from tasks.boxes import STEPS, last_box, replaced, without_fonts
 
 GPQA_OPTIONS = ("Correct Answer", *(f"Incorrect Answer {number}" for number in (1, 2, 3)))
 LETTERS = "ABCDEFGHIJ"

@@ -6,55 +6,18 @@ r"""Mathematics: MATH, GSM8K, the AMC and the AIME. Is the boxed answer equal to
     answer     First I tried \boxed{\frac{2}{5}}, but thirds and halves make sixths: \boxed{5/6}
     score      Score(correct=True, parsed='5/6', note='')
 
-The last box counts. An answer without one is unparsed and wrong. Gold and answer are taken apart in
-the same way, and each part is compared with its counterpart:
+The last box counts. An answer without one is unparsed and wrong. scoring/equality.py says which two
+answers are equal: 5/6 is \frac{5}{6}, and 0.7 is not 1/2. A missing unit is let pass, and another
+one is not.
 
-    lists          1, 2 and 3       the same elements, in any order; \pm 2 is 2, -2
-    relations      x^2 + 4 = 0      one is a multiple of the other; the name in x = 5 may be missing
-    pairs          [1, 2)           the same brackets, and the same parts in order
-    other signs    3 \pmod 5        the same signs, and the same parts between them
-    units          12 inches        one may be missing, or said in part; a different one is wrong
-    values         5/6              equal for math-verify; decimals to six digits
-    texts          \text{even}      the same words, and so is what the parser cannot read
-
-The last rule is why little passes by mistake: math-verify alone searches an answer for a part that
-it can read, and drops the rest. We give each part to its parser ourselves, and what the parser does
-not read to the end must stand literally on both sides.
-
-The tests' tables hold 297 right answers and 249 wrong ones (cases.jsonl), and 462 of public
-reports. All are judged so but two: of two boxes the last one alone counts, and an answer without a
-box is not read. Of 200 real golds, 384 harmless rewritings are accepted, and 631 answers that
-differ in one place are refused.
-
-Let pass: 10 for 10\%, a sum not added up (3+2 for 5), \{1, 2\} for (1, 2), a ratio as a fraction.
-Refused, though right:
-
-    x<-1 \text{ or } x>1 for (-\infty,-1)\cup(1,\infty)      x=3, y=4 for (3, 4)
-    xy=1 for y=\frac{1}{x} (not a constant multiple)         5 hours 30 minutes for 5.5 hours
-Let pass, though wrong:
-    x>1 \text{ and } x<-1 for x>1 \text{ or } x<-1           4.50 euros for \$4.50
-    \mathbf{b} \times \mathbf{a} for \mathbf{a} \times \mathbf{b}: letters commute
-
-math-verify hands the answer to sympy, which may think about \boxed{9^{9^{9^9}}} for ever. So it
+The comparison hands the answer to sympy, which may think about \boxed{9^{9^{9^9}}} for ever. So it
 runs under the clock of tools/worker.py.
 """
-import logging
-import re
-from functools import lru_cache
-
+from scoring.boxes import last_box
+from scoring.equality import equal, load_grammar
+from scoring.formulas import plain
 from support.errors import need
 from tasks import BOXED_RETRY, Example, RowTask, Score, Unusable, column, found, in_time
-from tasks.boxes import last_box
-from tasks.formulas import TEXT, is_text, literal, opened, pieces, plain, separate, worded
-
-AND = r";|\\text\{ *(?:and|or) *\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])"
-# Signs that the parser cannot read, or not as we do.
-BETWEEN = r"\\(?:approx|equiv|pmod|mid|to|sim|cong|propto)(?![A-Za-z])|[:@]"
-# What the parser takes and drops: f' would be f, A^T be A, \gcd(a, b) be 1, I_1 be I, dy/dx be 0,
-# and 5 6 be 11.
-DROPPED = re.compile(r"'|\^\{?(?:T|\\top)\b|\\(?:gcd|lcm|angle|triangle)|(?<![A-Za-z])[eEiI]_|\|_|"
-                     r"\\frac\{(?:d|\\partial) ?[a-z]?\}\{(?:d|\\partial)|"
-                     r"(?<!\\frac )(?<!_)\d +\d")
 
 
 class Maths(RowTask):
@@ -101,175 +64,7 @@ class Aime(Maths):
 score = Maths.score
 
 
-def load_grammar():
-    """Load math-verify with its grammar. Both take a second. (The parser learns by reading.)"""
-    import math_verify
-    logging.getLogger("math_verify").setLevel(logging.ERROR)    # it warns: we keep the time
-    read(r"x=\frac{-1+\sqrt{2}}{3}y^{2}")
-
-
 def compare(gold, answer):
     """In the worker: the Score of an answer against gold. An answer without a sign is None."""
     formula = plain(answer)
     return Score(bool(formula) and equal(plain(gold), formula), answer if formula else None)
-
-
-def equal(gold, answer):
-    """Have two formulas the same elements? A comma in 1,234 may divide thousands, or elements. So
-    both readings are tried."""
-    if literal(gold) == literal(answer):
-        return True
-    for comma in (r"(?<!\d),|,(?!\d{3}(?!\d))", ","):
-        golds, answers = elements(gold, comma), elements(answer, comma)
-        labels, others = {label(one) for one in golds}, {label(one) for one in answers}
-        # A list that goes on has an order. So has one whose elements have several names, or units,
-        # where the other one leaves the names out: a=3, b=4 is 3, 4 and not 4, 3.
-        ordered = r"\ldots" in golds or len(labels | others) > 2 and "" in labels ^ others
-        if same_list(golds, answers, ordered):
-            return True
-    return False
-
-
-def elements(formula, comma):
-    r"""The elements of a list 1, 2; 3 or 4, or of a set \{1, 2\}. Those of a set differ."""
-    inner = re.fullmatch(r"\\\{((?:(?!\\\}).)*)\\\}", formula)
-    parts, _ = pieces(inner[1] if inner else formula, rf"{comma}|{AND}")
-    listed = [worded(one) for part in parts if part for one in opened(part)]
-    return list(dict.fromkeys(listed)) if inner else listed
-
-
-def label(element):
-    """The name or else the unit of an element, "" without one."""
-    return named(element)[0] or " ".join(sorted(separate(element)[1]))
-
-
-def same_list(golds, answers, ordered):
-    """Is each element the same as one of the others, and none is left? If ordered, the first is the
-    same as the first, and so on."""
-    if len(golds) != len(answers) or ordered:
-        return len(golds) == len(answers) and all(map(same, golds, answers))
-    left = list(answers)
-    for gold in golds:
-        found = next((answer for answer in left if same(gold, answer)), None)
-        if found is None:
-            return False
-        left.remove(found)
-    return True
-
-
-def same(gold, answer):
-    """Are two elements the same: by their signs, by their parts, or by their values?"""
-    if literal(gold) == literal(answer):
-        return True
-    # 1. Signs that the parser cannot read. They are the same, and so is each part between them.
-    (golds, signs), (answers, others) = pieces(gold, BETWEEN), pieces(answer, BETWEEN)
-    if signs or others:
-        if [literal(sign) for sign in signs] == [literal(sign) for sign in others]:
-            return all(map(equal, golds, answers)) or signs == [":"] and same_value(gold, answer)
-        if signs + others != [":"]:            # 3:5 is 3/5 too, and 10 \approx 9.9 is 10
-            return not others and r"\approx" in signs and any(equal(one, answer) for one in golds)
-    # 2. Equations. A name may be missing: x = 5 and 15 + 5 = 20 end with a value.
-    (name, sides), (other, ours) = named(gold), named(answer)
-    if len(sides) == len(ours) > 1 and all(map(equal, sides, ours)):
-        return True
-    short = 1 in (len(sides), len(ours)) or name == other != "" and len(sides) != len(ours)
-    if short and len(sides) + len(ours) > 2 and None not in (name, other):
-        return equal(sides[-1], ours[-1])
-    # 3. Numbers in a base. The parser does not see it: 204_5, 204_6, 204.
-    their_base, our_base = in_base(gold), in_base(answer)
-    if our_base:
-        return our_base == (their_base or (gold, "10"))
-    gold = their_base[0] if their_base else gold         # the question asked for this base
-    # 4. Pairs and intervals.
-    if gold[0] in "([" and (gold[0], gold[-1]) == (answer[0], answer[-1]):
-        (inner, _), (ours, _) = pieces(gold[1:-1], ","), pieces(answer[1:-1], ",")
-        if len(inner) == len(ours) > 1:
-            return all(map(equal, inner, ours))
-    # 5. Values and their units, of which one may be missing or be said in part.
-    (number, kinds), (our_number, our_kinds) = separate(gold), separate(answer)
-    if bool(kinds) != bool(our_kinds) and same_value(gold, answer):        # 3 m and 3m
-        return True
-    return (kinds <= our_kinds or our_kinds <= kinds) and same_value(number, our_number)
-
-
-def named(element):
-    r"""(the name of an element, its sides): y and [y, 2x] of y = 2x, S_n and [S_n, n^2], "" without
-    a name (2 + 3 = 5, or 5), and None for an equation between formulas."""
-    sides, _ = pieces(element, r"=|\\in\b")
-    first = re.sub(rf"_(?:\{{[^{{}}]*\}}|\w)|\([^()]*\)|{TEXT}", "", sides[0])
-    if len(sides) > 1 and re.fullmatch(r"[\\A-Za-z '{}|]*", first):
-        return literal(sides[0]), sides
-    before = re.sub(rf"\\(?!text)[A-Za-z]+|{TEXT}", "", " ".join(sides[:-1]))
-    return None if re.search("[A-Za-z]", before) else "", sides
-
-
-@lru_cache(1000)
-def read(formula):
-    """The formula for sympy, or None if the parser cannot read all of it. What it drops without a
-    word (DROPPED) counts as not read."""
-    import sympy
-    from latex2sympy2_extended import latex2sympy2
-    formula = re.sub(TEXT, lambda font: font[not is_text(font[1], font[1])], formula)
-    if r"\text" in formula or DROPPED.search(formula):
-        return None
-    ink = latex2sympy2.NormalizationConfig(malformed_operators=True, boxed="none")
-    case = latex2sympy2.ConversionConfig(lowercase_symbols=False)             # M/m is not 1
-    try:
-        value = latex2sympy2.latex2sympy(formula, is_real=True, normalization_config=ink,
-                                         conversion_config=case)
-        letter = sympy.Symbol("i", real=True)
-        return value.xreplace({letter: sympy.I}) if letter in value.free_symbols else value
-    except Exception:       # it raises nothing narrower over a sign that it cannot read
-        return None
-
-
-def same_value(gold, answer):
-    """Are two formulas equal for math-verify? Equations and inequalities are compared by us: for
-    math-verify all that have no solution are equal."""
-    from math_verify import verify
-    from sympy import And, Eq
-    from sympy.core.relational import Relational
-    gold, answer = read(gold), read(answer)
-    if gold is None or answer is None or isinstance(gold, Eq) != isinstance(answer, Eq):
-        return False
-    theirs, ours = (one.args if isinstance(one, And) else [one] for one in (gold, answer))
-    if all(isinstance(one, Relational) for one in (*theirs, *ours)):
-        return len(theirs) == len(ours) and all(
-            any(multiple(one, other) for other in ours) for one in theirs)
-    same = verify(gold, answer, allow_set_relation_comp=True, timeout_seconds=None)
-    return bool(same) and not differ(gold, answer)
-
-
-def multiple(gold, answer):
-    """Is one relation the other one times a positive number, as written or turned round?
-
-    2y = x is y = x/2, and x > 3 is 3 < x. 1 = 2 is no multiple of x^2 = -1, though no number solves
-    either. Relations between numbers alone have no multiples."""
-    from sympy import Expr, simplify
-    for other in (answer, answer.reversed):
-        sides = (*gold.args, *other.args)
-        if type(gold) is type(other) and all(isinstance(side, Expr) for side in sides):
-            ratio = simplify((sides[0] - sides[1]) / (sides[2] - sides[3]))
-            if gold.free_symbols and ratio.is_number and ratio.is_positive:
-                return True
-    return False
-
-
-def in_base(formula):
-    """(digits, base) of a number like 204_5 or (204)_{5}, else None."""
-    found = re.fullmatch(r"\(?(\d[\dA-F]*)\)?_\{?(\d+)\}?", formula)
-    return found and found.groups()
-
-
-def differ(gold, answer):
-    """Are both numbers, and not the same one? Decimals are compared to six significant digits.
-    (math-verify rounds to six digits after the point. To it .0000673 is .0000672, and 1/1996! is
-    1/1998!.)"""
-    from sympy import Float, N, UnevaluatedExpr
-    values = [getattr(value, "is_number", False) and value.is_finite for value in (gold, answer)]
-    if not all(values) or gold.has(UnevaluatedExpr) or answer.has(UnevaluatedExpr):   # a percentage
-        return False
-    gold, answer = gold.doit(), answer.doit()
-    if gold.has(Float) or answer.has(Float):
-        return str(N(gold, 6)) != str(N(answer, 6))
-    return not abs(N(gold - answer, 20)) <= abs(N(gold, 20)) / 10**50     # exact, or one is wrong

@@ -20,9 +20,9 @@ import re
 import string
 import unicodedata
 
+from scoring.boxes import last_box, replaced, without_fonts
 from support.errors import need
 from tasks import BOXED_RETRY, Example, RowTask, Score, Unusable, cell_text, column, in_time
-from tasks.boxes import last_box, replaced, without_fonts
 
 GOLDS = ("Answer", "answer", "golden_answers", "answer_aliases")   # the last: FlashRAG's, MuSiQue's
 NUMBERS = (              # what is found in a number, what replaces it, and an example

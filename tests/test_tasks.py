@@ -21,10 +21,10 @@ from helpers import (GPQA, HUMAN, MBPP, MEDQA, PROJECT, ROWS, lines_of, live_row
                      stdin_test, write_rows)
 
 import tasks
+from scoring.boxes import last_box, without_fonts
 from support import files
 from tasks import (Example, Score, Source, choice, coding, generated_task, get_task, maths,
                    read_rows, search, task_names)
-from tasks.boxes import last_box, without_fonts
 from tools import web, worker as clock
 from tools.web import JudgeSettings, Key
 

@@ -15,7 +15,7 @@ import re
 import unicodedata
 from string import ascii_lowercase
 
-from tasks.boxes import replaced
+from scoring.boxes import replaced
 
 # Signs that the parser does not know. (It knows ≤, π, ∪ and more.)
 SIGNS = str.maketrans({"–": "-", "·": r"\cdot ", "∞": r"\infty ", "°": r"^\circ ", "∈": r"\in ",

@@ -16,8 +16,8 @@ from recurse import MAS, recurse
 from train_outer import outer_loss
 
 # Flags of train_outer.py that its loss looks at: the published values.
-TRAINING = dict(mas_task="math", latents="rollout", max_length=4096, role_loss_weight=0.0,
-                supervise_final_only=1, log_gradients=0)
+TRAINING = dict(mas_task="math", loss="answer", latents="rollout", max_length=4096,
+                role_loss_weight=0.0, supervise_final_only=1, log_gradients=0)
 
 
 def read(agent, texts):

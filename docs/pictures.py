@@ -121,9 +121,9 @@ def draw_thoughts(example, turns, path):
 def measure_gradients(mas, rows, role_loss_weight):
     """{(round, edge key): |dL/d(message)|} of a batch of rows, through all rounds unrolled."""
     args = argparse.Namespace(
-        latents="rollout", latent_length=mas.latent_length, role_loss_weight=role_loss_weight,
-        supervise_final_only=1, gradient_checkpointing=0, mas_task="math", max_length=4096,
-        log_gradients=1)
+        loss="answer", latents="rollout", latent_length=mas.latent_length, max_length=4096,
+        role_loss_weight=role_loss_weight, supervise_final_only=1, gradient_checkpointing=0,
+        mas_task="math", log_gradients=1)
     mas.outer.requires_grad_(True)             # else nothing has a gradient: the rest is frozen
     outcome = outer_loss(mas, rows, max(ROUNDS), args)
     outcome.loss.backward()

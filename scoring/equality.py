@@ -1,5 +1,5 @@
-r"""Are two answers in mathematics equal? Both are taken apart in the same way (see formulas.py), and
-each part is compared with its counterpart:
+r"""Are two answers in mathematics equal? Both are taken apart in the same way (see formulas.py),
+and each part is compared with its counterpart:
 
     lists          1, 2 and 3       the same elements, in any order; \pm 2 is 2, -2
     relations      x^2 + 4 = 0      one is a multiple of the other; the name in x = 5 may be missing

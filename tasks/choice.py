@@ -15,12 +15,12 @@ neither (a value, on the way), or if there is no box, then the last statement af
 `the answer is most likely (C)`, `option C is correct`, or a heading `Final Answer` with the letter
 below. A letter must stand alone, or before its own option: `A vitamin` and `C. difficile` name no
 option, and `C (or D)` names two. What is supposed, denied or reported is no statement: `if the
-answer is D`, `the least likely answer is D`, `the critic's answer is D`. Everything else is
-unparsed and wrong: clear wordings that are not read (`Choice: C`, `I'll go with C`), and other
-languages. There is no default letter. Wrongly read is what others say or suppose in words that we
-do not know, before a comma: `According to the critic, the answer is D`. A row without a right
-option, or with it twice, is left out and printed. A number in answer_index or answer_idx counts
-from 0.
+answer is D`, `the least likely answer is D`, `according to the critic, the answer is D`. There is
+no default letter: everything else is unparsed and wrong. Not read are clear wordings that state no
+answer (`Choice: C`, `I'll go with C`, `So C.`), what follows from an `if` (`if we leave A out, the
+answer is C`), and other languages. Wrongly read is what somebody without a name in OTHERS says. A
+row without a right option, or with it twice, is left out and printed. A number in answer_index or
+answer_idx counts from 0.
 """
 import random
 import re
@@ -32,33 +32,51 @@ from tasks import BOXED_RETRY, Example, RowTask, Score, Unusable, column, in_tim
 GPQA_OPTIONS = ("Correct Answer", *(f"Incorrect Answer {number}" for number in (1, 2, 3)))
 LETTERS = "ABCDEFGHIJ"
 MARK = re.compile(r"\(?([A-J])[.):] ?(?=.)")                   # the `A. ` before an option's text
-# A statement: "best answer is probably", "Final choice:", or a heading "Answer".
-SURE = (r"(?:final|correct|right|best|single|most|probable|suitable|appropriate|therefore|thus|"
-        r"(?:like|on|probab|clear|actual|certain|definite)ly|indeed|"
-        r"I (?:think|believe)|it(?: i|['’])s)\b")
+# A statement: "answer is probably", "it must be", or a heading "Answer" or "Conclusion".
 STATED = re.compile(
-    rf"\b(?:{SURE} ){{0,5}}(?:(?:answer|option|choice) (?:is|(?:must|should|would|will|seems to) "
-    rf"be)\b|(?:answer|final choice)[^\w\n.?!]*[:\n])[\s:`]*(?:{SURE}[\s,:]*){{0,5}}", re.I)
-IS_RIGHT = re.compile(r"(?:\b(?i:option|choice|answer) \(?|\()([A-J])\)? is (?:the )?"
-                      r"(?:correct|right|best)")
-# Its sentence may not suppose anything before it, and its clause may hold only these words there:
-# the critic's answer and the second best answer are not the answer, "it may be that .." is a doubt.
-SENTENCE = re.compile(r"[.!?]\s+(?!then\b)|(?<!,)\n", re.I)
-PLAIN = re.compile(
-    r"(?!.*\b(?:if|unless|suppos\w+|assum\w+|hypo\w+|imagine|sake|in case|says|said|claims)\b|"
-    r"\W*(?:were|had|should)\b)(?:.*(?:[,;:]|\b(?:so|thus|hence|therefore|because|and|but) ))?(?:"
-    r"\W|\b(?:the|my|our|that|then|is|this|it|I|we|(?:d|would) say|think|believe|means|why|seems)"
-    r"\b)*", re.I | re.S)
+    r"\b(?:(?:answer|option|choice|(?:correct|best) response) (?:is|(?:must|should|would|will|"
+    r"seems to) be)\b|it must be\b|(?:answer|final choice)[^\w\n.?!]*[:\n]|"
+    r"conclusion(?=\W*\n\W*[A-J]\W*\Z))[\s:`]*(?:(?:therefore|thus|hence|most|indeed|and|"
+    r"(?:clear|actual|certain|definite|obvious|like|probab)ly|I (?:think|believe)|it(?: i|['’])s)"
+    r"\b[\s,:]*){0,5}", re.I)
+# "Option C is correct", "Thus C is the right one", but not "A and (C) is correct"
+IS_RIGHT = re.compile(
+    r"(?<![A-J] and )(?<![A-J]\) and )(?<!or )(?<!also )(?:\b(?i:option|choice|answer) \(?|\(|"
+    r"(?:^|[.;:] |\b(?i:so|thus|hence|therefore|that),? )(?=\w is the ))([A-J])\)? is (?:the )?"
+    r"(?:correct|right|best|answer)", re.M)
+# What stands before it in its sentence may not suppose it or report it. A new one begins at ", so".
+SENTENCE = re.compile(r"[.!?]\s+(?!then\b)|(?<!,)\n|, (?:and )?(?:so|thus|hence|therefore)\b", re.I)
+OTHERS = (r"\b(?:critic|planner|solver|refiner|expert|agent|student|reader|author|teacher|friend|"
+          r"professor|colleague|some|many|few|nobody|others|people)s?\b")
+REPORTED = (rf"(?:according to|says|said|claims) (?:(?:the|my|an?) )?{OTHERS}|{OTHERS}(?:['’]s? "
+            r"(?:view|opinion)|(?: (?!I |we |this |it )\w+){0,2} (?:say|said|think|thought|claim|"
+            r"argue|suggest|believe|conclude|states?\b|answered|write|wrote))")
+SUPPOSED = re.compile(
+    r"(?<!see )(?<!check )\b(?:if|unless|suppos(?:e|ing)|assum(?:es?\b|ing|ption that)|imagine|"
+    r"pretend|hypothetical\w*|in case|as though|for the sake of argument|depending)\b|"
+    rf"^\W*(?:were|had|should|provided|say)\b|{REPORTED}", re.I)
+# What stands before it in its clause may not deny or doubt it.
+CLAUSE = re.compile(
+    r"[;:—]|,(?! that\b)|(?<!-)\b(?:so|thus|hence|therefore|because|and|but)\b", re.I)
+DENIED = re.compile(
+    r"\b(?:not|never|(?<!no )(?<!a )doubt|unlikely|rule out|except|false|mistake|(?<!we )may|"
+    r"might|could|whether|would follow|opposite|cannot)\b|n['’]t\b|\b(?:(?:idea|claim|case|given|"
+    r"take it) that|when|perhaps|maybe|possibly)(?: the)?\W*$|(?:\b(?:wrong|incorrect|least|less|"
+    r"worst|second|first|initial|previous|other|another|alternative|(?<!best )possible|rejected|"
+    r"discarded|eliminated|excluded|almost|nearly|their|his|her)\b|"
+    rf"{OTHERS}['’])(?:(?!\b(?:the|my|our)\b).)*$", re.I)
 # It may not be taken back right behind the letter: "D?", "D if ..", "D. That is wrong.", "D. No, C"
 TAKEN_BACK = re.compile(
-    r"(?:(?!because)[^.!?\n])*(?:\?|\b(?:if|unless)\b)|(?:\W*[A-J]\.)?[^.!\n]*[.,;!]+\s*(?:but )?"
-    r"(?:(?:that|this|it|which) (?:is (?:wrong|incorrect|false)|fails)|(?:no|wait)[,.!:]|"
-    r"[A-J] is also|or )", re.I)
+    r"(?:(?!because)[^.!?\n])*(?:\?|\b(?:if(?! I)|unless)\b)|\W*[A-J][^\w;]+(?:or\b|alternatively|"
+    rf"(?:in )?(?:the )?(?:{REPORTED}))|(?:\W*[A-J]\.)?[^.!\n]*[.,;!]+\s*(?:but )?(?:(?:that|this|"
+    r"it|which) (?:is (?:wrong|incorrect|false)(?=\W*$|[.,;!]| because)|fails)|(?:no|wait)[,.!:]|"
+    r"[A-J] is also)", re.I | re.M)
 # A letter, the signs that set it apart, and the text after it.
 LETTER = re.compile(r"[(\[【\"'“‘`]*([A-Ja-j])(?!['’]?\w|-)([)\]】\"'”’`.。:]*)\s*(.*)", re.DOTALL)
 # The text after it, up to a reason, may name a second letter. One with a small word behind it opens
 # a clause (C; A is wrong), if no sign joins it to the first. An aside leaves the letter alone.
-WHY = re.compile(r"\b(?:because|since|as (?!well|[A-J])|not|rather|instead|unlike)\b|\. (?!.\W*$)")
+WHY = re.compile(r"\b(?:because|since|as (?!well|[A-J])|not|rather|instead|unlike|due|based|while|"
+                 r"which|(?:al|even )?though)\b|\. (?!.\W*$)")
 SECOND = re.compile(r"^[)\]\s]*(?:(?:and|or|plus|[,/&+])\W*)+(?:option )?(?!I \w)[A-J](?!\w|-| is )"
                     r"|(?<![\w'’-])[A-J](?!['’]?\w|-| [a-z])|[(\[][a-j][)\]]")
 ASIDE = re.compile(r"[,;:!?(–—-]|and not\b|is (?:the )?(?:correct|right|best)\b|$")
@@ -163,7 +181,8 @@ def chosen(text, options, gold):
             said = after[found.end():found.end() + 200]
             before = SENTENCE.split(after[max(0, found.start() - 300):found.start()])[-1]
             named = letter_in(said.partition("\n")[0], options)
-            if named is not None and PLAIN.fullmatch(before):
+            clause = CLAUSE.split(before)[-1]
+            if named is not None and not SUPPOSED.search(before) and not DENIED.search(clause):
                 letter = "" if TAKEN_BACK.match(said) else named
     return Score(letter == gold, letter or None)
 
@@ -185,7 +204,9 @@ def letter_in(said, options):
     if follows in map(folded, options):
         return letter if follows == text else None     # the text of another option
     beyond = re.sub(rf"^\W*{re.escape(text)}", "", rest, flags=re.IGNORECASE)
-    if SECOND.search(WHY.split(beyond if beyond != rest else f"{signs} {rest}", 1)[0]):
+    beyond = WHY.split(beyond if beyond != rest else f"{signs} {rest}", 1)[0]
+    names = [(rf"(?i)\b{re.escape(one)}", "") for one in options if len(one) > 1]    # Vitamin K
+    if SECOND.search(replaced(beyond, names)):
         return ""
     begins = follows.split()[:1] == text.split()[:1] or text in follows
     alone = ASIDE.match(rest) or WHY.match(rest) or signs and (

@@ -31,9 +31,9 @@ ID_COLUMNS = ("unique_id", "id", "_id", "problem_idx", "Record ID", "task_id", "
 BOXED_RETRY = ("\nFinal Answer: \\boxed{", 16)
 CODE_RETRY = ("\nFinal Answer:\n```python\n", 256)
 # A condition on rows: `difficulty=hard`, `contest_date>=2024-08-01`.
-CONDITION = re.compile(r"(.+?) *([!<>]=|[<>=]) *(.*)")
-SIGNS = {"=": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le,
-         ">": operator.gt, ">=": operator.ge}
+CONDITION = re.compile(r"\s*([^!<>=]+?)\s*([!<>=]=|[<>=])\s*([^!<>=].*?)\s*")
+SIGNS = {"=": operator.eq, "==": operator.eq, "!=": operator.ne, "<": operator.lt,
+         "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 
 
 @dataclass(frozen=True)
@@ -216,11 +216,18 @@ class RowTask(Task):
 
 
 def meets(source, row, name, sign, value):
-    """Does the row's column `name` meet a condition? Numbers are compared as numbers, and all else
-    as texts. Raises ValueError without such a column, and Unusable if it is empty."""
+    """Does the row's column `name` meet a condition? Numbers are compared as numbers, dates as far
+    as the value goes (2024-08-31T10:00 is <=2024-08-31 and =2024), and all else as texts.
+
+    Raises ValueError without such a column. Raises Unusable if it is empty, or where a text would
+    be compared with a number by order, because `Level 1` is >=4 letter by letter."""
     cell = column(source, row, name)
     with suppress(ValueError):
         return SIGNS[sign](float(cell), float(value))
+    if re.match(r"\d{4}-\d\d", cell) and re.fullmatch(r"\d{4}(-\d\d)*", value):
+        cell = cell[:len(value)]
+    need(sign in ("=", "==", "!=") or cell[0].isdigit() == value[0].isdigit(),
+         f"{source} has '{cell[:40]}' in '{name}', which has no order with '{value}'", Unusable)
     return SIGNS[sign](cell, value)
 
 

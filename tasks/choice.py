@@ -37,8 +37,7 @@ STATED = re.compile(
     r"\b(?:(?:answer|option|choice|(?:correct|best) response) (?:is|(?:must|should|would|will|"
     r"seems to) be)\b|it must be\b|(?:answer|final choice)[^\w\n.?!]*[:\n]|"
     r"conclusion(?=\W*\n\W*[A-J]\W*\Z))[\s:`]*(?:(?:therefore|thus|hence|most|indeed|and|"
-    r"(?:clear|actual|certain|definite|obvious|like|probab)ly|I (?:think|believe)|it(?: i|['’])s)"
-    r"\b[\s,:]*){0,5}", re.I)
+    r"(?!un|hard|possib)\w+ly|I (?:think|believe)|it(?: i|['’])s)\b[\s,:]*){0,5}", re.I)
 # "Option C is correct", "Thus C is the right one", but not "A and (C) is correct"
 IS_RIGHT = re.compile(
     r"(?<![A-J] and )(?<![A-J]\) and )(?<!or )(?<!also )(?:\b(?i:option|choice|answer) \(?|\(|"
@@ -53,17 +52,17 @@ REPORTED = (rf"(?:according to|says|said|claims) (?:(?:the|my|an?) )?{OTHERS}|{O
             r"argue|suggest|believe|conclude|states?\b|answered|write|wrote))")
 SUPPOSED = re.compile(
     r"(?<!see )(?<!check )\b(?:if|unless|suppos(?:e|ing)|assum(?:es?\b|ing|ption that)|imagine|"
-    r"pretend|hypothetical\w*|in case|as though|for the sake of argument|depending)\b|"
-    rf"^\W*(?:were|had|should|provided|say)\b|{REPORTED}", re.I)
-# What stands before it in its clause may not deny or doubt it.
-CLAUSE = re.compile(
-    r"[;:—]|,(?! that\b)|(?<!-)\b(?:so|thus|hence|therefore|because|and|but)\b", re.I)
+    r"pretend|hypothetical\w*|in case|as though|for the sake of argument|depending|"
+    r"(?:maybe|perhaps|possibly)\W+(?:the )?$)(?!\w)|^\W*(?:were|had|should|provided|say)\b|"
+    + REPORTED, re.I)
+# What stands before it in its clause may not deny it or doubt it.
+CLAUSE = re.compile(r"[;:—]|,(?! that\b)|(?<!-)\b(?:so|thus|hence|therefore|because|and|but)\b")
 DENIED = re.compile(
-    r"\b(?:not|never|(?<!no )(?<!a )doubt|unlikely|rule out|except|false|mistake|(?<!we )may|"
-    r"might|could|whether|would follow|opposite|cannot)\b|n['’]t\b|\b(?:(?:idea|claim|case|given|"
-    r"take it) that|when|perhaps|maybe|possibly)(?: the)?\W*$|(?:\b(?:wrong|incorrect|least|less|"
-    r"worst|second|first|initial|previous|other|another|alternative|(?<!best )possible|rejected|"
-    r"discarded|eliminated|excluded|almost|nearly|their|his|her)\b|"
+    r"\b(?:not(?! surprising)|never|(?<!no )(?<!a )(?<!out )doubt|unlikely|rule out|except|false|"
+    r"mistake|(?<!we )may|might|could|whether|would follow|opposite|cannot)\b|n['’]t\b|"
+    r"\b(?:(?:idea|claim|case|given|take it) that|when)(?: the)?\W*$|(?:\b(?:wrong|incorrect|least|"
+    r"less|worst|first|second|initial|other|previous|another|alternative|(?<!best )possible|almost|"
+    r"rejected|eliminated|discarded|excluded|nearly|their|his|her)\b|"
     rf"{OTHERS}['’])(?:(?!\b(?:the|my|our)\b).)*$", re.I)
 # It may not be taken back right behind the letter: "D?", "D if ..", "D. That is wrong.", "D. No, C"
 TAKEN_BACK = re.compile(

@@ -10,11 +10,11 @@ r"""Questions to look up: Bamboogle and HotpotQA. Does the answer match, to the 
 An exact match is as usual for such questions: lower case, no punctuation, no a/an/the, single
 blanks. Any one gold answer will do. Unlike usual, a sign in or before a number counts: 1.5 is not
 15, nor 5-4 54, nor -5 5, nor 9/11 911, nor 10,5 105. But 1,000 is 1000, F-16 is F16, and all signs
-between two digits are one, but for the point: 3-2 is 3:2, and 5%-10% is 5-10%. LaTeX and unicode have several ways to
-write a letter: `Beyonc\'{e}` is Beyoncé, but Zurich is not Zürich. An answer without an
-exact match goes to a judge, if one is configured (API_KEY, API_MODEL and API_BASE_URL, see
-tools/web.py). `Score.note` says which of the two decided. HotpotQA brings ten paragraphs with each
-question. They are left out, because the agents are to search.
+between two digits are one, but for the point: 3-2 is 3:2, and 5%-10% is 5-10%. LaTeX and unicode
+have several ways to write a letter: `Beyonc\'{e}` is Beyoncé, but Zurich is not Zürich. An answer
+without an exact match goes to a judge, if one is configured (API_KEY, API_MODEL and API_BASE_URL,
+see tools/web.py). `Score.note` says which of the two decided. HotpotQA brings ten paragraphs with
+each question. They are left out, because the agents are to search.
 """
 import re
 import string

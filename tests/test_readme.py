@@ -13,7 +13,6 @@ from helpers import PROJECT
 import evaluate
 import train_inner
 import train_outer
-from docs import hours
 from styles import get_style
 
 README = (PROJECT / "README.md").read_text()
@@ -87,18 +86,6 @@ def test_the_code_of_the_readme():
     exec(code, names)                                   # our own text, from our own README
     assert names["run"].thoughts[1, "planner"].shape == (1, 6, 96)
     assert names["run"].sent[1, "outer_12"].shape == (1, 6, 80)
-
-
-@pytest.mark.parametrize("style", hours.STYLES)
-def test_hours_of_docs_reproduce(style):
-    """The table shows what docs/hours.py computes."""
-    line = re.search(rf"^\| {style} .*?\|(.*) \|$", PAGES.split("in hours:\n")[1], re.M)[1]
-    *asked, outer, rollouts = [cell.strip() for cell in line.split("|")]
-    for dataset, cell in zip(list(hours.QUESTIONS)[:6], asked, strict=True):
-        assert not cell or float(cell) == pytest.approx(
-            hours.asking(style, dataset, 75, 2.92), rel=.1, abs=.006)
-    assert [float(outer), float(rollouts)] == pytest.approx(
-        [hours.training(style, 2), hours.training(style, 32)], abs=.5)
 
 
 def test_files_that_the_pages_name_exist():

@@ -6,6 +6,7 @@ import sys
 import types
 import weakref
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import requests
@@ -234,16 +235,18 @@ def failing(monkeypatch):
     return let_fail
 
 
-def test_a_question_that_fails_is_recorded_and_the_run_goes_on(ask, run, failing):
-    """Its batch is halved until it stands alone. (shuffle needs the whole batch.)"""
+def test_a_question_that_fails_is_recorded_and_the_run_goes_on(ask, run, failing, monkeypatch):
+    """Its batch is halved until it stands alone, each time with an empty cache of the card. The
+    others are answered as before. (shuffle needs the whole batch.)"""
     flags = [*TINY_RUN, "--method", "latent", "text", "shuffle"]
     whole, _ = ask(*flags)
     bad = whole[1]["question"]
-    asked = failing(lambda questions: FULL if bad in questions else None)
+    asked, emptied = failing(lambda questions: FULL if bad in questions else None), Mock()
+    monkeypatch.setattr(torch.cuda, "empty_cache", emptied)
     _, said, _ = run(evaluate, *flags)
     lines, summary = results()
     assert bad in asked[0] and [len(questions) for questions in asked[1:]] == [
-        *[3, 1, 2, 1, 1] * 2, 3, 3, 3, 3]
+        *[3, 1, 2, 1, 1] * 2, 3, 3, 3, 3] and emptied.call_count == 2 * 2
     for line, wanted in zip(lines, whole, strict=True):
         if line["question"] == bad or wanted in whole[6:9]:
             assert line == {**wanted, "outputs": [], "parsed": [], "correct": [], "notes": [],

@@ -48,9 +48,12 @@ def test_the_trainers_last_line_names_questions_like_those_of_the_training():
 
 
 def test_a_style_file_may_import_the_file_beside_it(tmp_path):
+    """Its last style counts, and those that it only imports do not."""
     (tmp_path / "helper.py").write_text("NAME = 'beside'\n")
     (tmp_path / "mine.py").write_text("from dataclasses import replace\nimport helper\nfrom styles."
-                                      "tiny import tiny\nmine = replace(tiny, name=helper.NAME)\n")
+                                      "relay import relay\nfirst = replace(relay, name='first')\n"
+                                      "mine = replace(first, name=helper.NAME)\n"
+                                      "from styles.tiny import tiny\n")
     assert get_style(str(tmp_path / "mine.py")).name == "beside"
 
 

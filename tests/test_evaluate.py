@@ -12,21 +12,17 @@ import shlex
 import shutil
 import sys
 from importlib import import_module
-from unittest.mock import Mock
 
 import pytest
-import torch
 from helpers import PROJECT, write_rows
 
 import evaluate
 from evaluation import merge, report
-from evaluation.answers import Job, Plan, answer_batch, write_part
+from evaluation.answers import write_part
 from evaluation.statistics import bootstrap, wilson
-from recurse import MAS
 from support import files, flags
 from support.batches import chunks
 from tasks import get_task
-from writing import Writing
 
 QUICK = ["--num_samples", 6, "--batch_size", 3, "--num_recursive_rounds", 2, "--method", "text",
          "latent", "shuffle", "--temperature", 0.8]
@@ -163,14 +159,6 @@ def test_a_new_run_keeps_the_old_results(finished, tmp_path, run):
 
 # ---- what is asked ------------------------------------------------------------------------------
 
-def test_results_do_not_depend_on_the_batch_size(finished, tmp_path, run):
-    """Sampled ones neither. (shuffle sends the thoughts of the next question of the batch.)"""
-    run(evaluate, *QUICK, "--num_samples", 4, "--method", "text", "latent", "--batch_size", 2,
-        "--out", tmp_path)
-    threes, twos = (untimed(out / "results.jsonl") for out in (finished[0], tmp_path))
-    assert len(twos) == 8 and all(line in threes for line in twos)
-
-
 @pytest.mark.parametrize("m", [6, 5])
 def test_show_prints_every_turn_and_scores_nothing(m, tmp_path, run):
     """Another m than tiny's own says what it measures."""
@@ -178,37 +166,6 @@ def test_show_prints_every_turn_and_scores_nothing(m, tmp_path, run):
     assert code == 0 and out.count("thinks") == 2 * 8 and out.count("writes") == 2
     assert ("m = 5" in out) == (m == 5)
     assert not (tmp_path / "none").exists()
-
-
-def small_job(method, rounds):
-    """QUESTIONS, to be answered in 8 words after 3 thoughts."""
-    task, plan = get_task("tiny"), Plan([], [], latent_length=3, batch_size=4, writing=Writing(8))
-    return Job(task, plan, method, rounds, task.load(4))
-
-
-@dataclasses.dataclass
-class SmallCard(MAS):
-    """A system that runs out of memory with more than `fits` questions."""
-    fits: int = 1
-
-    def respond(self, request, *arguments, **options):
-        if len(request.questions) > self.fits:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return super().respond(request, *arguments, **options)
-
-
-@pytest.mark.parametrize("fits, times", [(4, 0), (2, 1), (1, 3)])
-def test_a_halved_batch_begins_with_an_empty_cache(fits, times, shipped, monkeypatch):
-    """Of the card's memory: what the failed batch held is given back before its halves are asked.
-    The lines are those of a card with enough memory."""
-    emptied = []
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
-    lines = [answer_batch(mas, small_job("latent", rounds=1))
-             for mas in (shipped, SmallCard(**vars(shipped), fits=fits))]
-    assert len(emptied) == times
-    for line in (*lines[0], *lines[1]):
-        del line["seconds"], line["peak_memory_mb"]
-    assert lines[0] == lines[1]
 
 
 # ---- figures ------------------------------------------------------------------------------------
@@ -281,18 +238,3 @@ def test_a_wrong_call_is_one_line(script, wrong, named, tmp_path, monkeypatch, r
                           "out", *shlex.split(wrong.replace("PROJECT", str(PROJECT))))
     assert code == 2 and len(errors) == 1 and errors[0].startswith("error: ")
     assert named in errors[0] and not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("problem", [
-    torch.OutOfMemoryError("CUDA out of memory"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: can't allocate memory"),
-    RuntimeError("shapes do not fit")], ids=["card", "processor", "bug"])
-def test_too_little_memory_is_one_line(problem, capsys):
-    """On a GPU and on a CPU. Any other RuntimeError is a bug, and keeps its traceback."""
-    with pytest.raises((SystemExit, RuntimeError)) as stopped:
-        flags.run(Mock(side_effect=problem))
-    if "memory" in str(problem):
-        said = capsys.readouterr().err
-        assert stopped.value.code == 2 and "--batch_size" in said and said.count("\n") == 1
-    else:
-        assert stopped.value is problem

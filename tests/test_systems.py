@@ -34,7 +34,6 @@ from evaluation.gradients import message_gradients
 from link import InnerLink, OuterLink
 from recurse import load_mas_system
 from styles import ANSWER_FORMAT, get_style
-from training import rows
 from writing import Writing
 
 STYLES = ("sequential_light", "sequential_scaled", "mixture", "distillation", "deliberation")
@@ -481,11 +480,6 @@ def test_kinds_change_the_loss():
     assert losses[None] == losses["math"]          # the kind of the run, --mas_task
 
 
-def test_an_unknown_task_family_is_named():
-    with refuses("poetry", "math, choice, code, search"):
-        rows.keep_usable([MIXED[0], {**MIXED[1], "task_family": "poetry"}], KINDS.roles)
-
-
 @pytest.mark.parametrize("family, method", fast(
     ("mistral", "latent"), ("qwen3_5", "latent"), *(("llama", method) for method in METHODS),
     of=[(family, method) for family in ("llama", "mistral", "qwen3_5") for method in METHODS]))
@@ -626,15 +620,6 @@ def test_a_style_file_trains_and_answers(tmp_path, done):
     assert command[:2] == ["python", "evaluate.py"]
     assert str(debate) in command and f"outer={tmp_path / 'outer'}" in command
     assert "round 2  right" in done(evaluate, *command[2:])
-
-
-def test_the_last_style_of_a_file_counts(tmp_path):
-    """A file may make helpers and several styles. A style that it only imports does not count."""
-    path, debate = tmp_path / "mine.py", (DATA / "debate.txt").read_text()
-    for more, name in (("import dataclasses\nmore = dataclasses.replace(debate, name='b')\n", "b"),
-                       ("from styles.tiny import tiny\n", "debate")):
-        path.write_text(debate + more)
-        assert get_style(str(path)).name == name
 
 
 # ---- devices and memory -------------------------------------------------------------------------

@@ -74,14 +74,6 @@ def test_ceiling_counts_the_chains_that_fit():
     assert tiny.ceiling(examples, 3) == 1.0
 
 
-def test_a_number_of_thoughts_that_the_agents_do_not_know_is_told(capsys):
-    """They were made for notes of six words."""
-    get_task("tiny").check_m(None, 6)
-    assert capsys.readouterr().out == ""
-    get_task("tiny").check_m(None, 5)
-    assert "5" in capsys.readouterr().out
-
-
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample():
     for n, c, k in ((5, 2, 3), (10, 1, 10), (6, 0, 2), (4, 4, 1), (7, 3, 1)):
         subsets = list(combinations([True] * c + [False] * (n - c), k))

@@ -47,8 +47,8 @@ from docs.build_tiny import CHAT_TEMPLATE, WORD_ID  # noqa: E402
 torch.set_num_threads(1)        # nothing here is large; a second thread only waits for the first
 FAMILIES = ("qwen3", "llama", "qwen2", "mistral", "gemma3", "gemma3_conditional", "qwen3_5",
             "qwen3_5_conditional")
-WIDTHS = {"qwen3": 32, "llama": 24, "qwen2": 40, "mistral": 16, "gemma3": 24, "qwen3_5": 32}
-WINDOW = 6              # of mistral and gemma3, shorter than the prompts, so that it matters
+MODELS = json.loads((PROJECT / "tests/data/small_models.json").read_text())
+WINDOW = MODELS["own"]["mistral"]["sliding_window"]     # shorter than the prompts: so it matters
 EXTRA_WORDS = tuple(dict.fromkeys(
     (ANSWER_FORMAT["math"] + " <|system|> plan: check: notes: own: mend it team of three").split()))
 VOCABULARY = {word: i for i, word in enumerate((*WORD_ID, *EXTRA_WORDS))}
@@ -94,29 +94,17 @@ def new_model(family, seed=0, vocabulary=VOCABULARY, width=None):
     """A random float32 causal LM of a real architecture, large enough weights to be lively."""
     torch.manual_seed(seed)
     kind = family.removesuffix("_conditional")
-    width = width or WIDTHS[kind]
-    shared = dict(vocab_size=len(vocabulary), hidden_size=width, intermediate_size=2 * width,
-                  num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                  max_position_embeddings=256, initializer_range=0.12, tie_word_embeddings=True,
-                  bos_token_id=vocabulary["<bos>"], eos_token_id=vocabulary["<eos>"],
-                  pad_token_id=vocabulary["<pad>"])
-    layers = ["sliding_attention", "full_attention"]
-    rope = dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=1.0,
-                mrope_section=[2, 1, 1])
-    own = {"qwen3": dict(head_dim=8), "mistral": dict(sliding_window=WINDOW),
-           "gemma3": dict(head_dim=8, sliding_window=WINDOW, layer_types=layers),
-           "qwen3_5": dict(head_dim=8, num_hidden_layers=4, initializer_range=0.08,
-                           tie_word_embeddings=family == kind,      # else said at the top alone
-                           linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
-                           linear_value_head_dim=8, rope_parameters=rope)}
-    settings = {**shared, **own.get(kind, {})}
-    vision = dict(hidden_size=16, intermediate_size=16)
+    width = width or MODELS["widths"][kind]
+    settings = {**MODELS["all"], **MODELS["own"].get(kind, {}), "vocab_size": len(vocabulary),
+                "hidden_size": width, "intermediate_size": 2 * width}
+    settings |= {f"{one}_token_id": vocabulary[f"<{one}>"] for one in ("bos", "eos", "pad")}
+    vision = MODELS["vision"].get(kind)
     if kind == "gemma3":
-        vision.update(num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
         settings = dict(text_config=settings, vision_config=vision, mm_tokens_per_image=4)
     elif kind == "qwen3_5":
-        vision.update(depth=1, num_heads=2, out_hidden_size=width, num_position_embeddings=16)
-        settings = dict(text_config=settings, vision_config=vision, tie_word_embeddings=True)
+        settings["tie_word_embeddings"] = family == kind            # else said at the top alone
+        settings = dict(text_config=settings, tie_word_embeddings=True,
+                        vision_config={**vision, "out_hidden_size": width})
     config = AutoConfig.for_model(kind, **settings)
     if family == kind:
         return AutoModelForCausalLM.from_config(config.get_text_config()).eval()
@@ -346,6 +334,13 @@ def fast(*chosen, of):
 def log_of(folder):
     """The lines of a training's log."""
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def untimed(path):
+    """The lines of a .jsonl file, without what differs from run to run."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{name: value for name, value in line.items()
+             if name not in ("seconds", "peak_memory_mb")} for line in lines]
 
 
 def links_of(folder):

@@ -622,11 +622,3 @@ def test_an_untied_head_behind_links(tmp_path):
     assert_same_state(agent, loaded)
     assert torch.equal(loaded.model.lm_head.weight, model.lm_head.weight)
     assert not torch.equal(loaded.model.lm_head.weight, loaded.embedding.weight)
-
-
-def test_models_that_cannot_be_agents():
-    """Layers of an unknown kind."""
-    model = new_model("qwen3")
-    model.config.layer_types = ["full_attention", "chunked_attention"]
-    with refuses("chunked_attention"):
-        Agent(model, word_tokenizer())

@@ -75,17 +75,8 @@ def test_memory_of_all_styles_in_both_dtypes(capsys):
     check_memory(capsys.readouterr().out, lines)
 
 
-def test_half_precision_in_chosen_sections(ask):
-    chosen = ["training", "step", "rollout", "answer", "decoding"]
-    printed, figures, code = ask("--dtype", "bfloat16", "--layers", "1", "--sections", *chosen)
-    assert code == 0 and figures["dtype"] == "torch.bfloat16" and figures["layers"] == 1
-    assert list(figures["sections"]) == chosen and "\nmemory:" not in printed
-    for line in figures["sections"]["rollout"]:
-        assert line["apart"] <= 0.1 and "1 layers" in line["case"]
-
-
 def test_each_agent_may_have_other_dimensions(ask, monkeypatch):
-    """As with --dims light: three models, and links between their widths."""
+    """As with --dims light: three models, and links between their widths. In half precision too."""
     configs = {family: models.dims(family, width, 64, 2, 4, 2, 256, head_dim=16)
                for family, width in (("qwen3", 32), ("llama", 64), ("qwen2", 96))}
     light = [models.real_dims()[base] for base in bench.DIMS["light"]]
@@ -93,8 +84,12 @@ def test_each_agent_may_have_other_dimensions(ask, monkeypatch):
         (2048, 28), (2048, 16), (1536, 28)]
     monkeypatch.setattr(models, "real_dims", lambda: configs)
     monkeypatch.setitem(bench.DIMS, "tiny", list(configs))
-    _, figures, code = ask("--sections", "answer", "training")
-    assert code == 0 and len(figures["sections"]["training"]) == 2
+    chosen = ["training", "step", "rollout", "answer", "decoding"]
+    for dtype in ("float32", "bfloat16"):
+        printed, figures, code = ask("--dtype", dtype, "--layers", 1, "--sections", *chosen)
+        assert code == 0 and (figures["dtype"], figures["layers"]) == (f"torch.{dtype}", 1)
+        assert list(figures["sections"]) == chosen and "\nmemory:" not in printed
+        assert all("1 layers" in line["case"] for line in figures["sections"]["rollout"])
     # Llama's config brings an end token. Here no text ends before its length.
     llama = models.new_agent("llama", 1, torch.device("cpu"), torch.float32)
     assert len(llama.body.layers) == 1 and not llama.end_tokens

@@ -11,7 +11,8 @@ from unittest.mock import Mock
 import pytest
 import requests
 import torch
-from helpers import HELPED, MBPP, MEDQA, PROJECT, ROWS, lines_of, live_row, scripted_mas, write_rows
+from helpers import (HELPED, MBPP, MEDQA, PROJECT, ROWS, lines_of, live_row, scripted_mas, untimed,
+                     write_rows)
 
 import evaluate
 from evaluation import report
@@ -35,10 +36,7 @@ def file_of(name, rows):
 
 def results():
     """(result lines without what differs from run to run, summary) of the last run."""
-    lines = [json.loads(line) for line in Path("out/results.jsonl").read_text().splitlines()]
-    for line in lines:
-        del line["seconds"], line["peak_memory_mb"]
-    return lines, json.loads(Path("out/summary.json").read_text())
+    return untimed(Path("out/results.jsonl")), json.loads(Path("out/summary.json").read_text())
 
 
 @pytest.fixture(autouse=True)

@@ -25,19 +25,17 @@ def words_in(rows):
     return {word for row in rows for word in row["answer"].split()}
 
 
-def lengths_of(rows):
-    return [len(row["answer"].split()) for row in rows]
-
-
 def test_lists_of_the_test_have_words_of_no_training_row():
     known = words_in(LISTS.train_rows(9000, 0))
     for split, same in (("test", False), ("train", True)):
         rows = LISTS.asked(split)
-        assert lengths_of(rows) == [k for k in relay.LENGTHS for _ in range(64)]
+        assert [row["answer"].count(" ") + 1 for row in rows] == [
+            length for length in relay.LENGTHS for _ in range(64)]
         assert FOUR.asked(split) == rows[128:192]           # alone as among the others
         assert len(known & words_in(rows)) > 900 if same else known.isdisjoint(words_in(rows))
     assert words_in(LISTS.asked("test")) <= LISTS.leave_out > set(get_task("relay").leave_out)
-    assert lengths_of(LISTS.train_rows(6, 1) + FOUR.train_rows(2, 1)) == [*relay.LENGTHS, 1, 4, 4]
+    assert [row["answer"].count(" ") + 1 for row in LISTS.train_rows(6, 1) + FOUR.train_rows(2, 1)
+            ] == [*relay.LENGTHS, 1, 4, 4]
 
 
 @pytest.mark.parametrize("text, right, count", lines_of("tasks/relay_list_answers.jsonl"))

@@ -14,7 +14,7 @@ import sys
 from importlib import import_module
 
 import pytest
-from helpers import PROJECT, write_rows
+from helpers import PROJECT, untimed, write_rows
 
 import evaluate
 from evaluation import merge, report
@@ -28,13 +28,6 @@ QUICK = ["--num_samples", 6, "--batch_size", 3, "--num_recursive_rounds", 2, "--
          "latent", "shuffle", "--temperature", 0.8]
 IMPORTS = "from dataclasses import replace\nfrom styles.tiny import tiny\n"
 QUESTIONS = [example.question for example in get_task("tiny").load(4)]
-
-
-def untimed(path):
-    """Result lines without what differs from run to run."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{name: value for name, value in line.items()
-             if name not in ("seconds", "peak_memory_mb")} for line in lines]
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,13 @@ import sys
 
 import pytest
 import torch
-from helpers import PROJECT, lines_of, log_of, run_ranks, start_ranks, tiny_in_float64
+from helpers import PROJECT, lines_of, log_of, run_ranks, start_ranks, tiny_in_float64, untimed
 
 import evaluate
 import train_inner
 import train_outer
 from support import ranks
 
-TIMES = ("seconds", "peak_memory_mb")
 OUTER = ["--eval_samples", 0, "--num_samples", 64, "--warm_start_steps", 0, "--role_loss_weight", 0,
          "--num_recursive_rounds", 2, "--log_every", 1, "--latent_length", 2, "--max_steps", 3]
 INNER = ["--num_samples", 20, "--held_out", 4, "--log_every", 1, "--latent_length", 2,
@@ -51,10 +50,9 @@ def test_ranks_evaluate_to_the_same_results(tmp_path, run):
 
     def told(name):
         """The lines and the table, without the times."""
-        lines = (tmp_path / name / "results.jsonl").read_text().splitlines()
         table = json.loads((tmp_path / name / "summary.json").read_text())["rows"]
-        return [{key: value for key, value in one.items() if key not in TIMES}
-                for one in [*map(json.loads, lines), *table]]
+        return untimed(tmp_path / name / "results.jsonl"), [
+            {**entry, "seconds": 0, "peak_memory_mb": 0} for entry in table]
 
     def two(*more):
         codes, said = run_ranks(2, "evaluate.py", *flags, "--out", tmp_path / "two", *more)

@@ -351,16 +351,6 @@ def test_the_last_agent_alone(mas, itself, hears_itself, method, rounds, turns):
         assert texts[b] == last and run.decoded[b] == count
 
 
-@pytest.mark.parametrize("method, missing", [("single", "first"), ("single_loop", "own")])
-def test_a_baseline_needs_its_prompt(mas, method, missing):
-    """Where the style has no words for it, one line says which prompt is missing."""
-    *others, solver = THREE.roles
-    style = dataclasses.replace(THREE, roles=(*others, dataclasses.replace(
-        solver, **{missing: ""})))
-    with refuses("solver", f"`{missing}`"):
-        respond(dataclasses.replace(mas, style=style), QUESTIONS[:2], 1, M, method=method)
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_a_question_that_looks_like_a_slot_is_plain_text(mas, method):
     """Its words are unknown to the vocabulary, so the answer is that to as many unknown words."""

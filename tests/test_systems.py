@@ -234,24 +234,20 @@ def test_a_released_system_loads_by_its_hub_ids(name, task, at_hub):
 
 @pytest.mark.parametrize("name", STYLES)
 def test_prompts_are_made_of_known_words(name, at_hub):
-    """The rendered chat of each role and kind holds the question once and whole, and no slot is
-    left over. The templates that know no system role still say the system text."""
+    """The rendered chat of each role and kind holds the question once and whole, and its slots. The
+    templates that know no system role still say the system text."""
     mas = system(name)
     for role in mas.style.roles:
-        agent = mas.agents[role.name]
-        heard = mas.style.heard_by(role.name)
+        agent, heard = mas.agents[role.name], mas.style.heard_by(role.name)
         for kind in ("math", "choice", "code", "search"):
             values = {"question": QUESTIONS[:1], "answer_format": [ANSWER_FORMAT[kind]]}
             [parts] = agent.tokenize_prompts(role.system, mas.style.words_for(role, kind, heard),
                                              values, heard)
             assert [part for part in parts if isinstance(part, str)] == heard
             ids = [token for part in parts if not isinstance(part, str) for token in part]
-            words = agent.tokenizer.convert_ids_to_tokens(ids)
-            text = " ".join(words)
-            assert "<unk>" not in words and "{question}" not in text
-            assert text.count(QUESTIONS[0]) == 1
+            text = " ".join(agent.tokenizer.convert_ids_to_tokens(ids))
+            assert "<unk>" not in text and text.count(QUESTIONS[0]) == 1
             assert " ".join(role.system.split()) in text
-            assert (ANSWER_FORMAT[kind] in text) == (role is mas.style.roles[-1])
 
 
 @pytest.mark.parametrize("name, key", fast(
@@ -259,35 +255,27 @@ def test_prompts_are_made_of_known_words(name, at_hub):
         ("sequential_light", "refiner"), ("sequential_scaled", "solver"), ("mixture", "code"),
         ("distillation", "distill_expert"), ("deliberation", "reflector")]))
 def test_ckpt_override_changes_one_role(name, key, at_hub, tmp_path):
-    """It is called by our name or by the published one: refiner is the critic. All else stays."""
+    """It is called by our name or by the published one: refiner is the critic. All else stays. The
+    files are those of the published trainer. What is given is not asked of the hub: here there is
+    no such repo."""
     style = get_style(name)
     role = style.role(key)
     write_agent(tmp_path / "it", at_hub, role.model, False, seed=9)
-    mas = load_mas_system(name, device="cpu", ckpt_override={key: str(tmp_path / "it")})
-    assert holds(mas.agents[role.name].inner, tmp_path / "it/adapter.pt")
-    kept = [holds(*link) for link in released_files(mas, at_hub)]
-    assert kept == [i != style.roles.index(role) for i in range(len(kept))]
-
-
-@pytest.mark.parametrize("name", fast("sequential_light", "deliberation", of=STYLES))
-def test_links_as_the_published_trainer_writes_them(name, at_hub, tmp_path):
-    """adapter.pt is beside the whole model, outer_XX.pt beside two manifests. No repo is asked."""
-    style, override = get_style(name), {"outer": str(tmp_path / "outer")}
-    for role in style.roles:
-        override[role.name] = str(tmp_path / role.name)
-        write_agent(tmp_path / role.name, at_hub, role.model, False, 3)
-        (tmp_path / role.name / "train_args.json").write_text('{"mas_role": "x", "seed": 42}')
+    (tmp_path / "it/train_args.json").write_text('{"mas_role": "x", "seed": 42}')
     write_outer(tmp_path / "outer", style, False)
     (tmp_path / "outer/outer_adapter_config.json").write_text("{}")
-    before = stamps(tmp_path)
-    elsewhere = dataclasses.replace(style, repo="no/outer", roles=tuple(
-        dataclasses.replace(role, repo="no/repo", model="no/model") for role in style.roles))
-    mas = load_mas_system(elsewhere, device="cpu", ckpt_override=override)
-    for role in style.roles:
-        assert holds(mas.agents[role.name].inner, tmp_path / role.name / "adapter.pt")
-    for edge in style.edges:
-        assert holds(mas.outer[edge.key], tmp_path / f"outer/{edge.key}.pt")
-    assert len(mas.answer(QUESTIONS[:1], 1, 2, max_new_tokens=2)) == 1
+    before, override = stamps(tmp_path), {key: str(tmp_path / "it")}
+    gone = dataclasses.replace(style, roles=tuple(
+        dataclasses.replace(one, repo="no/repo", model="no/model") if one is role else one
+        for one in style.roles))
+    mas = load_mas_system(gone, device="cpu", ckpt_override=override)
+    assert holds(mas.agents[role.name].inner, tmp_path / "it/adapter.pt")
+    files = released_files(dataclasses.replace(mas, style=style), at_hub)
+    assert [holds(*link) for link in files] == [
+        i != style.roles.index(role) for i in range(len(files))]
+    mas = load_mas_system(dataclasses.replace(gone, repo="no/outer"), device="cpu",
+                          ckpt_override={**override, "outer": str(tmp_path / "outer")})
+    assert all(holds(link, tmp_path / f"outer/{key}.pt") for key, link in mas.outer.items())
     assert stamps(tmp_path) == before
 
 

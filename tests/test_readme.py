@@ -48,7 +48,7 @@ def run_commands(block, monkeypatch):
     return scripts
 
 
-def test_the_style_of_docs_debate(tmp_path, monkeypatch):
+def test_the_style_of_docs_debate(tmp_path, monkeypatch, capsys):
     """Its files are written, its rows made, its links trained, its debate scored."""
     text = (PROJECT / "docs/debate.md").read_text()
     style, rows = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
@@ -63,6 +63,8 @@ def test_the_style_of_docs_debate(tmp_path, monkeypatch):
     (tmp_path / "rows.py").write_text(rows)
     assert run_commands(commands, monkeypatch) == [
         "rows.py", "train_inner.py", "train_outer.py", "evaluate.py"]
+    assert ("python evaluate.py --style debate.py --ckpt_override outer=out/debate "
+            in capsys.readouterr().out)                               # the trainer's last line
     summary = json.loads((tmp_path / "out/evaluate/summary.json").read_text())
     assert [row["method"] for row in summary["rows"]] == ["text", "untrained", "latent"]
     assert all(row["style"] == "debate" and row["n"] == 4 for row in summary["rows"])
@@ -71,11 +73,18 @@ def test_the_style_of_docs_debate(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page, at", [(README, "python train_inner.py --style tiny --mas_role"),
                                       (PAGES, "python train_outer.py --latents teacher --role")])
-def test_commands_run_one_after_the_other(page, at, tmp_path, monkeypatch):
-    """Those of README's training and evaluation, and the published loss of docs/training.md."""
+def test_commands_run_one_after_the_other(page, at, tmp_path, monkeypatch, capsys):
+    """Those of README's training and evaluation, and the published loss of docs/training.md. Then
+    the command of the trainer's last line. Its comparison has all methods."""
     block = at + page.split(at)[1].split("```")[0]
     monkeypatch.chdir(tmp_path)
     run_commands(block, monkeypatch)
+    command = re.findall("^python evaluate.py .*", capsys.readouterr().out, re.M)[-1]
+    run_commands(command, monkeypatch)
+    assert "round 1  solver     writes" in capsys.readouterr().out
+    folder = re.search(r"outer=(\S+)", command)[1]
+    assert {row["method"] for row in json.loads((tmp_path / folder / "summary.json").read_text())[
+        "rows"]} == {*evaluate.METHODS}
 
 
 def test_the_code_of_the_readme():

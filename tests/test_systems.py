@@ -587,29 +587,6 @@ def test_a_design_does_not_overrule_a_style(monkeypatch):
     assert train_inner.parse()[1].name == "sequential_scaled"
 
 
-# ---- a style in one file ------------------------------------------------------------------------
-
-def test_a_style_file_trains_and_answers(tmp_path, done):
-    """All three scripts take a style by its path, and it gets links of its own. The command in the
-    trainer's last line asks the system that was trained: this style file, these links."""
-    debate = shutil.copy(DATA / "debate.txt", tmp_path / "debate.py")
-    done(train_inner, "--style", debate, "--mas_role", "left", "--dataset_name", "tiny",
-         "--num_samples", 10, "--max_steps", 2, "--latent_length", 2, "--own_length", 4,
-         "--save_dir", tmp_path / "left")
-    said = done(train_outer, "--style", debate, "--dataset_name", "tiny", "--num_samples", 20,
-                "--max_steps", 3, "--batch_size", 2, "--latent_length", 2,
-                "--num_recursive_rounds", 2, "--eval_samples", 2, "--log_every", 1, "--save_dir",
-                tmp_path / "outer", "--left_inner_aligner_path", tmp_path / "left")
-    assert finite_losses(tmp_path / "outer")
-    table = json.loads((tmp_path / "outer/summary.json").read_text())["rows"]
-    assert {entry["style"] for entry in table} == {"debate"} and {
-        entry["method"] for entry in table} == {*evaluate.METHODS}
-    command = said.strip().splitlines()[-1].split()
-    assert command[:2] == ["python", "evaluate.py"]
-    assert str(debate) in command and f"outer={tmp_path / 'outer'}" in command
-    assert "round 2  right" in done(evaluate, *command[2:])
-
-
 # ---- devices and memory -------------------------------------------------------------------------
 
 def answers(mas, **options):

@@ -762,16 +762,14 @@ def test_hub_sets_load(hub, case):
     assert hub.asked[1] == (*published[:2], "other")
 
 
-def test_a_gated_set_says_what_to_do(hub):
+def test_no_access_says_what_to_do(hub, monkeypatch):
+    """Of a gated set, and without a network."""
+    import huggingface_hub
     from datasets.exceptions import DatasetNotFoundError
     hub.problem = DatasetNotFoundError("Dataset 'Idavidrein/gpqa' is a gated dataset on the Hub.\n"
                                        "You must be authenticated to access it.")
     with refuses("Idavidrein/gpqa", "hf auth login", kind=OSError):
         get_task("gpqa").load()
-
-
-def test_no_network_says_what_to_do(hub, monkeypatch):
-    import huggingface_hub
 
     def download(*args, **kwargs):
         raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")

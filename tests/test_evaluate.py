@@ -18,7 +18,6 @@ from helpers import PROJECT, untimed, write_rows
 
 import evaluate
 from evaluation import merge, report
-from evaluation.answers import write_part
 from evaluation.statistics import bootstrap, wilson
 from support import files, flags
 from support.batches import chunks
@@ -74,28 +73,6 @@ def test_the_ceiling_is_that_of_the_system_made_for_the_task(finished, shipped, 
 
 
 # ---- resuming -----------------------------------------------------------------------------------
-
-def test_a_broken_run_resumes_to_the_same_results(finished, tmp_path, run):
-    """Parts that are missing, cut off or failed are answered again, the others are kept."""
-    out = shutil.copytree(finished[0], tmp_path / "out")
-    whole = untimed(out / "results.jsonl")
-    missing, torn, failed, *kept = sorted((out / "parts").iterdir())
-    lines = json.loads(failed.read_text())["lines"]
-    lines[1]["error"] = "OutOfMemoryError: .."
-    write_part(failed, lines)
-    torn.write_text(torn.read_text()[:99])
-    (out / "parts/a.json.part").write_text("half")                   # what kill -9 leaves behind
-    missing.unlink()
-    (out / "results.jsonl").unlink()
-    times = [part.stat().st_mtime_ns for part in kept]
-    assert run(evaluate, *QUICK, "--out", out, "--resume")[0] == 0
-    assert untimed(out / "results.jsonl") == whole
-    assert [part.stat().st_mtime_ns for part in kept] == times and len(times) == 3
-    for more, named in ((["--out", out, "--temperature", 0.7], [str(out), "temperature"]),
-                        (["--out", tmp_path / "new"], [str(tmp_path / "new"), "--resume"])):
-        code, _, errors = run(evaluate, *QUICK, *more, "--resume")
-        assert code == 2 and len(errors) == 1 and all(name in errors[0] for name in named)
-
 
 def test_a_folder_that_is_removed_meanwhile_costs_no_answer(finished, tmp_path, monkeypatch, run):
     out, real, batches = tmp_path / "out", evaluate.answer_batch, []

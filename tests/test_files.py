@@ -21,6 +21,7 @@ import evaluate
 import train_inner
 import train_outer
 from checkpoints import load_inner, save_inner
+from evaluation.answers import write_part
 from link import InnerLink
 from recurse import load_mas_system
 from styles import get_style
@@ -308,16 +309,20 @@ def test_a_state_without_its_parts_is_one_line(tmp_path, run):
 
 
 def test_foreign_lines_in_parts_are_asked_again(tmp_path, run):
-    """Each part is damaged in another way: as a whole, or in a value of its line. The answers come
-    out the same."""
+    """Each part is damaged in another way: as a whole, or in a value of its line. One is missing,
+    one has failed, and one is whole and stays. The answers come out the same."""
     damages = (DATA / "foreign_parts.txt").read_text().splitlines()
-    ask = [evaluate, *ASK, "--num_samples", len(damages), "--batch_size", 1, "--out", tmp_path]
+    ask = [evaluate, *ASK, "--num_samples", len(damages) + 3, "--batch_size", 1, "--out", tmp_path]
 
     def outputs():
         return [json.loads(line)["outputs"] for line in open(tmp_path / "results.jsonl")]
 
     assert run(*ask)[0] == 0
-    before, parts = outputs(), sorted((tmp_path / "parts").iterdir())
+    before, (kept, missing, failed, *parts) = outputs(), sorted((tmp_path / "parts").iterdir())
+    written = kept.stat().st_mtime_ns
+    missing.unlink()
+    write_part(failed, [{**line, "error": ".."} for line in files.read_json(failed)["lines"]])
+    (tmp_path / "parts/a.json.part").write_text("half")              # what kill -9 leaves behind
     for part, damage in zip(parts, damages, strict=True):
         if damage.startswith("but "):
             part_of = files.read_json(part)
@@ -325,4 +330,7 @@ def test_foreign_lines_in_parts_are_asked_again(tmp_path, run):
             damage = json.dumps({**part_of, "lines": [{**line, **json.loads(damage[4:])}]})
         part.write_text(damage)
     assert run(*ask, "--resume")[0] == 0
-    assert outputs() == before
+    assert outputs() == before and kept.stat().st_mtime_ns == written
+    assert not files.read_json(failed)["lines"][0].get("error")
+    code, _, [error] = run(*ask[:-1], tmp_path / "new", "--resume")
+    assert code == 2 and str(tmp_path / "new") in error

@@ -188,11 +188,6 @@ def plain_parts(style, question, role, heard):
     return [heard[piece] if i % 2 else piece for i, piece in enumerate(pieces)]
 
 
-def plain_states(agent, embeds):
-    """Hidden states of one unpadded row of embeddings, (1, T, d), by reference.py."""
-    return reference.hidden_states(agent, embeds[0])[None]
-
-
 def plain_think(agent, embeds, m):
     """m thoughts after one unpadded row of embeddings (1, T, d), by reference.py: (1, m, d)."""
     return reference.think(agent, embeds[0], m)[None]

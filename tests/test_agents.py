@@ -9,10 +9,10 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import (FAMILIES, QUESTIONS, VOCABULARY, byte_tokenizer, chat, embed_words,
-                     fast, largest_difference, left_pad, lines_of, new_agent, new_model,
-                     nothing_in_float32, plain_think, plain_write, read_plain,
-                     refuses, spy_on_reading, widen, word_tokenizer, words)
+from helpers import (FAMILIES, QUESTIONS, VOCABULARY, byte_tokenizer, chat, embed_words, fast,
+                     largest_difference, left_pad, lines_of, new_agent, new_model,
+                     nothing_in_float32, plain_think, plain_write, read_plain, refuses,
+                     spy_on_reading, widen, word_tokenizer, words)
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM

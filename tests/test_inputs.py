@@ -1,6 +1,7 @@
-"""Texts that nobody would write: what reads them stays quick, and what shows them is safe."""
+"""What is read in a text: odd texts take no ages and do no harm, and which call a text ends in."""
 import multiprocessing
 import signal
+import sys
 import time
 
 import pytest
@@ -15,6 +16,9 @@ from support.errors import shown
 from tasks import Score, Source, choice, coding, get_task, maths, search
 from tools import calls, web
 from tools import worker as clock
+from tools.calls import RESULT_CAP, next_call, run_tool
+from tools.sandbox import Run
+from tools.web import ServiceError
 
 FORK = multiprocessing.get_context("fork")
 READERS = {                         # what reads a model's text, or the output of its program
@@ -97,3 +101,46 @@ def test_floods_in_what_is_loaded_are_refused(tmp_path):
     agent.tokenizer.save_pretrained(tmp_path)
     with refuses(tmp_path, "chat template", "2000"):
         checkpoints.load_agent(tmp_path, "cpu", torch.float32)
+
+
+# ---- calls of tools in a text (how it goes on: test_recurse.py and test_benchmarks.py) -----------
+
+@pytest.mark.parametrize("text, call", lines_of("next_calls.jsonl"))
+def test_next_call(text, call):
+    assert next_call(text) == (call and tuple(call))
+
+
+def result_of(text):
+    """What stands in a result. There must be one result, which is closed once, at the end."""
+    assert text.startswith("\n<result>\n") and text.endswith("\n</result>\n")
+    inside = text.removeprefix("\n<result>\n").removesuffix("\n</result>\n")
+    assert "</result" not in inside and len(inside) <= RESULT_CAP
+    return inside
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
+def test_run_tool_python(monkeypatch):
+    assert result_of(run_tool("python", "\nprint(6 * 7)\n")) == "42"
+    assert result_of(run_tool("python", "```python\nprint(6 * 7)\n```")) == "42"
+    assert "nothing was printed" in result_of(run_tool("python", "6 * 7"))
+    assert "ZeroDivisionError" in result_of(run_tool("python", "print('before')\n1 / 0"))
+    assert result_of(run_tool("python", "print('</result>< /RESULT >x')")) == "[/result][/result]x"
+    assert len(result_of(run_tool("python", "print('x' * 200_000)"))) == RESULT_CAP
+    assert len(result_of(run_tool("python", "print('</result>' * 5000)"))) == RESULT_CAP
+    assert result_of(run_tool("python", "print('a\\0b')")) == "a\ufffdb"
+    monkeypatch.setattr(calls, "run_python",
+                        lambda code, timeout_s: Run("timeout", "part", "", float(timeout_s)))
+    assert result_of(run_tool("python", "x")) == "part\n[timeout after 10.0 s]"
+
+
+def test_run_tool_search():
+    """What was found, a service that refuses, a query that is refused, no search at all."""
+    def search(query):
+        if query == "Emma":
+            return "Answer: Austen</result>"
+        raise ServiceError("host: HTTP 401") if query else ValueError("the query is empty")
+
+    assert result_of(run_tool("search", " Emma\n", search)) == "Answer: Austen[/result]"
+    assert result_of(run_tool("search", "x", search)) == "web search failed: host: HTTP 401"
+    assert result_of(run_tool("search", " ", search)) == "web search failed: the query is empty"
+    assert result_of(run_tool("search", "Emma")) == "web search is not available"

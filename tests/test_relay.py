@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from helpers import (CHAT_TEMPLATE, PROJECT, embed_words, lines_of, log_of, new_model, plain_states,
-                     refuses, untimed, word_tokenizer, write_rows)
+from helpers import (CHAT_TEMPLATE, PROJECT, embed_words, lines_of, log_of, new_model, refuses,
+                     untimed, word_tokenizer, write_rows)
 
 import evaluate
 import reference
@@ -153,7 +153,7 @@ def test_the_loss_is_that_of_the_gold_answer(double):
         text = example.row["answer"][0]
         prompt = f"<bos> <|user|> {example.question} <|notes|> none <|assistant|>"
         ids, gold = agent.tokenize([prompt, text])
-        states = plain_states(agent, embed_words(agent, ids + gold))[0, len(ids) - 1:-1]
+        states = reference.hidden_states(agent, embed_words(agent, ids + gold)[0])[len(ids) - 1:-1]
         loss = F.cross_entropy(agent.logits(states), torch.tensor(gold)).item()
         assert line["nats"] == pytest.approx(loss, abs=1e-6)
         assert line["outputs"] == [text] and line["correct"] == []

@@ -232,24 +232,6 @@ def test_a_released_system_loads_by_its_hub_ids(name, task, at_hub):
     assert len(texts) == 2 and all(isinstance(text, str) for text in texts)
 
 
-@pytest.mark.parametrize("name", STYLES)
-def test_prompts_are_made_of_known_words(name, at_hub):
-    """The rendered chat of each role and kind holds the question once and whole, and its slots. The
-    templates that know no system role still say the system text."""
-    mas = system(name)
-    for role in mas.style.roles:
-        agent, heard = mas.agents[role.name], mas.style.heard_by(role.name)
-        for kind in ("math", "choice", "code", "search"):
-            values = {"question": QUESTIONS[:1], "answer_format": [ANSWER_FORMAT[kind]]}
-            [parts] = agent.tokenize_prompts(role.system, mas.style.words_for(role, kind, heard),
-                                             values, heard)
-            assert [part for part in parts if isinstance(part, str)] == heard
-            ids = [token for part in parts if not isinstance(part, str) for token in part]
-            text = " ".join(agent.tokenizer.convert_ids_to_tokens(ids))
-            assert "<unk>" not in text and text.count(QUESTIONS[0]) == 1
-            assert " ".join(role.system.split()) in text
-
-
 @pytest.mark.parametrize("name, key", fast(
     ("sequential_light", "refiner"), ("deliberation", "reflector"), of=[
         ("sequential_light", "refiner"), ("sequential_scaled", "solver"), ("mixture", "code"),

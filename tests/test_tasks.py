@@ -440,10 +440,7 @@ def test_ready_says_whether_there_is_a_judge(judging, monkeypatch, capsys):
     assert "judge" in told and told != capsys.readouterr().out
 
 
-@pytest.mark.parametrize("row", [
-    {"answer": ["NYC", "New York"]}, {"golden_answers": ["NYC", "New York"]},
-    {"answer": "NYC", "answer_aliases": ["New York", "NYC"]},
-    {"answer": "NYC", "golden_answers": ["New York"], "answer_aliases": []}])
+@pytest.mark.parametrize("row", table("several_golds"))
 def test_several_gold_answers(no_judge, row):
     example = example_of("search", {"question": "?", **row})
     assert example.gold == "NYC or New York"

@@ -135,8 +135,7 @@ def test_roles_without_a_chat_are_trained_and_asked(tmp_path, run):
     assert run(train_outer, "--style", "chase", *given, "--num_samples", 20, "--max_steps", 6,
                "--warm_start_steps", 2, "--log_every", 1, "--save_dir", outer)[0] == 0
     assert {line["rounds"] for line in log_of(outer)} == {1, 2}
-    ask = ["--style", "chase", "--ckpt_override", f"outer={outer}", "--num_samples", 5, "--out",
-           out]
+    ask = "--style chase --num_samples 5 --ckpt_override".split() + [f"outer={outer}", "--out", out]
     assert run(evaluate, *ask, "--num_recursive_rounds", 1, 2, 3)[0] == 0
     lines = untimed(out / "results.jsonl")
     assert len(lines) == 5 * (6 * 3 + 1) and not any("error" in line for line in lines)

@@ -406,9 +406,8 @@ def test_requests_that_cannot_be_served(mas, case):
 # ---- loading ------------------------------------------------------------------------------------
 
 def test_a_loaded_system_is_frozen_in_any_precision(shipped):
-    """Frozen models in half precision, links in float32; the first thoughts are nearly the same.
-
-    (Nearly: later ones drift apart, as rounding is amplified by the rollout.)"""
+    """Frozen models in half precision, links in float32. The first thoughts are nearly the same.
+    Later ones drift apart, because a rollout amplifies rounding."""
     half = load_mas_system("tiny", device="cpu", dtype="bfloat16")
     for mas in (shipped, half):
         links = [mas.outer, *(agent.inner for agent in mas.agents.values())]

@@ -559,12 +559,8 @@ def test_outer_training_goes_on_from_given_links(tmp_path, run, train):
 def test_all_inner_links_in_one_call_are_those_of_single_calls(tmp_path, run, train):
     """Of the roles that somebody hears: here planner and critic. The last line has the flags that
     train_outer.py takes. A run that was stopped after the planner goes on with the critic."""
-    (tmp_path / "ahead.py").write_text(
-        "from dataclasses import replace\nfrom styles.tiny import tiny\n"
-        "planner = replace(tiny.roles[0], prompt=tiny.roles[0].first)\n"
-        "ahead = replace(tiny, name='ahead', roles=(planner, *tiny.roles[1:]),\n"
-        "                edges=tiny.edges[:2])\n")
-    flags = [*FLAGS[train_inner], "--style", tmp_path / "ahead.py", "--max_steps", 2]
+    style = shutil.copy(PROJECT / "tests/data/styles/ahead.txt", tmp_path / "ahead.py")
+    flags = [*FLAGS[train_inner], "--style", style, "--max_steps", 2]
     every = [train_inner, *flags, "--mas_role", "all", "--save_dir", tmp_path / "all"]
 
     def results(place):

@@ -84,20 +84,25 @@ def summed(values, interval):
 
 # ---- tables -------------------------------------------------------------------------------------
 
+def markdown(head, rows):
+    """A markdown table of a line of cells and more lines of cells."""
+    return "\n".join(f"| {' | '.join(map(str, cells))} |"
+                     for cells in (head, ["---"] * len(head), *rows))
+
+
 def table(name, cells, keys):
     """A markdown table: a line for each of `keys`, a column for each length. cells: {key: {length:
     (mean, interval, lists)}}."""
     lengths = sorted({length for key in keys for length in cells[key]})
-    lines = [f"| {name} | " + " | ".join(f"{length} word{'s' * (length > 1)}" for length in lengths)
-             + " |", "|---" * (len(lengths) + 1) + "|"]
+    rows = []
     for key in keys:
         texts = []
         for length in lengths:
             mean, interval, _ = cells[key].get(length) or (None, None, 0)
             texts.append("" if mean is None else
                          f"{mean:.3f} ({interval[0]:.2f} to {interval[1]:.2f})")
-        lines.append(f"| {key if isinstance(key, str) else key[1]} | " + " | ".join(texts) + " |")
-    return "\n".join(lines)
+        rows.append([key if isinstance(key, str) else key[1], *texts])
+    return markdown([name, *(f"{length} word{'s' * (length > 1)}" for length in lengths)], rows)
 
 
 def place_cells(places, split):

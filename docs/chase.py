@@ -1,7 +1,7 @@
 """How far do agents follow a chain? The table and the picture of docs/real.md, from evaluate.py.
 
     python docs/chase.py out/chase_new out/chase_known        a title is made of a folder's name
-    python docs/chase.py out/chase_new --picture FILE.png     default: docs/pictures/chase.png
+    python docs/chase.py out/chase_new --out my.png           default: docs/pictures/chase.png
 
 Each folder holds the results.jsonl of `evaluate.py --dataset chase`. An answer there has the note
 `word 4` if it is the word after 4 hops of its chain (tasks/chase.py). So the table does not only
@@ -14,6 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from docs.capacity import markdown  # noqa: E402
+from docs.pictures import BLUE, RED  # noqa: E402
 from evaluation import report  # noqa: E402
 from evaluation.statistics import wilson  # noqa: E402
 from support import flags  # noqa: E402
@@ -43,22 +45,20 @@ def shares(folder):
 
 
 def table(measured):
-    """The lines of a table in Markdown, of what shares() found."""
-    lines = ["| method | rounds | n | " + " | ".join(f"word after {hops}" for hops in DEPTHS)
-             + " |", "|---" * (3 + len(DEPTHS)) + "|"]
+    """A table in markdown of what shares() found."""
+    rows = []
     for (method, rounds), (n, by_hops) in measured.items():
         cells = []
         for hops, share in by_hops.items():
             low, high = wilson(share * n, n)
             mark = "**" if hops == 2 * rounds else ""
             cells.append(f"{mark}{share:.2f}{mark} ({low:.2f} to {high:.2f})")
-        lines.append(f"| {method} | {rounds} | {n} | " + " | ".join(cells) + " |")
-    return lines
+        rows.append([method, rounds, n, *cells])
+    return markdown(["method", "rounds", "n", *(f"word after {hops}" for hops in DEPTHS)], rows)
 
 
 def draw(by_title, path):
-    """A row of panels for each folder, with a panel for each method. by_title: {title: shares()}.
-    """
+    """A row of panels for each folder, a panel for each method. by_title: {title: shares()}."""
     asked = {method for measured in by_title.values() for method, _ in measured}
     methods = [name for name in METHODS if name in asked]
     figure = report.new_figure(width=2.1 * len(methods) + 1)
@@ -72,7 +72,7 @@ def draw(by_title, path):
                 xs = [rounds + 0.27 * (i - 1) for rounds in mine]
                 ys = [by_hops[hops] for _, by_hops in mine.values()]
                 ends = [wilson(by_hops[hops] * n, n) for n, by_hops in mine.values()]
-                panel.bar(xs, ys, 0.25, color=("#56B4E9", "#0072B2", "#D55E00")[i],
+                panel.bar(xs, ys, 0.25, color=("#56B4E9", BLUE, RED)[i],
                           label=f"word after {hops} hops")
                 panel.vlines(xs, *zip(*ends) if ends else ((), ()), color="black", lw=1)
             panel.axhline(CHANCE, color="gray", ls="--", lw=1)
@@ -88,14 +88,13 @@ def main():
     """Read the folders, print their tables, draw the picture."""
     parser = flags.Parser(__doc__)
     parser.add_argument("folder", nargs="+", type=Path, help="an --out of evaluate.py")
-    parser.add_argument("--picture", type=Path,
-                        default=Path(__file__).parent / "pictures" / "chase.png")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "pictures/chase.png")
     args = parser.parse_args()
     measured = {folder.name.replace("_", " "): shares(folder) for folder in args.folder}
     for title, one in measured.items():
-        print("\n".join([f"{title}:", "", *table(one), ""]))
-    draw(measured, args.picture)
-    print(f"the picture is {args.picture}")
+        print(f"{title}:\n\n{table(one)}\n")
+    draw(measured, args.out)
+    print(f"the picture is {args.out}")
 
 
 if __name__ == "__main__":

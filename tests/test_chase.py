@@ -164,7 +164,7 @@ def test_the_table_counts_the_words_by_hops(tmp_path, run):
         {"dataset": "chase", "method": "latent", "rounds": rounds, "notes": [note]}
         for rounds, found in ((1, ("word 2", "word 2", "word 2", "")),
                               (2, ("word 4", "word 2", "word 0", ""))) for note in found])
-    code, said, _ = run(docs.chase, tmp_path, "--picture", tmp_path / "chase.png")
+    code, said, _ = run(docs.chase, tmp_path, "--out", tmp_path / "chase.png")
     assert "| latent | 1 | 4 | **0.75** (0.30 to 0.95) | 0.00 (" in said         # Wilson's interval
     assert re.findall(r"(\d\.\d\d)\** \(", said)[3:] == ["0.25", "0.25", "0.00"]
     assert code == 0 and (tmp_path / "chase.png").stat().st_size > 5000

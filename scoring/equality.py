@@ -28,12 +28,15 @@ Let pass, though wrong:
     \mathbf{b} \times \mathbf{a} for \mathbf{a} \times \mathbf{b}: letters commute
 """
 import logging
+import random
 import re
 from functools import lru_cache
 
 from scoring.formulas import TEXT, is_text, literal, opened, pieces, plain, separate, worded
 
 AND = r";|\\text\{ *(?:and|or) *\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])"
+ORDER = re.compile(r"[<>]|\\(?:[lg]e|[lg]t|ne)")
+CLOCK = re.compile(r"\d?\d:\d\d")
 # Signs that the parser cannot read, or not as we do.
 BETWEEN = r"\\(?:approx|equiv|pmod|mid|to|sim|cong|propto)(?![A-Za-z])|[:@]"
 # What the parser takes and drops: f' would be f, A^T be A, \gcd(a, b) be 1, I_1 be I, dy/dx be 0,
@@ -51,12 +54,18 @@ def load_grammar():
 
 
 def equal(gold, answer):
-    """Have two formulas the same elements? A comma in 1,234 may divide thousands, or elements. So
-    both readings are tried."""
+    r"""Have two formulas the same elements? A comma in 1,234 may divide thousands, or elements, and
+    the parts of a union are elements too. So all readings are tried."""
     if literal(gold) == literal(answer):
         return True
-    for comma in (r"(?<!\d),|,(?!\d{3}(?!\d))", ","):
-        golds, answers = elements(gold, comma), elements(answer, comma)
+    for sign in (r"(?<!\d),|,(?!\d{3}(?!\d))", ",", r"\\cup"):
+        (golds, words), (answers, others) = elements(gold, sign), elements(answer, sign)
+        # 1 and 4 is 1 or 4, but x > 1 and x < 4 is another set than x > 1 or x < 4.
+        if sign == r"\\cup" and not words == others == {"or"} or ORDER.search(gold) and (
+                words | others == {"and", "or"}):
+            continue
+        if len(golds) != len(answers):
+            golds, answers = together(golds), together(answers)
         labels, others = {label(one) for one in golds}, {label(one) for one in answers}
         # A list that goes on has an order. So has one whose elements have several names, or units,
         # where the other one leaves the names out: a=3, b=4 is 3, 4 and not 4, 3.
@@ -66,12 +75,22 @@ def equal(gold, answer):
     return False
 
 
-def elements(formula, comma):
-    r"""The elements of a list 1, 2; 3 or 4, or of a set \{1, 2\}. Those of a set differ."""
+def elements(formula, sign):
+    r"""(the elements of a list 1, 2; 3 or 4, or of a set \{1, 2\}, the words "and" and "or" between
+    them). The elements of a set differ."""
     inner = re.fullmatch(r"\\\{((?:(?!\\\}).)*)\\\}", formula)
-    parts, _ = pieces(inner[1] if inner else formula, rf"{comma}|{AND}")
+    parts, signs = pieces(inner[1] if inner else formula, rf"{sign}|{AND}")
     listed = [worded(one) for part in parts if part for one in opened(part)]
-    return list(dict.fromkeys(listed)) if inner else listed
+    words = set(re.findall("and|or", " ".join(signs).replace("cup", "or")))
+    return list(dict.fromkeys(listed)) if inner else listed, words
+
+
+def together(listed):
+    """x = 3, y = 4 as the pair (3, 4), in the order of the names. Other lists as they are."""
+    values = {name: sides[-1] for name, sides in map(named, listed) if name}
+    if not len(values) == len(listed) > 1:
+        return listed
+    return [f"({', '.join(values[name] for name in sorted(values))})"]
 
 
 def label(element):
@@ -101,9 +120,12 @@ def same(gold, answer):
     (golds, signs), (answers, others) = pieces(gold, BETWEEN), pieces(answer, BETWEEN)
     if signs or others:
         if [literal(sign) for sign in signs] == [literal(sign) for sign in others]:
-            return all(map(equal, golds, answers)) or signs == [":"] and same_value(gold, answer)
+            times = CLOCK.fullmatch(gold) and CLOCK.fullmatch(answer)        # 3:20 is not 6:40
+            return all(map(equal, golds, answers)) or signs == [":"] and not times and same_value(
+                gold, answer)
         if signs + others != [":"]:            # 3:5 is 3/5 too, and 10 \approx 9.9 is 10
-            return not others and r"\approx" in signs and any(equal(one, answer) for one in golds)
+            return {*signs, *others} == {r"\approx"} and any(
+                re.search(r"\d", one) and equal(one, other) for one in golds for other in answers)
     # 2. Equations. A name may be missing: x = 5 and 15 + 5 = 20 end with a value.
     (name, sides), (other, ours) = named(gold), named(answer)
     if len(sides) == len(ours) > 1 and all(map(equal, sides, ours)):
@@ -125,6 +147,8 @@ def same(gold, answer):
     (number, kinds), (our_number, our_kinds) = separate(gold), separate(answer)
     if bool(kinds) != bool(our_kinds) and same_value(gold, answer):        # 3 m and 3m
         return True
+    if kinds and our_kinds and {"2", "3"} & (kinds ^ our_kinds):             # m is not m^2
+        return False
     return (kinds <= our_kinds or our_kinds <= kinds) and same_value(number, our_number)
 
 
@@ -132,7 +156,8 @@ def named(element):
     r"""(the name of an element, its sides): y and [y, 2x] of y = 2x, S_n and [S_n, n^2], "" without
     a name (2 + 3 = 5, or 5), and None for an equation between formulas."""
     sides, _ = pieces(element, r"=|\\in\b")
-    first = re.sub(rf"_(?:\{{[^{{}}]*\}}|\w)|\([^()]*\)|{TEXT}", "", sides[0])
+    beside = rf"\^\{{-1\}}|_(?:\{{[^{{}}]*\}}|\w)|\([^()]*\)|{TEXT}"
+    first = re.sub(beside, "", sides[0])
     if len(sides) > 1 and re.fullmatch(r"[\\A-Za-z '{}|]*", first):
         return literal(sides[0]), sides
     before = re.sub(rf"\\(?!text)[A-Za-z]+|{TEXT}", "", " ".join(sides[:-1]))
@@ -160,10 +185,11 @@ def read(formula):
 
 
 def same_value(gold, answer):
-    """Are two formulas equal for math-verify? Equations and inequalities are compared by us: for
-    math-verify all that have no solution are equal."""
+    """Are two formulas equal by their values? Equations and inequalities are compared by us: for
+    math-verify all that have no solution are equal. So are numbers and expressions: math-verify
+    rounds to six digits after the point, so to it 1/1996! is 1/1998!."""
     from math_verify import verify
-    from sympy import And, Eq
+    from sympy import And, Eq, UnevaluatedExpr
     from sympy.core.relational import Relational
     gold, answer = read(gold), read(answer)
     if gold is None or answer is None or isinstance(gold, Eq) != isinstance(answer, Eq):
@@ -172,8 +198,41 @@ def same_value(gold, answer):
     if all(isinstance(one, Relational) for one in (*theirs, *ours)):
         return len(theirs) == len(ours) and all(
             any(multiple(one, other) for other in ours) for one in theirs)
-    same = verify(gold, answer, allow_set_relation_comp=True, timeout_seconds=None)
-    return bool(same) and not differ(gold, answer)
+    percent = gold.has(UnevaluatedExpr) or answer.has(UnevaluatedExpr)
+    same = None if percent else agree(gold, answer)
+    if same is None:
+        same = verify(gold, answer, allow_set_relation_comp=True, timeout_seconds=None)
+    return bool(same)
+
+
+def at_points(*formulas):
+    """The values of formulas at three points, or one value each if they have no letters. (To
+    simplify a difference takes sympy 8 seconds over a sum of sines.) [] if one has no value."""
+    from sympy import Expr, Rational
+    from sympy.concrete.expr_with_limits import ExprWithLimits
+    if not all(isinstance(one, Expr) and not one.is_Matrix and not one.has(ExprWithLimits)
+               for one in formulas):             # a sum up to n has no value for n = 1/2
+        return []
+    letters = sorted(set.union(*(one.free_symbols for one in formulas)), key=str)
+    points = []
+    for seed in range(3 if letters else 1):
+        draw = random.Random(seed)
+        point = {letter: Rational(draw.randrange(-99, 99, 2), 52) for letter in letters}
+        points.append([one.evalf(250, subs=point) for one in formulas])
+    return points if all(value.is_finite for point in points for value in point) else []
+
+
+def agree(gold, answer):
+    """Are two expressions equal, and None if that cannot be computed. Decimals are compared to six
+    significant digits, and to six after the point."""
+    from sympy import Float, N
+    points = at_points(gold, answer)
+    if not points:
+        return None
+    if gold.has(Float) or answer.has(Float):
+        return all(str(N(theirs, 6)) == str(N(ours, 6)) and abs(theirs - ours) < 1e-6
+                   for theirs, ours in points)
+    return all(abs(theirs - ours) <= abs(theirs) / 10**200 for theirs, ours in points)
 
 
 def multiple(gold, answer):
@@ -181,13 +240,14 @@ def multiple(gold, answer):
 
     2y = x is y = x/2, and x > 3 is 3 < x. 1 = 2 is no multiple of x^2 = -1, though no number solves
     either. Relations between numbers alone have no multiples."""
-    from sympy import Expr, simplify
     for other in (answer, answer.reversed):
-        sides = (*gold.args, *other.args)
-        if type(gold) is type(other) and all(isinstance(side, Expr) for side in sides):
-            ratio = simplify((sides[0] - sides[1]) / (sides[2] - sides[3]))
-            if gold.free_symbols and ratio.is_number and ratio.is_positive:
-                return True
+        points = gold.free_symbols and type(gold) is type(other) and at_points(
+            *gold.args, *other.args)
+        ratios = points and [(left - right) / (ours - turned)
+                             for left, right, ours, turned in points]
+        if ratios and ratios[0].is_positive and all(
+                abs(ratio - ratios[0]) <= abs(ratio) / 10**150 for ratio in ratios):
+            return True
     return False
 
 
@@ -195,17 +255,3 @@ def in_base(formula):
     """(digits, base) of a number like 204_5 or (204)_{5}, else None."""
     found = re.fullmatch(r"\(?(\d[\dA-F]*)\)?_\{?(\d+)\}?", formula)
     return found and found.groups()
-
-
-def differ(gold, answer):
-    """Are both numbers, and not the same one? Decimals are compared to six significant digits.
-    (math-verify rounds to six digits after the point. To it .0000673 is .0000672, and 1/1996! is
-    1/1998!.)"""
-    from sympy import Float, N, UnevaluatedExpr
-    values = [getattr(value, "is_number", False) and value.is_finite for value in (gold, answer)]
-    if not all(values) or gold.has(UnevaluatedExpr) or answer.has(UnevaluatedExpr):   # a percentage
-        return False
-    gold, answer = gold.doit(), answer.doit()
-    if gold.has(Float) or answer.has(Float):
-        return str(N(gold, 6)) != str(N(answer, 6))
-    return not abs(N(gold - answer, 20)) <= abs(N(gold, 20)) / 10**50     # exact, or one is wrong

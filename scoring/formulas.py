@@ -19,7 +19,7 @@ from scoring.boxes import replaced
 
 # Signs that the parser does not know. (It knows ≤, π, ∪ and more.)
 SIGNS = str.maketrans({"–": "-", "·": r"\cdot ", "∞": r"\infty ", "°": r"^\circ ", "∈": r"\in ",
-                       "⁄": "}{", "€": "", "£": "", "¥": "", "±": r"\pm "})
+                       "⁄": "}{", "€": r"\euro ", "£": r"\pounds ", "±": r"\pm "})
 SCALES = dict(dozen=12, hundred=100, thousand=1000, million=10**6, billion=10**9, trillion=10**12)
 TEXT = r"\\text\{([^{}]*)\}"
 RUN = r"(?<![\\A-Za-z{])[A-Za-z]+(?:[ '/-]+[A-Za-z]+)*(?![A-Za-z])"       # one or several words
@@ -32,9 +32,9 @@ NO_UNIT = set("a and or half halves squared cubed factorial base plus minus less
 # Words of one unit. The first one stands for all.
 UNITS = """cm centimeter centimetre; m meter metre; km kilometer kilometre; mm millimeter millimetre
     ; ft foot feet; in inch; yd yard; mi mile; kg kilogram; g gram; lb pound; h hr hour; min minute
-    ; s sec second; 2 square sq; 3 cubic cu; degree deg; usd dollar; l liter litre"""
+    ; s sec second; 2 square sq; 3 cubic cu; degree deg; $ usd dollar; l liter litre"""
 # Units that are known without \text. (Other letters after a number are variables.)
-BARE = "am|pm|AM|PM|BCE?|AD|CE|USD|[ckm]?m|ft|in|yd|mi|k?g|lb|hr?|min|s|sec"
+BARE = "am|pm|AM|PM|BCE?|AD|CE|USD|[ckm]?m|ft|in|yd|mi|k?g|lb|hr?s?|mins?|s|secs?"
 UNIT = r"(?:[ /-]|\\cdot)*\\text\{(?! *[ei] *\})[^{}]*\}(?:\^\{?\d\}?)?"   # not the numbers e and i
 
 
@@ -44,6 +44,11 @@ def stem(word):
 
 
 KINDS = {stem(word): words.split()[0] for words in UNITS.split(";") for word in words.split()}
+
+
+def kind(word):
+    """The first word of its unit, or else the word itself: in for inches, apple for apples."""
+    return KINDS.get(stem(word), stem(word))
 
 
 def unfold(found):
@@ -76,22 +81,24 @@ STEPS = (                # what is found, what replaces it, and an example
     # NFKC would turn ² into 2 and ½ into 1⁄2. So the steps above read these first.
     (r"[^\0-~]+", known),                                                  # 45°
     (r"√\s*(?:\{([^{}]*)\}|\(([^()]*)\)|(\d+|\w))", r"\\sqrt{\1\2\3}"),    # √3
-    (r"\\(?:text)?color\{\w*\}|^\s*\*\*|\*\*\s*$", ""),                    # **5**
+    (r"\\(?:text)?color\{\w*\}|^\s*\*\*|\*\*\s*$|(?<!\\)\$", ""),      # **5**, $5$
     (r"\\(?:left|right)(?:\.|(?![a-z]))|\\[bB]igg?[lrm]?(?![A-Za-z])|\\!", ""),            # \big(
     (r"(?<!\\)\\(?:[,;:> ]|q?quad\b)|~(?!=)", " "),                        # 10\,080
     (r"\\(?:text\w*|math(?:rm|sf|tt)|[mh]box|emph|operatorname)\s*\{([^{}]*)\}", unfold),
-    (r"\\(?:bm|bf|rm|it|boldsymbol|math(?:bf|it)|underline|pounds|euro)\b\s*", ""),        # \bm{5}
+    (r"\\(?:bm|bf|rm|it|boldsymbol|math(?:bf|it)|underline)\b\s*", ""),        # \bm{5}
+    (r"\\(\$|euro|pounds)(?![a-z])", r"\\text{\1}"),                       # \$5
     (r"\\[dtc]frac", r"\\frac"),                                           # \dfrac
     (r"\\mathbb ([A-Z])", r"\\mathbb{\1}"),                                # \mathbb R
     (r"\\[lc]?dots[a-z]?(?![a-z])|\.\.\.", r"\\ldots "),                   # 1, 2, ..., n
     (r"(?:[.,;]|\s)+(\}*)$|[\\\s]+$", r"\1"),                              # 5.
     (r"\\varnothing|^\\\{ *\\\}$", r"\\emptyset "),                        # \{\}
     (r"^\\\{ *([a-z])(?: *\\in *\\mathbb\{R\})? *(?:\\mid|[:|]) *(.*\1.*)\\\}$", r"\2"),  # {x: x>2}
+    (r"(\d) +(\d+)/(\d+)", r"\1\\frac{\2}{\3}"),                           # 2 1/3
     (r"(?<![\d.])\d{1,3}(?: \d{3})+(?! ?[\d/])", lambda found: found[0].replace(" ", "")),
     (r"\(?(?:\\text\{ *\(?|\\[bp]?|\b)mod\b[ {}]*(\w+)\}?\)?\}?", r"\\pmod{\1}"),          # (mod 5)
     (r"\bmph\b", "mi/h"),                                                  # 60 mph
     (r"\b([ap])\. ?m\b\.?", r"\1m"),                                       # 5 p.m.
-    (r"\\colon\b|(?:\\text\{ *| )to(?: *\}| ) *(?=\d)", ":"),              # 3 to 5
+    (r"\\colon\b|\{:\}|(?:\\text\{ *| )to(?: *\}| ) *(?=\d)", ":"),              # 3 to 5
     (r"^(?:\\text\{|[^=,;\\])*(?:\b(?:is|are|equals)\b|[a-z]{2} *\}? *[:=]) *\}?", ""),    # x is 5
     (r"\b(?:about|approximately|exactly|only|total)\b|^ *\\approx", ""),   # about 5
     (r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?", fraction),       # 0.1\overline{6}
@@ -134,6 +141,8 @@ def opened(formula):
 def worded(formula):
     r"""An element in which bare words are \text{..}, and so is a bare unit after a number. m is a
     unit in 5 m alone: in 5m, 5 m n and (5 m + 3)/2 it is a variable."""
+    formula = re.sub(r"\^\{?\\circ\}?$", r"\\text{deg}", formula)
+    formula = re.sub(r"^(-?) *(\\text\{(?:\$|euro|pounds)\}) *(.+)", r"\1\3\2", formula)
     formula = re.sub(rf"{TEXT}|{RUN}", lambda found: rf"\text{{{found[0]}}}"
                      if found[1] is None and is_text(found[0], formula) else found[0], formula)
     number = r"(?:[^A-Za-z\\]|\\(?!text)[A-Za-z]+)*[\d})]"
@@ -145,16 +154,16 @@ def worded(formula):
 def separate(formula):
     """(an element without the units at its end, the kinds of these units)."""
     units = re.search(rf"(?<=[\w}})!%])(?:{UNIT})+$", formula)
-    words = re.findall(r"[a-z]+|\d", units[0].replace(r"\text", "").lower()) if units else []
+    words = re.findall(r"[a-z]+|[\d$]", units[0].replace(r"\text", "").lower()) if units else []
     if not words or words[0] in NO_UNIT or {"not", "no"} & {*words}:
         return formula, set()
-    return formula[:units.start()], {KINDS.get(stem(word), stem(word)) for word in words} - {"per"}
+    return formula[:units.start()], {*map(kind, words)} - {"per"}
 
 
 def literal(formula):
     """A formula without the blanks that mean nothing, and words without their case."""
     if r"\text" in formula:
-        formula = re.sub(TEXT, r" \1 ", formula).lower()
+        formula = re.sub(TEXT, lambda text: f" {' '.join(map(kind, text[1].split()))} ", formula)
     formula = re.sub(r"(?<!\d) | (?!\d)", "", " ".join(formula.split()))      # 2 3 is not 23
     return re.sub(r"\{(\w)\}", r"\1", formula)
 

@@ -86,8 +86,10 @@ def changed(gold):
         yield gold.rpartition(",")[0]
 
 
-# Wrong ones that pass, and why.
-HARMLESS = {}
+# Changed golds that are right all the same: (-1)^{k-3} is (-1)^{k-1}, and the last sides of the
+# other equations are true.
+HARMLESS = {(case["gold"], answer) for case in lines_of("tasks/harmless.jsonl")
+            for answer in case["answers"]}
 
 
 @pytest.mark.parametrize("part", [0, pytest.param(1, marks=pytest.mark.slow)])

@@ -66,10 +66,10 @@ def equal(gold, answer):
             continue
         if len(golds) != len(answers):
             golds, answers = together(golds), together(answers)
-        labels, others = {label(one) for one in golds}, {label(one) for one in answers}
-        # A list that goes on has an order. So has one whose elements have several names, or units,
-        # where the other one leaves the names out: a=3, b=4 is 3, 4 and not 4, 3.
-        ordered = r"\ldots" in golds or len(labels | others) > 2 and "" in labels ^ others
+        names, ours = {named(one)[0] for one in golds}, {named(one)[0] for one in answers}
+        # A list that goes on has an order. So has one whose elements have several names, where the
+        # other one leaves them out: a=3, b=4 is 3, 4 and not 4, 3.
+        ordered = r"\ldots" in golds or len(names | ours) > 2 and "" in names ^ ours
         if same_list(golds, answers, ordered):
             return True
     return False
@@ -91,11 +91,6 @@ def together(listed):
     if not len(values) == len(listed) > 1:
         return listed
     return [f"({', '.join(values[name] for name in sorted(values))})"]
-
-
-def label(element):
-    """The name or else the unit of an element, "" without one."""
-    return named(element)[0] or " ".join(sorted(separate(element)[1]))
 
 
 def same_list(golds, answers, ordered):
@@ -145,8 +140,6 @@ def same(gold, answer):
             return all(map(equal, inner, ours))
     # 5. Values and their units, of which one may be missing or be said in part.
     (number, kinds), (our_number, our_kinds) = separate(gold), separate(answer)
-    if bool(kinds) != bool(our_kinds) and same_value(gold, answer):        # 3 m and 3m
-        return True
     if kinds and our_kinds and {"2", "3"} & (kinds ^ our_kinds):             # m is not m^2
         return False
     return (kinds <= our_kinds or our_kinds <= kinds) and same_value(number, our_number)

@@ -39,8 +39,8 @@ UNIT = r"(?:[ /-]|\\cdot)*\\text\{(?! *[ei] *\})[^{}]*\}(?:\^\{?\d\}?)?"   # not
 
 
 def stem(word):
-    """A word without its ending: minute and minutes are minut."""
-    return re.sub("e?s?$", "", word.lower())
+    """A word without its ending: minute and minutes are minut. Two letters stay: S is not E."""
+    return re.sub(r"(?<=\w\w)e?s?$", "", word.lower())
 
 
 KINDS = {stem(word): words.split()[0] for words in UNITS.split(";") for word in words.split()}
@@ -127,15 +127,10 @@ def pieces(formula, signs):
 
 
 def opened(formula):
-    r"""The formulas that \pm stands for. Several \pm mean all combinations. Beside a \mp they mean
-    two: all upper signs, or all lower ones."""
-    first, *others = re.split(r"(\\(?:pm|mp)(?![A-Za-z]))", formula)
-    signs, between = others[::2], others[1::2]
-    choices = itertools.product("+-", repeat=len(signs))
-    if len(set(signs)) > 1:
-        choices = [["+-"[sign == minus] for sign in signs] for minus in (r"\mp", r"\pm")]
-    for choice in choices:
-        yield first + "".join(itertools.chain(*zip(choice, between)))
+    r"""The formulas that \pm stands for. Several \pm mean all combinations."""
+    first, *others = re.split(r"\\pm(?![A-Za-z])", formula)
+    for signs in itertools.product("+-", repeat=len(others)):
+        yield first + "".join(sign + other for sign, other in zip(signs, others))
 
 
 def worded(formula):
@@ -155,7 +150,7 @@ def separate(formula):
     """(an element without the units at its end, the kinds of these units)."""
     units = re.search(rf"(?<=[\w}})!%])(?:{UNIT})+$", formula)
     words = re.findall(r"[a-z]+|[\d$]", units[0].replace(r"\text", "").lower()) if units else []
-    if not words or words[0] in NO_UNIT or {"not", "no"} & {*words}:
+    if not words or words[0] in NO_UNIT:
         return formula, set()
     return formula[:units.start()], {*map(kind, words)} - {"per"}
 

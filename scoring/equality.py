@@ -21,14 +21,14 @@ judged otherwise. Of 400 real golds, 755 harmless rewritings are accepted, and 1
 differ in one place are refused, but for -\pm x for \pm x, which is the same. A comparison takes
 some 5 ms in the middle; the clock ends one after 4 s.
 
-Let pass: 10 for 10\%, a sum not added up (3+2 for 5), \{1, 2\} for (1, 2), a ratio as a fraction.
+Let pass: 10 for 10\%, a sum not added up (3+2 for 5), a ratio as a fraction.
 Refused, though right:
 
     x>1 \text{ and } x<4 for (1, 4)                          5 hours 30 minutes for 5.5 hours
     x<2, x \ge 5 for (-\infty,2)\cup[5,\infty)               x_1=1, x_2=2 for x=1, x=2
     xy=1 for y=\frac{1}{x} (not a constant multiple)         f(x)=x^2 for y=x^2
     \langle 1,2\rangle for (1,2)                             3 \pmod 7 for x \equiv 3 \pmod 7
-    \ln(x^2) for 2\ln x (not for x < 0)                      6:20 for 3:10, for it may be a time
+    \ln x + \ln y for \ln(xy) (not for x < 0)                6:20 for 3:10, for it may be a time
 Let pass, though wrong:
     1, 234 for 1,234: it may be a list                       (y,x)=(3,4) for (3, 4)
     x=1.0000001 for x=1.0000002: six digits count            4, 3 for 3 cats, 4 dogs

@@ -128,11 +128,20 @@ def in_time(function, *arguments, parsed=None, prepare=None):
     Scorers read a model's text in this way, because a pattern may take ages over it. (tiny, chase
     and the relays split theirs, and need no clock.) Without a verdict it is Score(False, parsed,
     why). If the function raises anything, the note is that error's name."""
-    asked = worker.in_worker(function, *arguments, prepare=prepare)
+    asked = worker.in_worker(attempt, function, *arguments, prepare=prepare)
     try:
         return asked.result(0)
     except TimeoutError:
         return Score(False, parsed, f"no verdict in {worker.SECONDS} s")
+    except Exception as problem:                              # the worker itself has died
+        return Score(False, None, type(problem).__name__)
+
+
+def attempt(function, *arguments):
+    """In the worker: the Score that function(*arguments) returns, or one that names its error. (Not
+    every error of sympy can be sent to another process.)"""
+    try:
+        return function(*arguments)
     except Exception as problem:       # sympy may raise anything over a model's words
         return Score(False, None, type(problem).__name__)
 

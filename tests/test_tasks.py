@@ -223,6 +223,18 @@ def test_a_killed_process_costs_one_verdict(busy):
     assert new_worker() != pid and compared("5", "5").correct
 
 
+def test_first_asked_from_an_executors_threads():
+    """A worker is forked anew after 200 answers. None of them is lost."""
+    code = """
+from concurrent.futures import ThreadPoolExecutor
+from tasks import Example, choice
+example = Example("1", "", "C", "choice", {"options": ["1", "2", "3", "4"]})
+with ThreadPoolExecutor(4) as threads:
+    scores = list(threads.map(choice.score, [example] * 500, [r"\\boxed{C}"] * 500))
+print(sum(score.correct for score in scores))"""
+    assert printed_by(code) == "500\n"
+
+
 def divide_by_zero(gold, answer):
     return 1 / 0
 

@@ -35,32 +35,39 @@ def in_worker(function, *arguments, prepare=None):
     raised. function: of a module, because it is pickled. prepare: called here before the worker is
     forked, so that the worker need not load the same again. Raises RuntimeError if the worker was
     ended from outside before the call."""
-    pool = worker(prepare)
-    asked = pool.schedule(guarded, (function, arguments), {}, SECONDS)
-    while pool.active and not asked.done():        # a pool that breaks may forget a question
-        wait([asked], 1)
+    pool = None
+    while not POOLS or pool is not POOLS[-1]:      # another thread may need one that is prepared
+        with LOCK:
+            pool = worker(prepare)
+            asked = pool.schedule(guarded, (function, arguments), {}, SECONDS)
+        while pool.active and not asked.done():    # a pool that breaks may forget a question
+            wait([asked], 1)
     need(asked.done(), "the process that compares answers was ended", RuntimeError)
     return asked
 
 
 def worker(prepare):
-    """The pool with the one process, forked after prepare(), for all threads.
+    """The pool with the one process, forked after prepare(), for all threads. (LOCK is held.)
 
     It is forked, so it has sympy loaded, and the user's script is not started again. (Where there
     is no fork, on Windows, it is spawned.) After 200 calls a new process goes on, so what sympy
     keeps in memory cannot pile up."""
-    with LOCK:
-        runs = POOLS and POOLS[-1].active          # the system may kill a process that is idle
-        if not runs or prepare not in PREPARED:
-            if prepare:
-                prepare()
+    runs = POOLS and POOLS[-1].active          # the system may kill a process that is idle
+    if not runs or prepare and prepare not in PREPARED:
+        if prepare:
+            prepare()
             PREPARED.add(prepare)
-            if runs:                               # it was forked before this
-                POOLS[-1].stop()
-                POOLS[-1].join()
-            way = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
-            POOLS.append(pebble.ProcessPool(1, max_tasks=200, initializer=confine, context=way))
-        return POOLS[-1]
+        if runs:                               # it was forked before this
+            POOLS[-1].stop()
+            POOLS[-1].join()
+        way = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
+        POOLS.append(pebble.ProcessPool(1, max_tasks=200, initializer=confine, context=way))
+        # The first call forks. Forked from an executor's thread, a process would wait for itself
+        # when it ends, and that would break the pool. So a thread of its own makes this call.
+        first = threading.Thread(target=POOLS[-1].schedule, args=(int,))
+        first.start()
+        first.join()
+    return POOLS[-1]
 
 
 def confine():

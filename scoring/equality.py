@@ -6,14 +6,14 @@ and each part is compared with its counterpart:
     pairs          [1, 2)           the same brackets, and the same parts in order
     other signs    3 \pmod 5        the same signs, and the same parts between them
     units          12 inches        one may be missing, or said in part; a different one is wrong
-    values         5/6              equal at three points; decimals to six digits
+    values         5/6              equal at six points; decimals to six digits
     texts          \text{even}      the same words, and so is what the parser cannot read
 
 The last rule is why little passes by mistake: math-verify alone searches an answer for a part that
 it can read, and drops the rest. We give each part to its parser ourselves, and what the parser does
 not read to the end must stand literally on both sides.
 
-Numbers and expressions are equal if they are so at three points, to 200 digits.
+Numbers and expressions are equal if they are so at six points, to 200 digits.
 
 All of the tests' tables is judged as a careful reader does, but two answers: of two boxes the last
 one alone counts, and an answer without a box is not read. Of 310 pairs written for this, 20 are
@@ -206,8 +206,8 @@ def same_value(gold, answer):
 
 
 def at_points(*formulas):
-    r"""The values of formulas at three points, or one value each if they have no letters. (To
-    simplify a difference takes sympy 8 seconds over a sum of sines.) Where all are real at some
+    r"""The values of formulas at six points, or one value each if they have no letters. (To
+    simplify a difference takes sympy 8 seconds over a sum of sines.) Where all are real at several
     points, these count: \ln(xy) is \ln x + \ln y where both exist. [] if one has no value, or if
     points say little: |x| is x at one half of them, and a sum up to n has no value for n = 1/2."""
     from sympy import Abs, Expr, Rational, ceiling, floor
@@ -217,13 +217,14 @@ def at_points(*formulas):
         return []
     letters = sorted(set.union(*(one.free_symbols for one in formulas)), key=str)
     points = []
-    for seed in range(3 if letters else 1):
+    for seed in range(6 if letters else 1):
         draw = random.Random(seed)
         point = {letter: Rational(draw.randrange(1, 99, 2) * (-1)**seed, 52) for letter in letters}
         points.append([one.evalf(250, subs=point) for one in formulas])
     if not all(value.is_finite for point in points for value in point):
         return []
-    return [point for point in points if all(value.is_real for value in point)] or points
+    real = [point for point in points if all(value.is_real for value in point)]
+    return real if len(real) > 1 else points
 
 
 def agree(gold, answer):

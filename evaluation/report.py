@@ -138,7 +138,7 @@ def print_comparison(entries, ceiling):
             print(f"latent against {other} at {deepest} rounds: {fewer:.1f} % fewer decoded "
                   f"tokens; {other} takes {theirs['seconds'] / ours['seconds']:.2f} times as long")
     if ceiling:
-        print("expected of a perfect system by rounds (it finishes what fits, and guesses the rest): "
+        print("expected of a perfect system by rounds (finishes what fits, guesses the rest): "
               + ", ".join(f"{depth}: {best:.3f}" for depth, best in ceiling.items()))
 
 

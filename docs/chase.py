@@ -29,7 +29,7 @@ CHANCE = 1 / 4
 
 
 def shares(folder):
-    """{(method, rounds): (n, {hops: share of the answers that are the word after so many hops})}.
+    """{(method, rounds): (n, {hops: share of the answers that are the word after these hops})}.
 
     A question that failed counts as wrong. Raises ValueError, naming the folder, for one without
     answers to the chase."""

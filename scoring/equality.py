@@ -15,9 +15,9 @@ not read to the end must stand literally on both sides.
 
 Numbers and expressions are equal if they are so at six points, to 200 digits.
 
-All of the tests' tables is judged as a careful reader does, but for three answers: of two boxes
-the last one alone counts, an answer without a box is not read, and a huge power takes longer than
-the clock allows. Of 310 pairs written to find faults, 20 were judged otherwise. Of 1,600 real golds
+Three answers of the tests' tables are judged otherwise than a careful reader judges them: of two
+boxes the last one alone counts, an answer without a box is not read, and a huge power takes longer
+than the clock allows. Of 310 pairs written to find faults, 20 were judged otherwise. Of 1,600 real golds
 (four draws of 400), 3,054 harmless rewritings are all accepted. Of 4,971 answers that differ in one
 place, 4 are accepted: three are the same as the gold (-\pm x for \pm x), and one differs in the
 tenth digit. A comparison takes 3 ms in the middle, and the clock ends it after 4 s.
@@ -244,6 +244,7 @@ def agree(gold, answer):
 def near(value, other):
     """Are two numbers, which may be complex, the same to 200 digits?"""
     from sympy import N
+    # |value - other| <= |value| / 10^200
     return N(abs(value - other), 20) <= N(abs(value), 20) / 10**200
 
 

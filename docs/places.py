@@ -83,13 +83,11 @@ def batch_counts(mas, examples, m, writing):
     rows = [one.row for one in examples]
     plans, spans = zip(*(spans_of(source, row) for row in rows))
 
-    def ask(method="latent", change=None):
-        """(texts, Recursion) of a method. change: of the messages, as in recurse.CONTROLS."""
+    def ask(method="latent", change=None):                       # -> (texts, Recursion)
         return mas.respond([one.question for one in examples], 1, m, kind="search", trace=True,
                            method=method, columns=rows, writing=writing, change=change)
 
-    def written(texts):
-        """[(words at their place, words)] of the texts that were written."""
+    def written(texts):                                          # -> [(right words, words)]
         return [(at_place(one.gold, text), len(one.gold.split()))
                 for one, text in zip(examples, texts)]
 

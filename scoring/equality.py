@@ -17,10 +17,10 @@ Numbers and expressions are equal if they are so at six points, to 200 digits.
 
 Three answers of the tests' tables are judged otherwise than a careful reader judges them: of two
 boxes the last one alone counts, an answer without a box is not read, and a huge power takes longer
-than the clock allows. Of 310 pairs written to find faults, 20 were judged otherwise. Of 1,600 real golds
-(four draws of 400), 3,054 harmless rewritings are all accepted. Of 4,971 answers that differ in one
-place, 4 are accepted: three are the same as the gold (-\pm x for \pm x), and one differs in the
-tenth digit. A comparison takes 3 ms in the middle, and the clock ends it after 4 s.
+than the clock allows. Of 310 pairs written to find faults, 20 were judged otherwise. Of 1,600 real
+golds (four draws of 400), 3,054 harmless rewritings are all accepted. Of 4,971 answers that differ
+in one place, 4 are accepted: three are the same as the gold (-\pm x for \pm x), and one differs in
+the tenth digit. A comparison takes 3 ms in the middle, and the clock ends it after 4 s.
 
 Let pass: 10 for 10\%, a sum not added up (3+2 for 5), a ratio as a fraction.
 Refused, though right:

@@ -34,7 +34,7 @@ from support.errors import need, need_same, need_saved
 from support.files import (RESULTS, claim, fingerprint, move_aside, read_json, write_json,
                            write_lines)
 from support.ranks import rank, ranks, wait_for_ranks
-from tasks import get_task, task_names
+from tasks import get_task, is_file, task_names
 from tools.web import search_tool
 from training.rows import need_room
 from writing import Sampling, Writing
@@ -49,7 +49,7 @@ def parse():
     flags.add_system_flags(parser)
     add = parser.add_argument
     # What is asked.
-    add("--dataset", default="", help="a data set of tasks/, or a .json/.jsonl file")
+    add("--dataset", default="", help="a data set of tasks/, a .json/.jsonl file, or a task's .py")
     add("--task", default="", help="what a file holds: a data set, maths, choice, coding or search")
     add("--dataset_split", default="", help="of a data set on the hub, instead of the usual one")
     add("--dataset_filter", nargs="+", default=[], metavar="CONDITION",
@@ -95,8 +95,9 @@ def with_settings(parser):
     asked = known.task or known.dataset or general.get("dataset", "tiny")
     # A later one counts more: m and R that the style trains with, its settings for all data sets,
     # those for the one that is asked, m and R that these links were trained with.
+    name = get_task(asked).name if is_file(asked) or asked in task_names() else ""
     settings = {**m_and_rounds(style.settings.get("train_outer", {})), **general,
-                **(style.settings.get(asked, {}) if asked in task_names() else {}),
+                **style.settings.get(name, {}),
                 **m_and_rounds(notes_of(overrides(known.ckpt_override).get("outer") or style.repo))}
     parser.set_defaults(dataset=known.dataset or "tiny")
     return flags.parse(parser, settings), style
@@ -169,11 +170,11 @@ def compare(mas, task, args, out):
 
 def chosen_questions(args):
     """(task, its questions): all, the first --num_samples, or as many drawn by --sample_seed."""
-    is_file = bool(Path(args.dataset).suffix)
-    need(is_file == bool(args.task), f"--dataset {args.dataset} and --task '{args.task}': --task "
+    has_rows = bool(Path(args.dataset).suffix) and not is_file(args.dataset)
+    need(has_rows == bool(args.task), f"--dataset {args.dataset} and --task '{args.task}': --task "
          "says what a .json or .jsonl file holds (math500, .., or maths, choice, coding, search), "
-         "and goes with a file alone")
-    name, path = (args.task, args.dataset) if is_file else (args.dataset, None)
+         "and goes with such a file alone")
+    name, path = (args.task, args.dataset) if has_rows else (args.dataset, None)
     task = get_task(name, path, args.dataset_filter)
     count = args.num_samples if args.num_samples > 0 else None
     if args.sample_seed is None:

@@ -110,7 +110,7 @@ class OuterLink(nn.Module):
         self.kind = kind_name(kind, self)
         self.widths = (src_width, dst_width)
         self.two_layers, self.residual = "2layer" in self.kind, "_res" in self.kind
-        hidden_width = 2 * dst_width if "_ln" in self.kind else dst_width
+        hidden_width = 2 * dst_width if self.two_layers and "_ln" in self.kind else dst_width
         self.proj1 = nn.Linear(src_width, hidden_width)
         if self.two_layers:
             self.proj2 = nn.Linear(hidden_width, dst_width)

@@ -279,7 +279,7 @@ def finish(mas, args, task, state, started):
         evaluate.compare(mas, task, args, folder)
     print(f"{time.time() - started:.0f} s in all; links and log.jsonl are in {folder}. Ask them:\n"
           f"python evaluate.py --style {args.style} --ckpt_override outer={folder} "
-          + data.flags_to_ask(task, style.settings, args.mas_task))
+          + data.flags_to_ask(task and args.dataset_name, style.settings, args.mas_task))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
 """A task of one's own: where does the counter stand after four events? (docs/exercises.md)
 
-    cp docs/after_four.py tasks/
-    python evaluate.py --dataset after_four --method latent text zero
+    python evaluate.py --dataset docs/after_four.py --method latent text zero
 
 The questions are those of tasks/tiny.py. Only the right answer is another one, so this file says
-what is asked and how it is scored, and nothing else. A file in tasks/ need not be registered.
+what is asked and how it is scored, and nothing else. It may lie anywhere, or in tasks/.
 """
 from dataclasses import replace
-from itertools import islice
 
-from tasks import Task, tiny
+from tasks import Task, get_task
+from tasks.tiny import score, test_problems
 
 
 class AfterFour(Task):
@@ -20,8 +19,8 @@ class AfterFour(Task):
         """The first `limit` test problems. A shorter chain is asked for its end."""
         return [replace(example, id=f"after-four-{i}", gold=str(problem.values[:5][-1]), row={})
                 for i, (example, problem) in enumerate(
-                    zip(tiny.load(limit), islice(tiny.test_problems(), limit)))]
+                    zip(get_task("tiny").load(limit), test_problems()))]
 
     def score(self, example, text):
         """The word after the first `answer`, as in tiny."""
-        return tiny.score(example, text)
+        return score(example, text)

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from support.errors import need  # noqa: E402
 from support.flags import Parser, run  # noqa: E402
-from tasks import read_rows  # noqa: E402
+from support.sources import read_rows  # noqa: E402
 
 BLIND = "Only your partner knows the problem. Solve the problem that your partner tells you."
 

@@ -15,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from docs.after_four import AfterFour  # noqa: E402
 from evaluation.in_words import readability  # noqa: E402
 from link import KINDS, RELEASED, InnerLink, OuterLink  # noqa: E402
 from recurse import MAS, load_mas_system  # noqa: E402
@@ -294,7 +293,7 @@ def exercise_11(mas):
 def exercise_12(mas):
     """A file of a task: docs/after_four.py. One round is right about the counter after four events,
     and further rounds are wrong about it, because they go on."""
-    examples = AfterFour("after_four").load(len(EXAMPLES))
+    examples = get_task(Path(__file__).with_name("after_four.py")).load(len(EXAMPLES))
     found = [accuracy(mas, rounds, examples=examples) for rounds in (1, 2, 3)]
     print(f"12. the counter after four events, 1 to 3 rounds: {shares(found)}")
     return found[0] > .95 and found[2] < .6

@@ -23,14 +23,13 @@ under other words, so they may score lower here than published (see docs/publish
 import importlib
 import pkgutil
 import re
-import runpy
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from support.errors import blame, need
+from support.errors import need
+from support.sources import run_file
 
 # The published names of roles and styles. Flags and data may use them as well.
 PUBLISHED_ROLES = {
@@ -238,10 +237,8 @@ def get_style(name):
         return name
     path, styles = Path(str(name)), all_styles()         # None is an unknown name too
     if path.suffix == ".py":
-        sys.path.append(str(path.resolve().parent))      # it may import the files beside it
-        with blame(f"style file {path} makes no style"):
-            made = runpy.run_path(str(path)).values()
-        made = [value for value in made if isinstance(value, Style)
+        made = [value for value in run_file(path, "style file").values()
+                if isinstance(value, Style)
                 and value not in styles.values()]        # a shipped style was only imported
         need(made, f"style file {path} makes no style of its own: let it make one")
         return made[-1]

@@ -83,7 +83,7 @@ def add_training_flags(parser, learning_rate_flag, link_dtype_flag, kinds):
     # The data.
     add("--mas_task", default="math", choices=kinds,
         help="kind of the questions, for rows without a task_family: decides prompts and links")
-    add("--dataset_name", default="", help="hub id, .json/.jsonl file or tiny")
+    add("--dataset_name", default="", help="hub id, .json/.jsonl file, tiny, or a task's .py")
     add("--dataset_split", default="train")
     add("--dataset_json_field", default="data", help="where a .json has its rows")
     add("--num_samples", type=count, default=-1, help="rows, -1 for all")

@@ -8,22 +8,24 @@
     get_task("math500")                        rows from the hub
     get_task("math500", "my/rows.jsonl")       rows from a local file with the same columns
     get_task("choice", "my/rows.json")         any layout that tasks/choice.py can read
+    get_task("my/near.py")                     the task that this file makes
 
 A file of this folder derives a class from Task. Its `names` are the data sets that it knows.
-Adding a data set means adding a file (or a name to one); nothing else needs to hear of it.
+Adding a data set means adding a file (or a name to one); nothing else needs to hear of it. A file
+anywhere else makes one such class, with one name, and is given by its path (docs/extend.md).
 """
 import importlib
-import json
 import math
 import operator
 import pkgutil
 import re
+import sys
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
-from support.errors import blame, need, shown
+from support.errors import need, shown
+from support.sources import Source, read_rows, run_file
 from tools import worker
 
 ID_COLUMNS = ("unique_id", "id", "_id", "problem_idx", "Record ID", "task_id", "question_id")
@@ -89,12 +91,17 @@ class Task:
 
 def get_task(name, path=None, conditions=()):
     """The Task of data set `name`. With a path, its rows are read from there, and name may also be
-    a file of this folder (`maths`): then the rows have any layout that this file can read.
+    a file of this folder (`maths`): then the rows have any layout that this file can read. Or name
+    is the path of a .py file that makes a task. It is run.
     conditions: only rows that meet all of them are asked, as in ["level>=4", "subject=Algebra"].
 
-    Raises ValueError for an unreadable condition, or an unknown name, listing the known ones."""
-    task = next((one for one in task_classes()
-                 if name in one.names or one.__module__ == f"{__name__}.{name}"), None)
+    Raises ValueError for an unreadable condition, a file that makes no task, or an unknown name,
+    listing the known ones."""
+    if is_file(name):
+        task, name = task_in(name)
+    else:
+        task = next((one for one in task_classes()
+                     if name in one.names or one.__module__ == f"{__name__}.{name}"), None)
     need(task, f"unknown data set '{name}': choose one of {', '.join(task_names())}")
     need(path or name in task.names, f"'{name}' is a kind of task, not a data set: give it a .json "
          f"or .jsonl file, or choose one of {', '.join(task.names)}")
@@ -107,8 +114,28 @@ def task_classes():
     """The classes of the files of this folder that derive from Task."""
     files = [importlib.import_module(f"{__name__}.{info.name}")
              for info in pkgutil.iter_modules(__path__)]
-    return [one for file in files for one in vars(file).values() if isinstance(one, type)
-            and issubclass(one, Task) and one.__module__ == file.__name__]
+    return [one for file in files for one in classes_in(vars(file))]
+
+
+def classes_in(made):
+    """The classes that derive from Task, of those that a file makes and has not just imported."""
+    return [one for one in made.values() if isinstance(one, type) and issubclass(one, Task)
+            and one.__module__ == made["__name__"]]
+
+
+def is_file(name):
+    """Whether a data set is given by the path of the .py file that makes its task."""
+    return Path(name).suffix == ".py"
+
+
+def task_in(path):
+    """(class, name) of the one task that a .py file outside of this folder makes."""
+    found = [(one, name) for one in classes_in(run_file(path, "task file")) for name in one.names]
+    names = [name for _, name in found]
+    need(len(names) == 1 and names[0] not in task_names(),
+         f"task file {path} makes {' and '.join(names) or 'no task'}: let it make one class of a "
+         "Task, with one name in `names` that no data set of tasks/ has")
+    return found[0]
 
 
 def task_names():
@@ -117,8 +144,11 @@ def task_names():
 
 
 def generated_task(name):
-    """The Task of that name if it makes its own training rows (as `tiny` does), else None."""
-    task = get_task(name) if name in task_names() else None
+    """The Task of that name, or in that .py file, if it makes its own training rows (as `tiny`
+    does), else None. Raises ValueError for a file whose task makes none."""
+    task = get_task(name) if is_file(name) or name in task_names() else None
+    need(not is_file(name) or task.train_rows,
+         f"task file {name} makes no training rows: give its class train_rows(n, seed)")
     return task if task and task.train_rows else None
 
 
@@ -127,7 +157,10 @@ def in_time(function, *arguments, parsed=None, prepare=None):
 
     Scorers read a model's text in this way, because a pattern may take ages over it. (tiny, chase
     and the relays split theirs, and need no clock.) Without a verdict it is Score(False, parsed,
-    why). If the function raises anything, the note is that error's name."""
+    why). If the function raises anything, the note is that error's name. Raises ValueError for a
+    function of a task file: the worker could not import it."""
+    need(function.__module__ in sys.modules, f"in_time cannot send {function.__qualname__} to its "
+         "worker: put it into a file of its own beside the task file, and import it there")
     asked = worker.in_worker(attempt, function, *arguments, prepare=prepare)
     try:
         return asked.result(0)
@@ -169,16 +202,6 @@ def pass_at_k(n, c, k):
 
 # ---- rows ---------------------------------------------------------------------------------------
 
-class Source(NamedTuple):
-    """Where a row is from: the file or data set, its number from 1, its first byte in a .jsonl."""
-    file: str
-    number: int
-    offset: int | None = None
-
-    def __str__(self):
-        return f"{self.file} row {self.number}"
-
-
 class Unusable(ValueError):
     """A row that cannot be scored. It is skipped, and the skip is printed."""
 
@@ -201,11 +224,8 @@ class RowTask(Task):
         Raises ValueError or OSError naming the row: for one that is not an object, or has the id of
         another, and where nothing is left."""
         need_limit(limit)
-        need(not (self.path and split), f"{self.path} has no split '{split}': leave --dataset_split"
-             " out")
-        origin, config, usual = (self.path, None, None) if self.path else self.names[self.name]
         examples, left_out = {}, []
-        for source, row in read_rows(origin, config, split or usual):
+        for source, row in self.rows(split):
             need(isinstance(row, dict), f"{source} is not an object: {str(row)[:60]!r}")
             ids = [str(row[column]) for column in ID_COLUMNS if row.get(column) not in (None, "")]
             own = ids[0] if ids else f"{self.name}-{source.number}"
@@ -223,6 +243,13 @@ class RowTask(Task):
         need(examples, f"{self.path or self.name} holds no question that can be scored{chosen}")
         return list(examples.values())
 
+    def rows(self, split=None):
+        """(Source, row) one by one: of the file, or of the hub."""
+        need(not (self.path and split), f"{self.path} has no split '{split}': leave --dataset_split"
+             " out")
+        origin, config, usual = (self.path, None, None) if self.path else self.names[self.name]
+        return read_rows(origin, config, split or usual)
+
 
 def meets(source, row, name, sign, value):
     """Does the row's column `name` meet a condition? Numbers are compared as numbers, dates as far
@@ -238,48 +265,6 @@ def meets(source, row, name, sign, value):
     need(sign in ("=", "==", "!=") or cell[0].isdigit() == value[0].isdigit(),
          f"{source} has '{cell[:40]}' in '{name}', which has no order with '{value}'", Unusable)
     return SIGNS[sign](cell, value)
-
-
-def read_rows(name, config=None, split=None, field="data"):
-    """Yields (Source, row) of a local .json or .jsonl file, or of a data set on the hub.
-
-    A .json holds a list, or a list under `field`. A .jsonl is read line by line. config: of a hub
-    set, or the numbers of its files `SPLIT2.jsonl`, if `datasets` cannot read it. Raises ValueError
-    or OSError, naming the file and the row."""
-    path = Path(name)
-    if path.suffix == ".jsonl":
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                source = Source(str(path), number, file.tell() - len(line))
-                if line.strip():
-                    yield source, parse_json(line, source)
-        return
-    if path.suffix == ".json":
-        content = parse_json(path.read_bytes(), path)
-        rows = content.get(field) if isinstance(content, dict) else content
-        need(isinstance(rows, list), f"{path} must hold a list of rows, or a list under '{field}'")
-    else:
-        need(not path.is_file() and path.suffix not in (".csv", ".tsv", ".parquet", ".txt"),
-             f"{path} is neither .json nor .jsonl: convert it")
-        with blame(f"{name} could not be read from the hub: check the network (HF_HUB_OFFLINE); if "
-                   "it is gated, accept its terms there and run `hf auth login`; or give a local "
-                   "file of its rows", OSError):
-            if isinstance(config, tuple):
-                from huggingface_hub import hf_hub_download
-                for number in config:              # each file is fetched when its turn comes
-                    yield from read_rows(hf_hub_download(name, f"{split}{number}.jsonl",
-                                                         repo_type="dataset"))
-                return
-            import datasets                    # takes a second to import: only where it is needed
-            rows = datasets.load_dataset(str(name), config, split=split)
-    for number, row in enumerate(rows, start=1):
-        yield Source(str(name), number), row
-
-
-def parse_json(text, name):
-    """json.loads whose ValueError names the file or row in one line."""
-    with blame(f"{name} is not JSON: correct or remove it"):
-        return json.loads(text)
 
 
 def column(source, row, *names):

@@ -44,8 +44,8 @@ import zlib
 
 from scoring.programs import program_in, same_output, same_value
 from support.errors import blame, need
-from tasks import (CODE_RETRY, Example, RowTask, Score, Unusable, column, found, in_time,
-                   parse_json)
+from support.sources import parse_json
+from tasks import CODE_RETRY, Example, RowTask, Score, Unusable, column, found, in_time
 from tools.sandbox import call_function, passes, require_sandbox, run_python
 
 SCRIPT_SECONDS, LIVE_SECONDS = 10, 6       # a script, a test

@@ -18,14 +18,17 @@ not built in is whether *latents* can carry the notes from agent to agent. That 
 
 The words before `because` are the notes' essence (six tokens); the rest is the justification that
 a model writing in words would give, and that latent thoughts need not spell out.
+
+Own chains are rows {"question": "start 3 s1 x7"} of a file (--dataset FILE --task tiny).
 """
 import functools
 import random
 from dataclasses import dataclass
 from itertools import accumulate, islice
 
-from support.errors import need
-from tasks import Example, Score, Task, need_limit
+from support.errors import blame, need
+from support.sources import Source
+from tasks import Example, RowTask, Score, column
 
 TEST_SIZE, TEST_SEED = 500, 999
 SHORTEST, LONGEST = 2, 12
@@ -57,12 +60,17 @@ class Problem:
         return " ".join([f"start {self.values[0]}", *events])
 
 
+def played(start, operations):
+    """The Problem of a start and its operations."""
+    values = accumulate(operations, lambda value, operation: OPERATIONS[operation](value),
+                        initial=start)
+    return Problem(tuple(operations), tuple(values))
+
+
 def random_problem(rng, longest=LONGEST):
     """A problem of 2..longest events, every length equally likely."""
-    operations = tuple(rng.choice(list(OPERATIONS)) for _ in range(rng.randint(SHORTEST, longest)))
-    values = accumulate(operations, lambda value, operation: OPERATIONS[operation](value),
-                        initial=rng.randint(0, 9))
-    return Problem(operations, tuple(values))
+    operations = [rng.choice(list(OPERATIONS)) for _ in range(rng.randint(SHORTEST, longest))]
+    return played(rng.randint(0, 9), operations)
 
 
 def role_text(problem, role, done, full=False):
@@ -115,16 +123,6 @@ def train_rows(n, seed):
              "gold": str(problem.values[-1])} for problem in islice(problems, n)]
 
 
-def load(limit=None, split=None):
-    """The test problems as Examples, the first `limit` of them. There is one split."""
-    need_limit(limit)
-    need(split in (None, "test"), f"tiny has no split '{split}': leave --dataset_split out")
-    return [Example(f"tiny-{i}", problem.question, str(problem.values[-1]), kind="math",
-                    row={"events": len(problem.operations),
-                         "answer": gold_texts(problem, "solver")})
-            for i, problem in enumerate(islice(test_problems(), limit))]
-
-
 def score(example, text):
     """The word after the first `answer`; the counter has one digit, so equality is enough."""
     after = text.partition("answer ")[2].split()
@@ -146,8 +144,30 @@ def check_m(agent, m, rounds=1):
               f"so m = {m} shows what the agents have learnt, not what links can do", flush=True)
 
 
-class Tiny(Task):
-    """The functions above. There is nothing to read from a file."""
+class Tiny(RowTask):
+    """The functions above, about the test problems or the rows of a file."""
     names, kind, brief = ("tiny",), "math", NOTE
-    load, score, train_rows = staticmethod(load), staticmethod(score), staticmethod(train_rows)
+    score, train_rows = staticmethod(score), staticmethod(train_rows)
     ceiling, check_m = staticmethod(ceiling), staticmethod(check_m)
+
+    def rows(self, split=None):
+        """(Source, row) one by one: of the file, or of the test problems, which are one split."""
+        if self.path:
+            return super().rows(split)
+        need(split in (None, "test"), f"tiny has no split '{split}': leave --dataset_split out")
+        return ((Source("tiny", i + 1), {"id": f"tiny-{i}", "question": problem.question})
+                for i, problem in enumerate(test_problems()))
+
+    def make_example(self, source, row):
+        """The gold is where the chain ends, so a row needs none. Raises ValueError for other words
+        than those of a chain."""
+        words = column(source, row, "question").split()
+        with blame(f"{source}: '{' '.join(words)[:60]}' is not a chain of 1 to {LONGEST} events: "
+                   "write it like `start 3 s1 x7 s2 flip`"):
+            problem = played(int(words[1]), words[3::2])
+            # The agents know one digit, and steps up to the last one in WORDS.
+            need(problem.question.split() == words and problem.operations
+                 and set(words) <= set(WORDS), f"the events are {' '.join(OPERATIONS)}")
+        return Example("", problem.question, str(problem.values[-1]), kind="math",
+                       row={"events": len(problem.operations),
+                            "answer": gold_texts(problem, "solver")})

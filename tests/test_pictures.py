@@ -56,7 +56,7 @@ def test_the_thoughts_are_those_of_show(drawn, run):
 
 def test_the_bars_are_shares_of_right_answers(drawn, shipped):
     """Asked and scored here one method at a time, in the order of evaluate.py's batches."""
-    examples = sorted(tiny.load(QUESTIONS), key=lambda example: len(example.question))
+    examples = sorted(tiny.Tiny("tiny").load(QUESTIONS), key=lambda example: len(example.question))
 
     def share(method, rounds):
         answers = shipped.answer([one.question for one in examples], rounds, 6, method=method,

@@ -2,10 +2,14 @@
 import ast
 import importlib.util
 import json
+import os
 import re
 import runpy
 import shlex
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -99,12 +103,57 @@ def test_the_code_of_the_readme():
     assert names["run"].sent[1, "outer_12"].shape == (1, 6, 80)
 
 
+EXTEND = (PROJECT / "docs/extend.md").read_text()
+# Its blocks: (the line above, which ends with the name of a file; the kind of block; the text).
+BLOCKS = re.findall(r"([^\n]*)\n\n```(\w*)\n(.*?)```", EXTEND, re.DOTALL)
+
+
+def save_blocks(folder):
+    """Save the files of docs/extend.md: their names."""
+    files = {re.findall(r"`([\w.]+)`", above)[-1]: text for above, kind, text in BLOCKS if kind}
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    return set(files)
+
+
+def test_the_files_of_docs_extend(tmp_path, monkeypatch):
+    """Its changes fit the code, its styles can be loaded, and its task is asked."""
+    assert save_blocks(tmp_path) == {"pair.py", "near.py", "kind.diff", "backwards.diff",
+                                     "alone.py"}
+    subprocess.run(["git", "apply", "--check", *tmp_path.glob("*.diff")], cwd=PROJECT, check=True)
+    monkeypatch.chdir(tmp_path)
+    assert [get_style(f"{name}.py").name for name in ("pair", "alone")] == ["pair", "alone"]
+    run_commands(re.search("python evaluate.py --dataset near.*", EXTEND)[0], monkeypatch)
+    with open("out/evaluate/results.jsonl") as file:
+        lines = [json.loads(line) for line in file]
+    assert {line["dataset"] for line in lines} == {"near"} and "off by" in lines[0]["notes"][0]
+
+
+@pytest.mark.slow
+def test_a_reader_follows_docs_extend(tmp_path):
+    """From top to bottom by copying, in a copy of the project. Each line that it shows behind a #
+    is printed. An accuracy may be as near as another processor makes it."""
+    copy = shutil.copytree(PROJECT, tmp_path / "copy", ignore=shutil.ignore_patterns("out", ".git"))
+    save_blocks(copy)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    for block in (text for _, kind, text in BLOCKS if not kind):
+        printed = subprocess.run(["bash", "-ec", block], cwd=copy, text=True, check=True,
+                                 env={**os.environ, "PATH": path}, stdout=subprocess.PIPE).stdout
+        for shown in re.findall("^# (.*)", block, re.M):
+            *words, last = shown.split()
+            found = [line.split()[len(words)] for line in printed.splitlines()
+                     if line.split()[:len(words)] == words]
+            assert last in found or abs(float(last) - float(found[0])) < .06, (shown, printed)
+    assert (copy / "link.py").read_text() == (PROJECT / "link.py").read_text()
+
+
 def test_files_that_the_pages_name_exist():
     """Files and folders of the project, wherever a page names them. A page of docs/ may name a file
     of docs/ alone, and any page a file of a folder that it has just named."""
-    own = {"debate.py", "my_style.py", "light_published.py"}          # the reader writes these
+    own = {"debate.py", "my_style.py", "light_published.py", "pair.py", "near.py", "alone.py"}
     folders = {path.name for path in PROJECT.iterdir() if path.is_dir() and path.name[0] != "."}
-    names = set(re.findall(r"(?<![\w./-])((?:[\w.-]+/)*[\w.-]+\.(?:py|md|png))\b", PAGES))
+    names = set(re.findall(r"(?<![\w./-])((?:[\w.-]+/)*[\w.-]+\.(?:py|md|png))\b",
+                           re.sub("(?m)^(---|\\+\\+\\+) .*", "", PAGES)))
     names |= set(re.findall(rf"(?<![\w./-])((?:{'|'.join(folders)})/[\w./]*\w)", PAGES))
     names = {name for name in names - own if not name.startswith("out/") and name != "tests/test_"}
     assert names > {"train_outer.py", "tasks/tiny.py", "docs/training.md", "pictures/accuracy.png"}
@@ -145,7 +194,7 @@ def test_imports_point_downwards():
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_flags_of_the_readme_exist(script, monkeypatch, capsys):
     """Every flag in a command of README and docs is a flag of that script."""
-    lines = PAGES.replace("\\\n", " ").split("\n")
+    lines = PAGES.replace(EXTEND, "").replace("\\\n", " ").split("\n")
     commands = [command for line in lines for command in expanded(line)
                 if command.startswith(f"python {script}")]
     assert commands

@@ -661,6 +661,50 @@ def test_a_data_set_is_one_file(tmp_path, monkeypatch):
         get_task("sums", "rows.jsonl")
 
 
+NEAR = """
+from tasks import Score, Task, get_task, in_time
+def right(example, text):
+    return Score(text == example.gold, text)
+class Near(Task):
+    names, kind = ("near",), "math"
+    def load(self, limit=None, split=None):
+        return get_task("tiny").load(limit, split)
+    def score(self, example, text):
+        return right(example, text)
+"""
+
+
+def test_a_task_lies_in_a_file_anywhere(tmp_path):
+    """It may import the file beside it, and what it only imports is not its task. A reader that is
+    sent to the worker has to be in such a file."""
+    path, (first, *_) = tmp_path / "mine.py", get_task("tiny").load(1)
+    (tmp_path / "beside_mine.py").write_text(NEAR)
+    path.write_text("from beside_mine import Near, right, in_time\nclass Mine(Near):\n"
+                    "    names = ('mine',)\n    def score(self, example, text):\n"
+                    "        return in_time(right, example, text)\n")
+    mine = get_task(path)
+    assert (mine.name, mine.load(2)) == ("mine", get_task("tiny").load(2))
+    assert [mine.score(first, text).correct for text in (first.gold, "x")] == [True, False]
+    with refuses(path, "train_rows"):
+        generated_task(str(path))
+    path.write_text(NEAR.replace("return right(", "return in_time(right, "))
+    with refuses("right", "worker"):
+        get_task(path).score(first, "7")
+
+
+@pytest.mark.parametrize("change, named", [
+    (("names, kind = (\"near\",), ", "kind = "), ["no task"]), (("near", "tiny"), ["tiny"]),
+    (("(\"near\",)", "(\"near\", \"far\")"), ["near and far"]), (("Task)", "Tusk)"), ["'Tusk'"]),
+    (("class Near", "Far = get_task\nclass"), ["SyntaxError"]), (("class Near", "exit()#"), [])])
+def test_a_file_without_one_task_is_one_clear_line(tmp_path, change, named):
+    """No task, a name that tasks/ has, two names, and files that fail."""
+    (tmp_path / "near.py").write_text(NEAR.replace(*change))
+    with refuses(tmp_path / "near.py", *named):
+        get_task(tmp_path / "near.py")
+    with pytest.raises(FileNotFoundError, match="none.py"):
+        get_task(tmp_path / "none.py")
+
+
 def test_an_unknown_name_is_answered_with_the_known_ones():
     with pytest.raises(ValueError, match="'choice'.*gpqa, medqa"):           # it needs a file
         get_task("choice")

@@ -4,7 +4,7 @@ from itertools import combinations, islice
 
 import pytest
 import torch
-from helpers import PROJECT, lines_of
+from helpers import PROJECT, lines_of, refuses, write_rows
 
 from checkpoints import load_agent
 from docs import build_tiny as build
@@ -63,8 +63,22 @@ def test_score(text, parsed, correct):
     assert (score.parsed, score.correct) == (parsed, correct)
 
 
+@pytest.mark.parametrize("question", [
+    "start 3", "start 12 s1 x7", "start 3 s1 x9", "start 3 s2 x7", "hello", "start 3 s1 x7 s2",
+    "start 3 " + " ".join(f"s{i} +1" for i in range(1, 14))])
+def test_own_chains_of_a_file(tmp_path, question):
+    """A file of the shipped questions asks the same. Other words than those of a chain are named."""
+    shipped, path = get_task("tiny").load(20), tmp_path / "mine.jsonl"
+    own = get_task("tiny", write_rows(path, [{"question": f" {one.question}"} for one in shipped]))
+    assert [(one.question, one.gold, one.row) for one in own.load()] == [
+        (one.question, play(one.question), one.row) for one in shipped]
+    write_rows(path, [{"question": "start 3 s1 x7"}, {"question": question}])
+    with refuses(f"{path} row 2", question[:60]):
+        own.load()
+
+
 def test_ceiling_counts_the_chains_that_fit():
-    examples = tiny.load()
+    examples = get_task("tiny").load()
     short = sum(example.question.count(" s") <= 4 for example in examples)
     assert tiny.ceiling(examples, 1) == pytest.approx((short + (500 - short) / 10) / 500)
     assert tiny.ceiling(examples, 3) == 1.0

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from prompts import role_prompts
 from styles import KINDS
 from support.errors import need
-from tasks import generated_task, get_task, read_rows, task_names
+from support.sources import read_rows
+from tasks import generated_task, get_task, task_names
 
 LONGEST = 200_000        # characters of a text. A longer one would take minutes and all memory.
 
@@ -118,10 +119,11 @@ def fault(row, columns):
 def flags_to_ask(trained_on, settings, kind):
     """The flags with which evaluate.py asks a system questions like those of its training.
 
-    trained_on: the Task that made the training rows. None: the style's settings tell, by the data
-    set that is asked without flags, else by the first one with this kind of questions."""
+    trained_on: the data set, or the .py file, that made the training rows. None: the style's
+    settings tell, by the data set that is asked without flags, else by the first one with this
+    kind of questions."""
     if trained_on:
-        return f"--dataset {trained_on.name} --show 2"
+        return f"--dataset {trained_on} --show 2"
     alike = [name for name in settings if name in task_names() and get_task(name).kind == kind]
     name = settings.get("evaluate", {}).get("dataset") or next(iter(alike), None)
     return f"--dataset {name}" if name else "--dataset FILE --task ..   (see docs/benchmarks.md)"

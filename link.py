@@ -41,7 +41,7 @@ from support.errors import need
 # An outer link's published name is the same with "outer_" in front.
 # To add a kind, for example one that ends in a tanh:
 # 1. Name it here: "2layer_ln_res_tanh": "tanh_adapter". Both names are new. A name has parts, which
-#    are joined by "_". Here the part "tanh" is new.
+#    are joined by "_". Here the part "tanh" is new. (If all are known, this line is enough.)
 # 2. Write "tanh" into PARTS of InnerLink, OuterLink or both, and build it in __init__ and forward.
 # Flags, saved files and tests then know it. A class refuses a kind if a part is not in its PARTS.
 KINDS = {

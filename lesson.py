@@ -2,10 +2,14 @@
 """The method, built up in eight cells: python lesson.py
 
 Run the file from top to bottom (a minute on a laptop), or open it in an editor that knows cells
-(`# %%`: VS Code, PyCharm, Spyder, Jupyter with jupytext). Each cell makes a claim, measures it,
-prints it and asserts it. You need a little PyTorch. Read reference.py first, which is the
-whole method on one page. All of it runs on the shipped tiny system; the head of tasks/tiny.py says
-what its three agents do. The picture goes to out/lesson. docs/exercises.md has exercises.
+(`# %%`: VS Code, PyCharm, Spyder). Or make a notebook of it, which has to stay in this folder:
+
+    pip install jupytext nbclient ipykernel && jupytext --to ipynb lesson.py
+
+Each cell makes a claim, measures it, prints it and asserts it. You need a little PyTorch. Read
+reference.py first, which is the whole method on one page. All of it runs on the shipped tiny
+system; the head of tasks/tiny.py says what its three agents do. The picture goes to out/lesson.
+docs/exercises.md has exercises.
 """
 # %%
 import re

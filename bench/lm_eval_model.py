@@ -1,7 +1,7 @@
 """A whole system as a model of lm-evaluation-harness, which asks it hundreds of benchmarks.
 
     pip install lm_eval
-    python -m bench.lm_eval_model --model_args style=duo,method=latent --tasks gsm8k --batch_size 8
+    python -m bench.lm_eval_model --model_args style=sequential_light --tasks gsm8k --batch_size 8
 
 The command is the harness's own (`lm_eval run`), with this model put in. So all of its flags work.
 --model_args takes the arguments of RecursiveMAS below, and those of LOADING. In code:

@@ -219,6 +219,19 @@ def test_the_lesson_runs(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out/lesson/lesson.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow                   # the same again, as its users see it
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    """`jupytext --to ipynb lesson.py` makes it. Each cell of code ends without an error."""
+    command, nbclient = pytest.importorskip("jupytext.cli"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    made = tmp_path / "lesson.ipynb"
+    command.jupytext(["--to", "ipynb", "--output", str(made), str(PROJECT / "lesson.py")])
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT))
+    notebook = nbclient.execute(command.read(made), cwd=tmp_path, kernel_name="python3")
+    printed = "".join(out["text"] for cell in notebook.cells for out in cell.get("outputs", []))
+    assert "\n8. |dL" in printed and (tmp_path / "out/lesson/lesson.png").is_file()
+
+
 SLOW = (6, 8, 9, 10)         # exercises that train
 
 

@@ -44,7 +44,7 @@ Shapes: B questions, T tokens of a prompt, m latent thoughts, R rounds, n tokens
 """
 import json
 import time
-from functools import partial
+from functools import cached_property, partial
 from statistics import median
 from types import SimpleNamespace
 
@@ -85,17 +85,29 @@ class Bench:
     def __init__(self, args):
         self.args, self.lines = args, []
         self.device, self.dtype = pick_device(args.device, args.dtype)
-        on_cpu, style = self.device.type == "cpu", get_style("tiny")
+        on_cpu = self.device.type == "cpu"
         torch.set_num_threads(args.threads or (1 if on_cpu else torch.get_num_threads()))
         torch.manual_seed(0)                               # the weights are the same in every run
         self.size = TINY if args.dims == "tiny" else CPU if on_cpu else GPU
-        agents = {role.name: new_agent(base, args.layers or self.size.layers, self.device,
-                                       self.dtype)
-                  for role, base in zip(style.roles, DIMS[args.dims])}
         self.compile = int(not on_cpu) if args.compile is None else args.compile
-        set_compile(agents.values(), self.compile)
-        self.agent, self.mas = agents["planner"], MAS(style, agents, None).with_fresh_outer()
-        self.mas.outer.to(self.dtype).requires_grad_(True)
+        self.agent = self.new(DIMS[args.dims][0])          # the planner, which some sections use
+
+    def new(self, base):
+        """A random agent of a base model's dimensions."""
+        agent = new_agent(base, self.args.layers or self.size.layers, self.device, self.dtype)
+        set_compile([agent], self.compile)
+        return agent
+
+    @cached_property
+    def mas(self):
+        """The system of three agents. It is made when a section first asks for it."""
+        style = get_style("tiny")
+        _, *others = DIMS[self.args.dims]
+        agents = dict(zip([role.name for role in style.roles],
+                          [self.agent, *map(self.new, others)]))
+        mas = MAS(style, agents, None).with_fresh_outer()
+        mas.outer.to(self.dtype).requires_grad_(True)
+        return mas
 
     def keep(self, text, **figures):
         """Print a line, and keep its figures."""

@@ -6,13 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import FAMILIES, lines_of, new_agent
+from helpers import FAMILIES, fast, lines_of, new_agent, nothing_in_float32, read_plain, widen
 
 import reference
 from agents import Agent
 from bench import __main__ as bench
-from bench import models
-from bench.both_sides import plain_think
+from bench import card, models, parts
+from bench.both_sides import apart, in_float32, plain_think, read
+from bench.library import WAYS, library_agent
+from bench.reading import reading_agent
 
 TINY = ["--dims", "tiny", "--device", "cpu", "--threads", "1", "--repeats", "1"]
 
@@ -207,3 +209,36 @@ def test_style_memory_counts_a_shared_model_once(mas):
         assert size["cache"] == sum(taken[base][1] for base in bases)
     inner = [agent.inner for agent in mas.agents.values()]
     assert size["links"] == bytes_of(torch.nn.ModuleList([mas.outer, *inner]).parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", fast("qwen3", of=FAMILIES))
+def test_the_experiments_compute_our_thoughts(family):
+    """The library's steps, and prompts of rounded lengths. At the second turn buffers are used."""
+    torch._dynamo.reset()
+    with nothing_in_float32():
+        agent = widen(new_agent(family))
+        for prompts in ([[5, 6, 7, 8], [9, 4, 3], [3] * 7], [[5, 6, 7, 8]]) * 2:
+            wanted = agent.think(read_plain(agent, prompts), 5)
+            for one in (*(library_agent(agent, way) for way in WAYS), reading_agent(agent, 8)):
+                for _ in range(2):
+                    assert apart([one.think(read_plain(one, prompts), 5)], [wanted]) < 1e-9
+
+
+def test_the_script_for_a_card_loses_nothing(tmp_path, monkeypatch, run):
+    """A part fails, one is stopped, and a real one follows: all figures and exit codes are there.
+    """
+    assert sum(seconds for _, seconds in card.LIMITS) <= 590 and set(vars(parts.Card)) > {
+        part for part, _ in card.LIMITS} - {"tests", "ranks", "full_training", "rollout",
+                                            "decoding", "answer"}
+    scripts = {"tests": "raise SystemExit(3)", "step": "import time; time.sleep(99)"}
+    right = card.command
+    monkeypatch.setattr(card, "LIMITS", [("tests", 9), ("step", .2), ("prompt", 20)])
+    monkeypatch.setattr(card, "command", lambda part, *others: (
+        ["-c", scripts[part]] if part in scripts else right(part, *others)))
+    assert run(card, tmp_path / "out", "--cpu")[0] == 1
+    found = json.loads((tmp_path / "out/card.json").read_text())
+    assert {part: one["code"] for part, one in found.items()} == {
+        "tests": 3, "step": 124, "prompt": 0}
+    assert all(line["apart"] <= 1e-4 for line in found["prompt"]["lines"])
+    assert (tmp_path / "out/rows.txt").read_text().count("| prompt: ") == 3

@@ -33,7 +33,10 @@ from support.errors import need
 
 PROJECT = Path(__file__).parent.parent
 
-# (part, seconds at most). The order is that of their worth, as far as one does not need another.
+# (part, seconds at most). A test of the whole comes first, because figures of wrong code are worth
+# nothing. Then come the figures that decide something (is our own graph needed? can reading be
+# recorded?), and then those that complete the tables. `library` may well reach its limit: the whole
+# step takes some 40 s to compile for each number of questions. Its cheap ways come first.
 LIMITS = [("card", 25), ("tests", 70), ("ranks", 30), ("step", 45), ("library", 110),
           ("rollout", 55), ("prompt", 45), ("decoding", 35), ("outer", 50), ("inner", 20),
           ("answer", 35), ("offload", 20), ("full_training", 15), ("full", 15), ("memory", 20)]
@@ -57,7 +60,10 @@ def command(part, folder, scratch, cpu):
 
 
 def run(arguments, limit, log):
-    """Run Python in the project's folder. Returns (exit code, seconds): 124 if it was stopped."""
+    """Run Python in the project's folder. Returns (exit code, seconds): 124 if it was stopped.
+
+    The process leads a group of its own, so that all that it has started can be ended with it: a
+    test's workers, or torchrun's ranks. Two parts on one card would spoil each other's times."""
     began = time.time()
     process = subprocess.Popen([sys.executable, *arguments], cwd=PROJECT, stdout=log, stderr=log,
                                env={**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"},
@@ -66,7 +72,7 @@ def run(arguments, limit, log):
         code = process.wait(limit)
     except subprocess.TimeoutExpired:
         code = 124
-    finally:                                             # and all processes that it has started
+    finally:                                             # also where we are stopped ourselves
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -81,11 +87,15 @@ def row(line):
                                                    1000 * max(side))
              for side in (line["reference_s"], line["ours_s"])]
     first = f"{line['first_s']:.1f} s" if line.get("first_s") else ""
-    return f"| {line['part']}: {line['case']} | {' | '.join(cells)} | {line['ratio']:.2f} | {first} |"
+    cells = [f"{line['part']}: {line['case']}", *cells, f"{line['ratio']:.2f}", first]
+    return f"| {' | '.join(cells)} |"
 
 
 def write_results(folder):
-    """card.json and rows.txt, of the lines so far. Returns {part: its exit code, its lines, ..}."""
+    """card.json and rows.txt, of the lines so far. Returns {part: its exit code, its lines, ..}.
+
+    lines.jsonl has two kinds of lines: figures, and the end of a part with its exit code. A part
+    without an end was running when all was stopped."""
     parts = {}
     for line in map(json.loads, (folder / "lines.jsonl").read_text().splitlines()):
         of_part = parts.setdefault(line["part"], {"lines": []})
@@ -103,11 +113,12 @@ def main():
     """The parts, one after the other."""
     names = [name for name, _ in LIMITS]
     parser = flags.Parser(__doc__)
-    parser.add_argument("folder", type=Path, help="of the results: an older card's are replaced")
+    parser.add_argument("folder", type=Path, help="of the results: those of an earlier run go")
     parser.add_argument("--parts", nargs="+", default=names, choices=names)
     parser.add_argument("--cpu", action="store_true", help="run the parts in small, without a GPU")
     args = parser.parse_args()
     need(args.cpu or torch.cuda.is_available(), "torch sees no GPU: --cpu runs the parts in small")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # so that run() ends its part too
     folder = args.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     lines = folder / "lines.jsonl"

@@ -83,7 +83,7 @@ class LibrarySteps:
         self.run = lambda x, mask: forward(x, self.cache, mask)
         self.load(context)
         if agent.device.type == "cuda" and way != "whole":
-            # It takes three steps before it records one. They need room, so the buffers are emptied.
+            # It takes three steps before it records one. They need room, so buffers are emptied.
             # (What these steps write does no harm, because load() overwrites all of it.)
             for fixed in self.cache.layers:
                 if isinstance(fixed, StaticLayer):

@@ -37,7 +37,7 @@ PROJECT = Path(__file__).parent.parent
 # nothing. Then come the figures that decide something (is our own graph needed? can reading be
 # recorded?), and then those that complete the tables. `library` may well reach its limit: the whole
 # step takes some 40 s to compile for each number of questions. Its cheap ways come first.
-LIMITS = [("card", 25), ("tests", 70), ("ranks", 30), ("step", 45), ("library", 110),
+LIMITS = [("card", 25), ("tests", 65), ("ranks", 30), ("step", 45), ("library", 100),
           ("rollout", 55), ("prompt", 45), ("decoding", 35), ("outer", 50), ("inner", 20),
           ("answer", 35), ("offload", 20), ("full_training", 15), ("full", 15), ("memory", 20)]
 BUSY = 10        # with --cpu, limits are times this, because a CPU may have other work

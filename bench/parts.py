@@ -81,6 +81,8 @@ class Card(Bench):
     @torch.no_grad()
     def card(self):
         """Which card it is, and how fast it copies (bytes read and written)."""
+        # 4 GB, which is far more than a cache holds. The fastest of six: the first one also asks
+        # the driver for memory.
         numbers = torch.empty(2**16 if self.device.type == "cpu" else 2**30, device=self.device)
         seconds = []
         for _ in range(6):
@@ -94,7 +96,11 @@ class Card(Bench):
 
     @torch.no_grad()
     def step(self):
-        """A step (ours) against reading its weights once (reference)."""
+        """A step (ours) against reading its weights once (reference).
+
+        At B = 1 the memory sets the pace: the ratio is the share of its speed that is reached. A
+        batch has more to do with the same weights, so its ratio is lower. The first call of B = 1
+        compiles and tunes, that of 32 compiles, and 8 shares its code with later sizes."""
         weights = sum(size_of(module.parameters()) for module in (
             self.agent.body.layers, self.agent.body.norm, self.agent.inner))
         matrix = torch.randn(weights // 4096 + 1, 1024, device=self.device)    # as many bytes
@@ -108,8 +114,10 @@ class Card(Bench):
     def library(self):
         """A step: our recorded and compiled one (reference) against the library's ways (ours).
 
-        A ratio of .8 or more says that the library's way is good enough."""
-        exact = {}                                   # {B: thoughts in float32}, for all ways
+        A ratio of .8 or more says that the library's way is good enough. All ways take the same
+        thoughts from the same contexts, and each case starts with a right result: see error()."""
+        # The judge in float32 costs seconds. It is the same for all ways: computed once for each B.
+        exact = {}                                                  # {B: thoughts in float32}
 
         def today(agent, texts, context):
             if agent is self.agent:
@@ -129,7 +137,10 @@ class Card(Bench):
 
     @torch.no_grad()
     def prompt(self):
-        """Reading a prompt: as today (reference) against recorded at rounded lengths (ours)."""
+        """Reading a prompt: as today (reference) against recorded at rounded lengths (ours).
+
+        256 is a multiple of both roundings and needs no padding. 300 becomes 320 or 384, and shows
+        what padding costs. The last line is a whole rollout: both sides take recorded steps."""
         def reading(texts, reads, agent):
             context = read(reads or agent, texts)
             return [context.hidden, context.cache.layers[-1].keys]
@@ -145,7 +156,11 @@ class Card(Bench):
                      lambda _: fast.think(read(fast, texts), m))
 
     def outer(self):
-        """Outer training: one row after the other (reference) against all rows at once (ours)."""
+        """Outer training: one row after the other (reference) against all rows at once (ours).
+
+        Launching its kernels sets the pace of a step with gradients. So 8 rows at once should take
+        little longer than one. Both sides are our own code and keep all turns (no checkpointing).
+        What agrees is the sum of the losses, and its gradient in all outer links."""
         size = self.size
         rows = [{"question": question, "answer": answer} for question, answer in zip(
             some_texts(size.T, size.rows), some_texts(size.n, size.rows, seed=1))]
@@ -161,7 +176,10 @@ class Card(Bench):
                      partial(gradient, our_losses, **what), per=size.rows)
 
     def inner(self):
-        """Inner training: hidden states computed anew (reference) against kept ones (ours)."""
+        """Inner training: hidden states computed anew (reference) against kept ones (ours).
+
+        A step is the loss of a batch of texts and its gradient in the link. The published code
+        computes the hidden states in every epoch. train_inner.py computes them once."""
         size, agent = self.size, self.agent
         texts = some_texts(size.T, size.texts)
         tokens = agent.tokenize(some_texts(size.n, size.texts, seed=1))
@@ -186,7 +204,11 @@ class Card(Bench):
 
     @torch.no_grad()
     def offload(self):
-        """All agents on the card (reference) against one at a time (ours)."""
+        """All agents on the card (reference) against one at a time (ours).
+
+        They do not take turns here: an offloaded agent stays in main memory, so the other side
+        would begin by moving all of them. A move also throws an agent's recorded steps away, and
+        that belongs to the price."""
         what = dict(questions=some_texts(self.size.T, self.size.B), R=1, m=self.size.m)
         times, sent = [], []
         for mas in (self.mas, self.mas, replace(self.mas, offload=True)):    # the first: warms up
@@ -225,7 +247,10 @@ class Card(Bench):
                   recorded=agent.recorder.recorded is not None)
 
     def memory(self):
-        """What memory holds, and at most held, in MB: worked out and measured."""
+        """What memory holds, and at most held, in MB: worked out and measured.
+
+        Peaks count from the start of each case, with the models in memory. (On a CPU they are of
+        the whole process so far.) Three agents are loaded from the first training on."""
         size, agent = self.size, self.agent
         T, m, B = size.rollouts[-1]
         weights, cache, _ = model_memory(agent.model.config, self.dtype, B, T)
@@ -250,7 +275,10 @@ class Card(Bench):
 
 
 def full_training():
-    """train_outer.py on a card of FULL bytes. It has to end with one line and exit code 2."""
+    """train_outer.py on a card of FULL bytes. It has to end with one line and exit code 2.
+
+    The limit is torch's own, of this process, so nothing else on the card is touched. (The line is
+    in log.txt.) On a CPU the same command trains one step, and ends with 0."""
     wanted = code = 0
     if torch.cuda.is_available():
         wanted, whole = 2, torch.cuda.get_device_properties(0).total_memory

@@ -661,17 +661,7 @@ def test_a_data_set_is_one_file(tmp_path, monkeypatch):
         get_task("sums", "rows.jsonl")
 
 
-NEAR = """
-from tasks import Score, Task, get_task, in_time
-def right(example, text):
-    return Score(text == example.gold, text)
-class Near(Task):
-    names, kind = ("near",), "math"
-    def load(self, limit=None, split=None):
-        return get_task("tiny").load(limit, split)
-    def score(self, example, text):
-        return right(example, text)
-"""
+NEAR = (PROJECT / "tests/data/tasks/near.txt").read_text()
 
 
 def test_a_task_lies_in_a_file_anywhere(tmp_path):
@@ -692,13 +682,10 @@ def test_a_task_lies_in_a_file_anywhere(tmp_path):
         get_task(path).score(first, "7")
 
 
-@pytest.mark.parametrize("change, named", [
-    (("names, kind = (\"near\",), ", "kind = "), ["no task"]), (("near", "tiny"), ["tiny"]),
-    (("(\"near\",)", "(\"near\", \"far\")"), ["near and far"]), (("Task)", "Tusk)"), ["'Tusk'"]),
-    (("class Near", "Far = get_task\nclass"), ["SyntaxError"]), (("class Near", "exit()#"), [])])
-def test_a_file_without_one_task_is_one_clear_line(tmp_path, change, named):
+@pytest.mark.parametrize("old, new, named", table("task_files"))
+def test_a_file_without_one_task_is_one_clear_line(tmp_path, old, new, named):
     """No task, a name that tasks/ has, two names, and files that fail."""
-    (tmp_path / "near.py").write_text(NEAR.replace(*change))
+    (tmp_path / "near.py").write_text(NEAR.replace(old, new))
     with refuses(tmp_path / "near.py", *named):
         get_task(tmp_path / "near.py")
     with pytest.raises(FileNotFoundError, match="none.py"):

@@ -63,9 +63,7 @@ def test_score(text, parsed, correct):
     assert (score.parsed, score.correct) == (parsed, correct)
 
 
-@pytest.mark.parametrize("question", [
-    "start 3", "start 12 s1 x7", "start 3 s1 x9", "start 3 s2 x7", "hello", "start 3 s1 x7 s2",
-    "start 3 " + " ".join(f"s{i} +1" for i in range(1, 14))])
+@pytest.mark.parametrize("question", lines_of("tasks/wrong_chains.jsonl"))
 def test_own_chains_of_a_file(tmp_path, question):
     """A file of the shipped questions asks the same. Other words than those of a chain are named."""
     shipped, path = get_task("tiny").load(20), tmp_path / "mine.jsonl"

@@ -65,7 +65,7 @@ def test_score(text, parsed, correct):
 
 @pytest.mark.parametrize("question", lines_of("tasks/wrong_chains.jsonl"))
 def test_own_chains_of_a_file(tmp_path, question):
-    """A file of the shipped questions asks the same. Other words than those of a chain are named."""
+    """A file of the shipped questions asks the same. Words that are not a chain are named."""
     shipped, path = get_task("tiny").load(20), tmp_path / "mine.jsonl"
     own = get_task("tiny", write_rows(path, [{"question": f" {one.question}"} for one in shipped]))
     assert [(one.question, one.gold, one.row) for one in own.load()] == [

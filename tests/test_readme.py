@@ -58,7 +58,8 @@ def test_the_style_of_docs_debate(tmp_path, monkeypatch, capsys):
     """Its files are written, its rows made, its links trained, its debate scored."""
     text = (PROJECT / "docs/debate.md").read_text()
     style, rows = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    changed = re.search(r"```python\n(from dataclasses .*?)```", PAGES, re.DOTALL)[1]
+    models = (PROJECT / "docs/models.md").read_text()
+    changed = re.search(r"```python\n(from dataclasses .*?)```", models, re.DOTALL)[1]
     commands = re.search(r"```\n(python rows.py\n.*?)```", text, re.DOTALL)[1]
     assert len(style.splitlines()) < 60
     monkeypatch.chdir(tmp_path)

@@ -155,7 +155,7 @@ def draw(shares, nats, places, path):
         panel.set_xlabel("words in the list")
         panel.grid(axis="y", alpha=0.4)
         if panel.get_legend_handles_labels()[0]:
-            panel.legend(fontsize=9)
+            panel.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     save_figure(figure, path)
 
 

@@ -12,6 +12,12 @@ the link, h_t should look like that token's embedding (the paper's inner loop):
 If it does, then the model that reads R_in(h_t) goes on as if it had read the word. That is the
 point of the inner link: the model thinks on without choosing a word.
 
+--adapter_contrast_weight adds a third term, which is ours: R_in(h_t) should be nearer to its own
+word than to the other words of the micro-batch (`contrast` in link.py). The embeddings of a real
+model lie close together, so the cosine alone mostly teaches where all words lie, and not which word
+this is. docs/real.md has the figures: the contrast helps a single thought, and harms a chain of
+thoughts.
+
 Which text? `--text gold`, as published, takes the role's text in the training rows. `--text own`
 takes what the frozen agent itself writes for the same prompt. On a real model this decides: along
 words that the model would not say, h_t does not predict the next word, and the link learns an
@@ -31,7 +37,7 @@ from chats import as_role
 from checkpoints import load_agent, load_inner, local_folder, save_inner
 from evaluation.in_words import readability, tell
 from gpu.compiled import set_compile
-from link import InnerLink, word_losses
+from link import InnerLink, contrast, word_losses
 from proof import need_proved
 from styles import KINDS, PUBLISHED_DESIGNS, get_style
 from support import flags
@@ -68,6 +74,8 @@ def parse():
     add("--adapter_type", default="ln_res_adapter", help="kind of link, ours or as published")
     add("--adapter_cos_weight", type=flags.at_least(0, float), default=1.0)
     add("--adapter_mse_weight", type=flags.at_least(0, float), default=0.0)
+    add("--adapter_contrast_weight", type=flags.at_least(0, float), default=0.0,
+        help="see the head of this file")
     known = flags.first_look(parser)
     design = PUBLISHED_DESIGNS.get(known.mas_design, "")
     style = get_style(design if design and known.style == "tiny" else known.style)
@@ -126,16 +134,21 @@ def new_link(agent, args):
 
 
 def inner_loss(agent, pairs, args):
-    """(loss, 1 - cos, MSE) of a micro-batch of (states (n, d), tokens (n,)).
+    """(loss, its parts) of a micro-batch of (states (n, d), tokens (n,)).
 
         loss = w_cos (1 - cos(R_in(h_t), Emb(token))) + w_mse MSE(R_in(h_t), Emb(token))
+               + w_contrast contrast
 
-    where the state h_t predicts the token. As published, w_cos = 1 and w_mse = 0."""
+    where the state h_t predicts the token. As published, w_cos = 1 and the others are 0."""
     states = torch.cat([h for h, _ in pairs]).to(agent.device)              # (n, d)
     targets = torch.cat([ids for _, ids in pairs])                          # (n,)
     got = agent.inner(states.float())                                       # R_in(h_t)   (n, d)
     cosine, mse = word_losses(got, targets, agent.embedding)
-    return args.adapter_cos_weight * cosine + args.adapter_mse_weight * mse, cosine, mse
+    loss, parts = args.adapter_cos_weight * cosine + args.adapter_mse_weight * mse, {}
+    if args.adapter_contrast_weight:            # long texts hold many words to compare with
+        parts["contrast"] = contrast(got, targets, agent.embedding)
+        loss = loss + args.adapter_contrast_weight * parts["contrast"]
+    return loss, {"cosine": cosine, "mse": mse, **parts}
 
 
 def main():
@@ -175,11 +188,11 @@ def train(args, style, role, texts, held_out):
     # 3. The loop.
     for step in state.steps("inner link"):
         for batch in micro_batches(pairs, step, args):
-            loss, cosine, mse = inner_loss(agent, batch, args)
+            loss, parts = inner_loss(agent, batch, args)
             # A mean over tokens, times its tokens, is a sum. Sums of micro-batches can be added up.
             weight = sum(len(ids) for _, ids in batch) / 1000
             (loss * weight).backward()
-            state.add(weight, loss=loss, cosine=cosine, mse=mse)
+            state.add(weight, loss=loss, **parts)
         mean_over_tokens(link, state)                        # of all micro-batches and all ranks
         norm = torch.nn.utils.clip_grad_norm_(link.parameters(), args.max_grad_norm or math.inf)
         finite = math.isfinite(norm) and math.isfinite(state.means["loss"])

@@ -183,7 +183,8 @@ class Card(Bench):
         size, agent = self.size, self.agent
         texts = some_texts(size.T, size.texts)
         tokens = agent.tokenize(some_texts(size.n, size.texts, seed=1))
-        args = SimpleNamespace(adapter_cos_weight=1.0, adapter_mse_weight=0.0)
+        args = SimpleNamespace(adapter_cos_weight=1.0, adapter_mse_weight=0.0,
+                               adapter_contrast_weight=0.0)
         link = InnerLink(agent.width, gain=agent.embedding_rms).to(self.device)
         learner = SimpleNamespace(inner=link, embedding=agent.embedding, device=self.device)
 

@@ -306,6 +306,21 @@ def test_inner_training_is_a_loop_by_hand(who, loop, uneven, double, tmp_path, t
     assert shares["before"][0] == shares["after"][0] == 1.0     # no link comes before thought 1
 
 
+def test_the_contrast_is_a_part_of_the_inner_loss(double):
+    """Of the micro-batch's words, each once, and with its weight. A weight of 0 leaves it out."""
+    agent, words = copy.copy(double.agents["planner"]), torch.tensor([7, 9, 7, 30])
+    agent.inner, h = InnerLink(96).double(), torch.randn(4, 96).double()
+    args = argparse.Namespace(adapter_cos_weight=1.0, adapter_mse_weight=0.0)
+    pairs, got = [(h[:1], words[:1]), (h[1:], words[1:])], agent.inner(h)
+    for weight in (0.5, 0.0):
+        args.adapter_contrast_weight = weight
+        loss, parts = train_inner.inner_loss(agent, pairs, args)
+        near = F.cosine_similarity(got[:, None], agent.embedding(torch.tensor([7, 9, 30])), dim=-1)
+        wanted = F.cross_entropy(near / 0.05, torch.tensor([0, 1, 0, 2]))
+        assert_same(loss, (1 - near[range(4), [0, 1, 0, 2]]).mean() + weight * wanted)
+        assert ("contrast" in parts) == (weight > 0)
+
+
 def test_new_links_begin_at_the_length_of_embeddings(shipped, tmp_path, train):
     """Drawn by the seed; their last gain is the embeddings' RMS (link.py says why)."""
     agent = shipped.agents["planner"]

@@ -66,7 +66,7 @@ def main():
     design = {ours: theirs for theirs, ours in PUBLISHED_DESIGNS.items()}.get(light)
     need(design, f"style {style.name} was not published: choose one that was")
     files = list(Path(args.clone).expanduser().rglob("prompts.py"))
-    need(files, f"there is no prompts.py in {args.clone}: give the folder of your clone")
+    need(files, f"prompts.py is missing in {args.clone}: give the folder of your clone")
     file = min(files, key=lambda path: len(path.parts))     # at the root, or in a folder below
     sys.path.insert(0, str(file.parent))                    # it imports its neighbours
     with blame(f"{file} does not run"):

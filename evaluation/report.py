@@ -12,8 +12,8 @@ Intervals. With one answer per question, accuracy is a share of right answers. I
 Wilson's, which stays within [0, 1] and is right for small n. Several answers to one question are
 not independent, so their interval is a bootstrap over questions (evaluation/statistics.py).
 
-With --measure loss the table has `nats` in place of accuracy, and fewer are better. Nothing is
-read, so there is no column `unparsed`.
+With --measure loss the table has `nats` in place of accuracy, and fewer are better. The agents
+write nothing then, so the column `unparsed` is left out.
 """
 from statistics import fmean
 

@@ -86,7 +86,7 @@ class CompiledForward:
         self.layers = self.tuned = None                  # tuned: not known yet
 
     def give_up(self, why):
-        """Say why there are no compiled steps, and try no more. (Too little memory is not a reason
+        """Say why steps are not compiled, and stop trying. (Too little memory is not a reason
         to give up: fewer questions may have room.)"""
         say_once(f"layers are not compiled: {why}")
         if not why.startswith("OutOfMemory"):

@@ -10,7 +10,9 @@ The receiver should get its own embedding of the same word:
 
 over all words that both vocabularies hold. A thought never equals an embedding, so the input gets
 noise of .3 of its own size. (On the tiny system this cannot be measured: 400 steps alone give .427
-.723 1.000 at R = 1, 2, 3, n = 300, with noise and without it. On real models it was not measured.)
+.723 1.000 at R = 1, 2, 3, n = 300, with noise and without it. On real models more noise harms: of
+SmolLM2's thoughts at 300 arrows with new words, .56 arrive nearest to the right one of 100 words in
+Qwen2.5 with a noise of .3, .33 with 1, and .17 with 2.)
 The contrast matters between real models: from SmolLM2 to Qwen2.5, 3,000 steps of the cosine alone
 bring .43 of 500 held-out words nearest to their own embedding, of 151,936. With it, it is .82.
 """

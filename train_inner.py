@@ -144,11 +144,12 @@ def inner_loss(agent, pairs, args):
     targets = torch.cat([ids for _, ids in pairs])                          # (n,)
     got = agent.inner(states.float())                                       # R_in(h_t)   (n, d)
     cosine, mse = word_losses(got, targets, agent.embedding)
-    loss, parts = args.adapter_cos_weight * cosine + args.adapter_mse_weight * mse, {}
-    if args.adapter_contrast_weight:            # long texts hold many words to compare with
+    loss = args.adapter_cos_weight * cosine + args.adapter_mse_weight * mse
+    parts = {"cosine": cosine, "mse": mse}
+    if args.adapter_contrast_weight:         # else its n x words cosines would be computed in vain
         parts["contrast"] = contrast(got, targets, agent.embedding)
         loss = loss + args.adapter_contrast_weight * parts["contrast"]
-    return loss, {"cosine": cosine, "mse": mse, **parts}
+    return loss, parts
 
 
 def main():

@@ -86,8 +86,8 @@ def with_dictionaries(mas, kind=RELEASED, leave_out=()):
 
 
 def exercise_4(mas):
-    """Other kinds of outer links, all trained as dictionaries. All kinds do equally well
-    here: a single matrix is enough to translate 44 words."""
+    """Other kinds of outer links, all trained as dictionaries. All kinds do equally well here:
+    a single matrix is enough to translate 44 words."""
     found = {kind: accuracy(with_dictionaries(mas, kind)) for kind in KINDS}
     print("4. accuracy by kind: " + "  ".join(f"{kind}: {found[kind]:.2f}" for kind in KINDS))
     return min(found.values()) > .9

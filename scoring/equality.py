@@ -251,8 +251,8 @@ def near(value, other):
 def multiple(gold, answer):
     """Is one relation the other one times a positive number, as written or turned round?
 
-    2y = x is y = x/2, and x > 3 is 3 < x. 1 = 2 is no multiple of x^2 = -1, though no number solves
-    either. Relations between numbers alone have no multiples."""
+    2y = x is y = x/2, and x > 3 is 3 < x. 1 = 2 is not a multiple of x^2 = -1, though no number
+    solves either. Relations between numbers alone have no multiples."""
     for other in (answer, answer.reversed):
         points = gold.free_symbols and type(gold) is type(other) and at_points(
             *gold.args, *other.args)

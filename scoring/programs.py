@@ -48,7 +48,7 @@ def blocks_of(text):
     """Yields (language, program) of each block in a text.
 
     A block ends at the first fence up to which it is valid Python, so not at one in a docstring. If
-    there is no such fence, it ends at the first one. The program is "" where the end of the text
+    it is Python up to none of them, it ends at the first one. The program is "" where the end of the text
     cuts it off."""
     fences, end = list(FENCE.finditer(text)), 0
     for number, opens in enumerate(fences):

@@ -106,6 +106,6 @@ def peak_memory_mb():
     """Peak memory: of the GPUs since the last reset, on a CPU of the whole process so far."""
     if cards():
         return sum(torch.cuda.max_memory_allocated(card) for card in cards()) / 2**20
-    import resource                    # not on Windows, where there is no such figure to be had
+    import resource                    # Windows does not have this module
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)

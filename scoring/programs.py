@@ -47,8 +47,8 @@ def program_in(text, defines=False):
 def blocks_of(text):
     """Yields (language, program) of each block in a text.
 
-    A block ends at the first fence up to which it is valid Python, so not at one in a docstring. If
-    it is Python up to none of them, it ends at the first one. The program is "" where the end of the text
+    A block ends at the first fence up to which it is valid Python, so not at one in a docstring. A
+    block that is not Python ends at its first fence. The program is "" where the end of the text
     cuts it off."""
     fences, end = list(FENCE.finditer(text)), 0
     for number, opens in enumerate(fences):

@@ -32,7 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from agents import Agent
 from chats import as_role
-from link import KINDS, RELEASED, InnerLink, OuterLink
+from link import KINDS, RELEASED, SOFT_WORDS, InnerLink, OuterLink, soft_words
 from proof import need_proved
 from support.devices import pick_device
 from support.errors import blame, need
@@ -245,10 +245,10 @@ def load_agents(style, device="auto", dtype="auto", task="math", trust_remote_co
 
     device: one, or several with commas. Each agent goes to the device with the least on it, and
     only thoughts (B, m, d) cross over. override: {role: folder or hub id} instead of the role's
-    repo. models: {role: base model}. inner_kind: as `kind` of load_inner. need_links=False: a role
-    without an inner link gets a new one, and a line says so. A role that nobody hears gets one if
-    no folder is named: its link is never used. Raises ValueError or FileNotFoundError, naming style
-    and role."""
+    repo, or soft_words (see link.py). models: {role: base model}. inner_kind: as `kind` of
+    load_inner. need_links=False: a role without an inner link gets a new one, and a line says so. A
+    role that nobody hears gets one if no folder is named: its link is never used. Raises ValueError
+    or FileNotFoundError, naming style and role."""
     devices = [pick_device(name.strip(), dtype) for name in str(device).split(",")]
     filled, loaded, agents = [0] * len(devices), {}, {}
     for role in style.roles:
@@ -257,7 +257,8 @@ def load_agents(style, device="auto", dtype="auto", task="math", trust_remote_co
         speaks = any(edge.src == role.name for edge in style.edges)    # if not, no link is needed
         need(repo or not (need_links and speaks), f"{who}: no repo with an inner link: name one in "
              "the style or in ckpt_override")
-        folder = local_folder(repo, revision, who) if repo else None
+        soft = repo.partition(":")[0] == SOFT_WORDS                    # no folder: see link.py
+        folder = local_folder(repo, revision, who) if repo and not soft else None
         model = (models or {}).get(role.name) or folder and base_model(folder) or role.model
         base = local_folder(model, who=who).resolve()
         if base not in loaded:                        # two roles may share one frozen model
@@ -270,7 +271,9 @@ def load_agents(style, device="auto", dtype="auto", task="math", trust_remote_co
                 agent.recorder.recorded = None        # it knows where the weights were
             filled[emptiest] += agent.model.get_memory_footprint()
         agent = agents[role.name] = as_role(loaded[base], role)
-        if folder is None:
+        if soft:
+            agent.inner = soft_words(repo, agent)
+        elif folder is None:
             if speaks:
                 print(f"{who}: no inner link, so it gets a new, untrained one", flush=True)
             with torch.random.fork_rng(devices=[]):      # the caller's random numbers stay

@@ -148,6 +148,26 @@ def test_roles_without_a_chat_are_trained_and_asked(tmp_path, run):
     assert run(evaluate, *ask, "--num_recursive_rounds", 4)[0] == 2
 
 
+def test_soft_words_take_the_place_of_inner_links(tmp_path, run):
+    """The outer links remember them as they remember folders. Oracle: reference.py."""
+    given, outer, out = [], tmp_path / "outer", tmp_path / "out"
+    inner = {"planner": "soft_words:0.5", "solver": "soft_words"}
+    for role, *model in (("planner", "llama"), ("solver", "qwen3", CHAT_TEMPLATE)):
+        given += [f"--{role}_model_name_or_path", save_model(tmp_path / role, *model),
+                  f"--{role}_inner_aligner_path", inner[role]]
+    assert run(train_outer, "--style", "chase", *given, "--num_samples", 8, "--max_steps", 1,
+               "--warm_start_steps", 2, "--save_dir", outer)[0] == 0
+    ask = "--style chase --num_samples 5 --num_recursive_rounds 2 --method latent".split()
+    ask += ["--out", out, "--ckpt_override", f"outer={outer}"]
+    assert run(evaluate, *ask)[0] == 0
+    mas, rows = load_mas_system("chase", ckpt_override={"outer": outer}), TASK.load(5)
+    assert [agent.inner.temperature for agent in mas.agents.values()] == [0.5, 1]
+    for line in untimed(out / "results.jsonl"):
+        assert line["outputs"] == [answer(mas, rows[int(line["id"][6:])].row, "latent", 2)]
+    code, said, _ = run(evaluate, *ask, "planner=soft_words")
+    assert code == 0 and "role planner" in said and "soft_words" in said    # another T: it is told
+
+
 def test_what_a_base_model_cannot_do_is_named(tmp_path, run):
     folder = save_model(tmp_path / "base", "llama")
     code, said, _ = run(check_model, folder)

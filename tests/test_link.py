@@ -6,12 +6,12 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from helpers import (holds, inner_equation, largest_difference, lines_of, outer_equation,
-                     randomise, refuses)
+from helpers import (holds, inner_equation, largest_difference, lines_of, new_agent,
+                     outer_equation, randomise, refuses, widen)
 
 import checkpoints
 from checkpoints import load_inner, load_outer, load_weights, save_inner, save_outer
-from link import KINDS, RELEASED, InnerLink, OuterLink, kind_name
+from link import KINDS, RELEASED, InnerLink, OuterLink, kind_name, soft_words
 
 PUBLISHED = {
     "1layer": "linear_adapter", "1layer_res": "linear_res_adapter", "2layer": "adapter",
@@ -91,6 +91,26 @@ def test_gain_sets_the_last_layernorm():
     for first in (InnerLink(8, gain=0.05).pre_ln, OuterLink(8, 4, gain=0.05).ln_source,
                   InnerLink(8).post_ln):
         assert torch.equal(first.weight, torch.ones(8))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+def test_soft_words_are_their_equation(family):
+    """Oracle: the sum over the vocabulary, word by word. Gemma's embedding also scales its words.
+    Near T = 0 nothing is left but the likeliest word."""
+    agent = new_agent(family)
+    widen(agent)
+    h = torch.randn(2, 3, agent.width, dtype=torch.float64)
+    weights = (agent.logits(h).double() / 0.7).exp()                                # (2, 3, V)
+    words = agent.embedding(torch.arange(weights.shape[-1])).double()               # (V, d)
+    mean = sum(weights[..., i, None] * word for i, word in enumerate(words))
+    for name, wanted in (("soft_words:0.7", mean),
+                         ("soft_words:1e-9", words[agent.logits(h).argmax(-1)])):
+        wanted = wanted / wanted.pow(2).mean(-1, keepdim=True).sqrt() * agent.embedding_rms
+        assert largest_difference(soft_words(name, agent)(h), wanted) < 1e-9
+    assert soft_words("soft_words", agent).temperature == 1
+    for wrong in ("hot", "0", "-1", "nan", "inf"):
+        with refuses(f"soft_words:{wrong}", "temperature"):
+            soft_words(f"soft_words:{wrong}", agent)
 
 
 # ---- released files -----------------------------------------------------------------------------

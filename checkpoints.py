@@ -32,8 +32,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from agents import Agent
 from chats import as_role
-from link import KINDS, RELEASED, SOFT_WORDS, InnerLink, OuterLink, soft_words
+from link import KINDS, RELEASED, InnerLink, OuterLink
 from proof import need_proved
+from soft_words import is_soft_words, soft_words
 from support.devices import pick_device
 from support.errors import blame, need
 from support.files import read_json, write_json, write_whole
@@ -245,7 +246,7 @@ def load_agents(style, device="auto", dtype="auto", task="math", trust_remote_co
 
     device: one, or several with commas. Each agent goes to the device with the least on it, and
     only thoughts (B, m, d) cross over. override: {role: folder or hub id} instead of the role's
-    repo, or soft_words (see link.py). models: {role: base model}. inner_kind: as `kind` of
+    repo, or soft_words (see soft_words.py). models: {role: base model}. inner_kind: as `kind` of
     load_inner. need_links=False: a role without an inner link gets a new one, and a line says so. A
     role that nobody hears gets one if no folder is named: its link is never used. Raises ValueError
     or FileNotFoundError, naming style and role."""
@@ -257,7 +258,7 @@ def load_agents(style, device="auto", dtype="auto", task="math", trust_remote_co
         speaks = any(edge.src == role.name for edge in style.edges)    # if not, no link is needed
         need(repo or not (need_links and speaks), f"{who}: no repo with an inner link: name one in "
              "the style or in ckpt_override")
-        soft = repo.partition(":")[0] == SOFT_WORDS                    # no folder: see link.py
+        soft = is_soft_words(repo)
         folder = local_folder(repo, revision, who) if repo and not soft else None
         model = (models or {}).get(role.name) or folder and base_model(folder) or role.model
         base = local_folder(model, who=who).resolve()

@@ -31,13 +31,11 @@ right word for .77 to .80 of the questions. With gain 1 the share is .28 for tho
 checkpoints.py saves and loads links. Parameters keep the names that they have in the released
 files: proj1, proj2, pre_ln, post_ln, residual_proj, ln_source, ln_target.
 """
-import math
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from support.errors import blame, need
+from support.errors import need
 
 # The paper compares several designs. Left: our name. Right: the published name of the inner link.
 # An outer link's published name is the same with "outer_" in front.
@@ -131,44 +129,6 @@ class OuterLink(nn.Module):
         if self.residual:
             y = self.residual_proj(x) + y           # W3 x + ..
         return self.ln_target(y)                    # LN_t(..)
-
-
-SOFT_WORDS = "soft_words"
-
-
-class SoftWords(nn.Module):
-    """An inner link with nothing to train: the mean of all words' embeddings, each weighted by the
-    probability that the agent gives to its word.
-
-        R_in(h) = g rms_norm( softmax(head(h) / T) Emb )        g: the RMS of the embeddings
-
-    It is not the paper's (it is known as soft thinking, arXiv 2505.15778). An agent that is sure of
-    its next word sends that word's embedding, also if no training has shown this word. So it tells
-    how much is lost in a trained inner link (docs/real.md). T < 1 makes likely words likelier. Near
-    T = 0 a thought is the likeliest word, and the agents exchange words.
-
-    It takes the place of a folder: `--planner_inner_aligner_path soft_words`, or `soft_words:0.5`
-    for T = .5. Each thought costs a run of the vocabulary head."""
-
-    def __init__(self, agent, temperature=1.0):
-        super().__init__()
-        self.kind, self.temperature = f"{SOFT_WORDS}:{temperature:g}", temperature
-        self.agent, self.gain = agent, agent.embedding_rms
-
-    def forward(self, h):
-        """R_in(h), (.., width) -> (.., width)."""
-        logits = self.agent.logits(h.to(self.agent.dtype)).to(h.dtype)
-        words = (logits / self.temperature).softmax(-1).to(self.agent.dtype)        # (.., V)
-        mean = (words @ self.agent.embedding.weight).to(h.dtype)                    # (.., width)
-        return self.gain * F.rms_norm(mean, mean.shape[-1:], eps=1e-20)
-
-
-def soft_words(name, agent):
-    """The SoftWords that `soft_words` or `soft_words:T` names. Raises ValueError for another T."""
-    with blame(f"{name}: give a temperature above 0, as in {SOFT_WORDS}:0.5"):
-        temperature = float(name.partition(":")[2] or 1)
-        need(0 < temperature < math.inf, f"it cannot be {temperature}")
-    return SoftWords(agent, temperature)
 
 
 # ---- what a link learns first: words ------------------------------------------------------------

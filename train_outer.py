@@ -67,7 +67,7 @@ def parse():
         for name in (f"agent{i}", role.name):
             add(f"--{name}_model_name_or_path", dest=f"{role.name}_model", default="")
             add(f"--{name}_inner_aligner_path", dest=f"{role.name}_inner", default="",
-                help="folder of its inner link, or soft_words: see SoftWords in link.py")
+                help="folder of its inner link, or soft_words: see soft_words.py")
     for edge in style.edges:
         add(f"--{edge.key}_type", default="", help="kind of this one outer link")
     add("--outer_adapter_type", default="outer_ln_res_adapter", help="kind of link: see link.py")

@@ -27,10 +27,10 @@ chase = Style(
     ),
     edges=(Edge("outer_12", "planner", "solver"), Edge("outer_21", "solver", "planner")),
     settings={
-        "train_inner": {**TRAINING, "num_samples": 2000, "own_length": 1, "batch_size": 32,
-                        "adapter_lr": 2e-3, "max_steps": 600},
+        "train_inner": {**TRAINING, "num_samples": 450, "own_length": 1, "batch_size": 32,
+                        "adapter_contrast_weight": 1.0, "adapter_lr": 3e-4, "max_steps": 300},
         "train_outer": {**TRAINING, "num_recursive_rounds": 2, "random_rounds": 1,
-                        "role_loss_weight": 1.0, "batch_size": 8, "outer_lr": 3e-4,
+                        "role_loss_weight": 1.0, "batch_size": 8, "outer_lr": 3e-5,
                         "warm_start_steps": 1000, "max_steps": 300, "eval_samples": 0,
                         "gradient_checkpointing": 0},
         "evaluate": {"dataset": "chase", "max_new_tokens": 1, "temperature": 0.0},

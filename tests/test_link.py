@@ -11,7 +11,8 @@ from helpers import (holds, inner_equation, largest_difference, lines_of, new_ag
 
 import checkpoints
 from checkpoints import load_inner, load_outer, load_weights, save_inner, save_outer
-from link import KINDS, RELEASED, InnerLink, OuterLink, kind_name, soft_words
+from link import KINDS, RELEASED, InnerLink, OuterLink, kind_name
+from soft_words import soft_words
 
 PUBLISHED = {
     "1layer": "linear_adapter", "1layer_res": "linear_res_adapter", "2layer": "adapter",

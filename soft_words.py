@@ -12,7 +12,9 @@ This is not the paper's method. (It is known as soft thinking, arXiv 2505.15778.
 sure of its next word sends that word's embedding, also if no training has shown this word. So soft
 words in the place of trained inner links tell how much is lost in these, and how much elsewhere:
 docs/real.md has the figures. T < 1 makes likely words likelier. Near T = 0 a thought is the
-likeliest word, and the agents exchange words.
+likeliest word, and the agents exchange words. (On the tiny system nothing is lost in the trained
+links: with soft words in all roles, too, accuracy is .427, .723 and 1.000 at R = 1, 2, 3, n = 300,
+for T = .1, 1 and 3. At T = 10 it is at chance.)
 
 Each thought costs a run of the vocabulary head, which an inner link does not need.
 """

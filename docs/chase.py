@@ -76,7 +76,7 @@ def draw(by_title, path):
                           label=f"word after {hops} hops")
                 panel.vlines(xs, *zip(*ends) if ends else ((), ()), color="black", lw=1)
             panel.axhline(CHANCE, color="gray", ls="--", lw=1)
-            panel.set(title=method, xticks=(1, 2, 3), ylim=(0, 1))
+            panel.set(title=method, xticks=(1, 2, 3), ylim=(0, 1), visible=bool(mine))
     for panel in panels[-1]:
         panel.set_xlabel("rounds")
     handles, labels = panels[0][0].get_legend_handles_labels()

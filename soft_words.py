@@ -38,10 +38,12 @@ class SoftWords(nn.Module):
 
     def forward(self, h):
         """R_in(h), (.., width) -> (.., width)."""
-        logits = self.agent.logits(h.to(self.agent.dtype)).to(h.dtype)
-        words = (logits / self.temperature).softmax(-1).to(self.agent.dtype)        # (.., V)
-        mean = (words @ self.agent.embedding.weight).to(h.dtype)                    # (.., width)
-        return self.gain * F.rms_norm(mean, mean.shape[-1:], eps=1e-20)
+        logits = self.agent.logits(h.to(self.agent.dtype)).to(h.dtype)              # (.., V)
+        # softmax(head(h) / T) Emb: the weights of all words, and the mean of their embeddings
+        weights = (logits / self.temperature).softmax(-1).to(self.agent.dtype)      # (.., V)
+        mean = (weights @ self.agent.embedding.weight).to(h.dtype)                  # (.., width)
+        # g rms_norm(..): as long as a word's embedding. (eps is far below any embedding's square.)
+        return self.gain * F.rms_norm(mean, mean.shape[-1:], eps=1e-20)             # (.., width)
 
 
 def is_soft_words(name):
